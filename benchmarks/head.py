@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The fused head against what people run today: time, fraction of the machine's peaks, memory.
+
+    python -m benchmarks.head            # four tables, warm and fresh, huge pages off and on
+    python -m benchmarks.head --quick    # the first of them, without the memory column
+    python -m benchmarks.head --memory   # peak memory alone, at a million classes too
+
+The operands are fp32, the head is ArcFace (m = 0.5, s = 64); "bf16" is this library's compute type,
+"autocast" the peers' way to it. Every table is one process in which the contenders take turns.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import process, table
+from .contenders import Shape, contenders
+from .memory import extra_peaks
+from .process import Memory
+from .timing import Config, Measured, measure
+
+MILLION = Shape(256, 1_000_000, 512)
+SETTINGS = [Memory(warm, huge_pages) for huge_pages in (False, True) for warm in (True, False)]
+
+
+def main() -> None:
+    options = parse_options()
+    if not contenders(options.backend, options.only):
+        raise SystemExit(f"no contender's name contains one of {options.only}")
+    shape = Shape(*options.shape)
+    print(header(options.device))
+    if options.memory:
+        print_memory(shape, options)
+        return
+    extra = {}
+    if not options.quick:
+        extra, _ = extra_peaks(shape, options.device, options.backend, options.only)
+    exported = []
+    for memory in SETTINGS[:1] if options.quick or options.device != "cpu" else SETTINGS:
+        asked = (shape, options.device, options.backend, options.only, options.repeats)
+        config = Config(*asked, memory)
+        measured = process.in_child(memory.environment(), measure, config)
+        rows = table.rows(config, measured, extra)
+        print_table(config, measured, rows)
+        n, c, d = shape
+        setting = {"N": n, "C": c, "D": d, "memory": str(memory)}
+        exported += [provenance(options.device) | setting | row for row in rows]
+    print("\n" + table.LEGEND)
+    if options.csv and exported:
+        table.write_csv(options.csv, exported)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.head",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--shape", type=int, nargs=3, metavar=("N", "C", "D"), default=(256, 100_000, 512)
+    )
+    parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these")
+    parser.add_argument("--repeats", type=int, default=11, help="rounds (default: %(default)s)")
+    parser.add_argument("--backend", default="native", help="this library's (default: native)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="warm buffers, no huge pages, no +MiB")
+    parser.add_argument("--memory", action="store_true", help="peak memory only")
+    return parser.parse_args()
+
+
+def print_table(config: Config, measured: Measured, rows: list[table.Row]) -> None:
+    print(f"\n(N, C, D) = {tuple(config.shape)}, {config.memory}, {config.repeats} rounds")
+    print("\n".join([table.peaks_text(measured), *table.floor_lines(config, measured)]))
+    if rows:
+        print(table.text(rows))
+    print_skipped(measured.skipped)
+
+
+def print_memory(shape: Shape, options: argparse.Namespace) -> None:
+    # at a million classes the peers need more than many machines have
+    for asked, only in ((shape, options.only), (MILLION, ["recompute"])):
+        found, skipped = extra_peaks(asked, options.device, options.backend, only)
+        print(f"\n(N, C, D) = {tuple(asked)}: peak MiB beyond x, w, dx, dw")
+        for name, mib in found.items():
+            print(f"{name:<32}{mib:10.1f}")
+        print_skipped(skipped)
+
+
+def print_skipped(skipped: dict[str, str]) -> None:
+    for name, reason in skipped.items():
+        print(f"{name}: skipped, {reason}")
+
+
+def header(device: str) -> str:
+    facts = provenance(device)
+    about = "GPU numbers" if device == "cuda" else f"CPU numbers, {facts['threads']} threads"
+    return f"{facts['device']} ({about}); torch {facts['torch']}; commit {facts['commit']}"
+
+
+def provenance(device: str) -> dict[str, str | int]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    """Model, cores and what torch found of the instruction set, which says more in a VM."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    name = model[1] if model else platform.processor() or platform.machine()
+    isa = torch.backends.cpu.get_cpu_capability()
+    if re.search(r"\bavx512_bf16\b", cpuinfo):
+        isa += " with BF16"
+    return f"{name}, {os.cpu_count()} cores, {isa}"
+
+
+def commit() -> str:
+    """The commit of the working tree, marked where the tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        check=False,  # a copy without git is no error
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""What this machine can do at best, measured in the same run as the contenders."""
+
+import ctypes
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+GEMM_SIZE = 2048
+COPY_BYTES = 256 << 20
+ROOFS = {"fp32": "fma", "bf16": "bf16 dot"}  # the peak of the cores by compute type
+
+Probe = Callable[[], float]
+
+
+def probes(device: str) -> tuple[dict[str, Probe], dict[str, str]]:
+    """Functions that measure one peak each, and for those that are missing the reason.
+
+    "fma" and "bf16 dot": multiply-adds in registers, GFLOP/s, CPU only. "gemm fp32", "gemm bf16":
+    torch.mm of square matrices, GFLOP/s. "copy": bytes read and written, GB/s.
+    """
+    found: dict[str, Probe] = {
+        "gemm fp32": _gemm(torch.float32, device),
+        "gemm bf16": _gemm(torch.bfloat16, device),
+        "copy": _copy(device),
+    }
+    if device != "cpu":
+        return found, dict.fromkeys(ROOFS.values(), "measured on the CPU only")
+    try:
+        loops = _compile_loops()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return found, dict.fromkeys(ROOFS.values(), f"peak.cpp does not compile: {error}")
+    threads = torch.get_num_threads()
+    found["fma"] = lambda: loops.fma_gflops(threads)
+    if math.isnan(loops.bf16_gflops(1)):
+        return found, {"bf16 dot": "this CPU or compiler has no AVX512-BF16"}
+    found["bf16 dot"] = lambda: loops.bf16_gflops(threads)
+    return found, {}
+
+
+def _compile_loops() -> ctypes.CDLL:
+    source = Path(__file__).with_name("peak.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "peak.so"
+        flags = ["-O3", "-std=c++17", "-march=native", "-shared", "-fPIC", "-pthread"]
+        compiler = os.environ.get("CXX", "g++")
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        loops = ctypes.CDLL(str(library))  # stays mapped when the file is gone
+    for loop in (loops.fma_gflops, loops.bf16_gflops):
+        loop.argtypes, loop.restype = [ctypes.c_int], ctypes.c_double
+    return loops
+
+
+def _gemm(dtype: torch.dtype, device: str) -> Probe:
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: 2 * GEMM_SIZE**3 / _seconds(lambda: torch.mm(a, b, out=out), device) * 1e-9
+
+
+def _copy(device: str) -> Probe:
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: 2 * COPY_BYTES / _seconds(lambda: target.copy_(source), device) * 1e-9
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Time of a step, forward and backward, of every contender; they take turns."""
+
+import functools
+import random
+import resource
+import time
+from typing import NamedTuple
+
+import torch
+
+from . import peaks
+from .contenders import Contender, Operands, Shape, contenders, problem
+from .process import Memory
+
+WARM_UP_STEPS = 2
+# OpenMP's threads spin for some milliseconds after their last task, on a core that others need
+SETTLE_SECONDS = 0.02
+
+
+class Step(NamedTuple):
+    ms: float  # all
+    forward_ms: float
+    page_faults: int
+    loss: float
+    roof: float | None  # GFLOP/s in registers, just before this step
+
+
+class Config(NamedTuple):
+    shape: Shape
+    device: str
+    backend: str
+    only: list[str] | None
+    repeats: int
+    memory: Memory
+
+
+class Measured(NamedTuple):
+    steps: dict[str, list[Step]]  # by contender, one per round
+    skipped: dict[str, str]  # contender or peak -> reason
+    peaks: dict[str, list[float]]
+
+
+def measure(config: Config) -> Measured:
+    """Every contender and every peak once per round, in another order each round.
+
+    So a clock that drifts or a neighbour on the machine meets all alike, and none always inherits
+    the caches and the heap of the same other.
+    """
+    operands = problem(config.shape, config.device)
+    n, c, d = config.shape
+    # eager PyTorch holds some 6 x (N, C) and 3 x (C, D) fp32 numbers at its peak; twice that
+    if config.device == "cpu":
+        config.memory.prepare(4 * (12 * n * c + 6 * c * d))
+    runners, skipped = _warmed_up(config, operands)
+    probes, missing = peaks.probes(config.device)
+    steps: dict[str, list[Step]] = {runner.name: [] for runner in runners}
+    rates: dict[str, list[float]] = {name: [] for name in probes}
+
+    def take_turn(runner: Contender) -> None:
+        roof = peaks.ROOFS[runner.compute]
+        if roof in probes:
+            take_rate(roof)
+        _wake_threads(config.device)
+        result = step(runner, operands)
+        steps[runner.name].append(result._replace(roof=rates[roof][-1] if roof in probes else None))
+
+    def take_rate(peak: str) -> None:
+        if peak in peaks.ROOFS.values():
+            time.sleep(SETTLE_SECONDS)
+        else:
+            _wake_threads(config.device)
+        rates[peak].append(probes[peak]())
+
+    turns = [functools.partial(take_turn, runner) for runner in runners]
+    turns += [functools.partial(take_rate, peak) for peak in probes]
+    for round_ in range(config.repeats):
+        random.Random(round_).shuffle(turns)
+        for turn in turns:
+            turn()
+    return Measured(steps, skipped | missing, rates)
+
+
+def _warmed_up(config: Config, operands: Operands) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders that run here, compiled and with their heap grown, and why others do not."""
+    runners, skipped = [], {}
+    for contender in contenders(config.backend, config.only):
+        try:
+            for _ in range(WARM_UP_STEPS):
+                step(contender, operands)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            skipped[contender.name] = str(error).splitlines()[0]
+        else:
+            runners.append(contender)
+    return runners, skipped
+
+
+def step(contender: Contender, operands: Operands) -> Step:
+    """One training step of the head: the loss, new dx and dw, and their release."""
+    x, w, _ = operands
+    device = x.device.type
+    faults = _page_faults()
+    start = _stamp(device)
+    loss = contender.loss(*operands)
+    middle = _stamp(device)
+    gradients = torch.autograd.grad(loss, (x, w))
+    # a trainer frees them each step, and a buffer that was mapped costs time to unmap
+    del gradients
+    end = _stamp(device)
+    faults = _page_faults() - faults
+    # outside the time: reading the loss synchronises a GPU
+    value = float(loss.detach())
+    return Step(_ms(start, end), _ms(start, middle), faults, value, None)
+
+
+def _wake_threads(device: str) -> None:
+    """Some 30 ms of work for torch's threads, as the backbone gives them before the head.
+
+    Threads that slept may wake on one core and share it for as long as that.
+    """
+    square = torch.ones(1024, 1024, device=device)
+    for _ in range(3):
+        square = square @ square / 1024
+
+
+def _stamp(device: str) -> float | torch.cuda.Event:
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    return start.elapsed_time(end)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The backbone of the demo: a small residual CNN, 32 x 32 pixels to an embedding."""
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING_SIZE = 128
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            *conv(channels, channels),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.body(x)).relu()
+
+
+def conv(inputs: int, outputs: int, size: int = 3) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def backbone() -> nn.Sequential:
+    """(M, 1, 32, 32) -> (M, 128)."""
+    return nn.Sequential(
+        # unshuffle and pool, no strides: the backward of a strided convolution is slow on CPUs
+        nn.PixelUnshuffle(2),
+        *conv(4, 32),
+        nn.MaxPool2d(2),
+        *conv(32, 64),
+        Residual(64),
+        nn.MaxPool2d(2),
+        *conv(64, 112),
+        *conv(112, 112),
+        *conv(112, 32, size=1),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, EMBEDDING_SIZE, bias=False),
+        nn.BatchNorm1d(EMBEDDING_SIZE),
+    )
+
+
+def run(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The embeddings (M, 128) in fp32; the model computes in bf16 where the processor can."""
+    mkldnn = torch.backends.mkldnn.is_available()
+    bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return model(inputs).float()

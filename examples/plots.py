@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The pictures of the demo: sample pairs, training curve, ROC, and all three in one."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import GALLERY_DESIGN, PROBE_DESIGN, Split
+from evaluate import FAR, FAR_GRID, AllPairs, Pairs, TenFold
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.axes import Axes  # noqa: E402
+
+RIGHT, WRONG, BEFORE, ACCENT = "#2b8a3e", "#c92a2a", "#868e96", "#1864ab"
+COLUMNS = 8  # sample pairs per row
+ROW_HEIGHT = 0.85  # with the width of a pair as the unit
+
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+
+class History(NamedTuple):
+    """What the training curve shows."""
+
+    losses: list[float]  # one per step
+    checkpoints: list[int]  # steps after which the accuracy was measured
+    accuracies: list[float]  # 10-fold accuracy then
+
+
+class Results(NamedTuple):
+    """All that the pictures and the table show."""
+
+    history: History
+    before: tuple[TenFold, AllPairs]
+    after: tuple[TenFold, AllPairs]
+
+
+def write(folder: Path, split: Split, pairs: Pairs, results: Results) -> list[Path]:
+    """pairs.png, training.png, roc.png and summary.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in ("pairs", "training", "roc", "summary")]
+
+    figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    draw_samples(axes, split, pairs, results.after[0])
+    figure.savefig(paths[0], dpi=150)
+
+    figure, axes = plt.subplots(2, figsize=(6, 5), layout="constrained", sharex=True)
+    draw_training(axes, results)
+    figure.savefig(paths[1], dpi=150)
+
+    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    draw_roc(axes, results)
+    figure.savefig(paths[2], dpi=150)
+
+    figure = plt.figure(figsize=(14, 4.6), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(7, 4, 4))
+    draw_samples(left.subplots(), split, pairs, results.after[0])
+    draw_training(middle.subplots(2, sharex=True), results)
+    draw_roc(right.subplots(), results)
+    figure.savefig(paths[3], dpi=110)
+    plt.close("all")
+    return paths
+
+
+def draw_samples(axes: Axes, split: Split, pairs: Pairs, result: TenFold) -> None:
+    """Rows of pairs: random and hardest ones of the same and of different characters."""
+    genuine, impostor = (torch.nonzero(pairs.same == same) for same in (True, False))
+    rows = {
+        "same,\nrandom": shuffled(genuine),
+        "same,\nhardest": hardest(genuine, result.cosine, pairs),
+        "different,\nrandom": shuffled(impostor),
+        "different,\nhardest": hardest(impostor, -result.cosine, pairs),
+    }
+    top = 0.0
+    for (name, chosen), count in zip(rows.items(), (2, 1, 2, 1), strict=True):
+        axes.text(-0.1, top + 0.4 * count, name, ha="right", va="center", fontweight="bold")
+        for i, index in enumerate(chosen[: count * COLUMNS].tolist()):
+            at = (i % COLUMNS, top + ROW_HEIGHT * (i // COLUMNS))
+            draw_pair(axes, split, pairs, result, tuple(index), *at)
+        top += ROW_HEIGHT * count + 0.15
+    axes.set(xlim=(-1.2, COLUMNS), ylim=(top, -0.05), aspect=1.0)
+    axes.set_axis_off()
+    axes.set_title(
+        f"The same character or not? {GALLERY_DESIGN} and {PROBE_DESIGN}, both unseen in training\n"
+        f"cosine, accepted above {result.threshold:.2f}; green: judged right, red: judged wrong"
+    )
+
+
+def shuffled(indices: Tensor) -> Tensor:
+    """(M, 2) indices (fold, pair) in a random order, the same in each run."""
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+
+
+def hardest(indices: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
+    """Indices (fold, pair), lowest key first, one per pair of characters whatever the typefaces."""
+    fold, pair = indices[key[tuple(indices.T)].argsort()].T
+    characters = zip(
+        pairs.gallery_character[fold, pair].tolist(),
+        pairs.probe_character[fold, pair].tolist(),
+        strict=True,
+    )
+    first = {}
+    for at, both in zip(zip(fold.tolist(), pair.tolist(), strict=True), characters, strict=True):
+        first.setdefault(both, at)
+    return torch.tensor(list(first.values()))
+
+
+def draw_pair(
+    axes: Axes,
+    split: Split,
+    pairs: Pairs,
+    result: TenFold,
+    at: tuple[int, int],
+    column: int,
+    top: float,
+) -> None:
+    """One pair, gallery image on the left, and below it its cosine."""
+    left = split.gallery[pairs.gallery_face[at], pairs.gallery_character[at]]
+    right = split.probe[pairs.probe_face[at], pairs.probe_character[at]]
+    image = 1 - torch.cat([left, torch.zeros(32, 2), right], 1).numpy()
+    cosine = result.cosine[at].item()
+    is_right = (cosine > result.threshold) == pairs.same[at].item()
+    color = RIGHT if is_right else WRONG
+    x, y, width, height = column + 0.04, top, 0.92, 0.92 * 32 / 66
+    axes.imshow(image, cmap="gray", extent=(x, x + width, y + height, y), interpolation="nearest")
+    axes.add_patch(plt.Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.2))
+    axes.text(x + width / 2, y + height + 0.17, f"{cosine:.2f}", ha="center", va="center",
+              color=color)  # fmt: skip
+
+
+def draw_training(axes: np.ndarray, results: Results) -> None:
+    """Loss above, verification accuracy below, against the step."""
+    upper, lower = axes
+    history = results.history
+    losses = np.array(history.losses)
+    window = max(1, len(losses) // 40)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    upper.plot(np.arange(1, len(losses) + 1), losses, color=ACCENT, alpha=0.25, linewidth=0.7)
+    upper.plot(np.arange(len(smooth)) + 1 + window / 2, smooth, color=ACCENT)
+    upper.set(ylabel="training loss", title="Training", ylim=(0, None))
+    lower.plot(history.checkpoints, [100 * a for a in history.accuracies], "o-", color=RIGHT,
+               markersize=3.5)  # fmt: skip
+    lower.set(xlabel="step", ylabel="10-fold accuracy, %\n(unseen characters and faces)")
+    for each in axes:
+        each.grid(alpha=0.3)
+
+
+def draw_roc(axes: Axes, results: Results) -> None:
+    """True against false accept rate, the latter on a log scale, before and after training."""
+    for name, (_, all_pairs), color in (
+        ("untrained", results.before, BEFORE),
+        ("trained", results.after, ACCENT),
+    ):
+        label = f"{name}: AUC {all_pairs.auc:.4f}"
+        axes.plot(FAR_GRID, all_pairs.roc, color=color, linewidth=2, label=label)
+    tar = results.after[1].tar
+    axes.plot([FAR], [tar], "o", color=ACCENT)
+    axes.annotate(f"{tar:.3f} at FAR $10^{{-3}}$", (FAR, tar), (10, -12),
+                  textcoords="offset points")  # fmt: skip
+    axes.set(xscale="log", xlim=(FAR_GRID[0], 1), ylim=(0, 1.02))
+    axes.set(xlabel="false accept rate", ylabel="true accept rate", title="Verification ROC")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The one autograd Function: two op calls, and the bookkeeping of who needs which gradient."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+# no negative transform: f(z) = z
+_IDENTITY = dict(transform="identity", row_parameter=None, constants=None)
+
+
+class HeadFunction(torch.autograd.Function):
+    """(x, w, bias, scale) -> lse, d, w_norm, logit_sum, logit_max, (N,) or (0,), as in ``ops``.
+
+    Saves the operands and 2 N + C numbers besides (and the tiles, where asked). logit_max has no
+    gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # (N, D)
+        w: Tensor,  # (C, D)
+        bias: Tensor | None,  # (C,) in the statistics dtype
+        scale: Tensor,  # () in the statistics dtype
+        y: Tensor,  # (N,) int64, -1: no target here
+        backend: str,
+        normalize_x: bool,
+        normalize_w: bool,
+        compute_dtype: torch.dtype,
+        save_tiles: bool,
+        want_sum: bool,
+        want_max: bool,
+        check: bool,
+    ) -> tuple[Tensor, ...]:
+        sides = dict(normalize_x=normalize_x, normalize_w=normalize_w, compute_dtype=compute_dtype)
+        lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+            x, w, y, scale, bias,
+            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **sides, **_IDENTITY,
+        )  # fmt: skip
+        if check:
+            low = 1 / ops.NORM_MAX
+            what = f"w: expected finite rows of norm at most {ops.NORM_MAX:g}, 1 / norm >= {low:g}"
+            lse = ops.checked(lse, w_inv, 0.99 * low, math.inf, what)
+        ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles)
+        ctx.backend, ctx.sides = backend, sides
+        ctx.mark_non_differentiable(logit_max)
+        ctx.set_materialize_grads(False)
+        return lse, d, w_norm, logit_sum, logit_max
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_lse, grad_d, grad_w_norm, grad_sum, _):
+        x, w, bias, scale, y, lse, x_inv, w_inv, tiles = ctx.saved_tensors
+        need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
+        zeros = torch.zeros_like(lse)
+        dx, dw, dbias, dscale = ops.head_bwd(ctx.backend)(
+            x, w, y, scale, bias, lse, x_inv, w_inv, tiles,
+            zeros if grad_lse is None else grad_lse,
+            zeros if grad_d is None else grad_d / scale,
+            grad_w_norm,
+            grad_sum,
+            need_x=need_x, need_w=need_w, need_bias=need_bias, need_scale=need_scale,
+            **ctx.sides, **_IDENTITY,
+        )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dw if need_w else None,
+            dbias if need_bias else None,
+            dscale if need_scale else None,
+            *[None] * 9,
+        )

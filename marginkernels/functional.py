@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""``margin_cross_entropy``: validation, the call of the sweep, and the loss on N numbers."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends, ops, validation
+from .autograd import HeadFunction
+from .margins import Rows
+
+_AUTO_TILES_BYTES = 256 << 20
+
+
+class HeadStats(NamedTuple):
+    """Detached statistics of the rows, (N,); those of ignored rows are 0 / False."""
+
+    target_cosine: Tensor  # cosine to the target class, without margin
+    correct: Tensor  # bool: the un-margined target logit exceeds every other
+    row_loss: Tensor  # loss of the row, before weights and reduction
+
+
+def margin_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    margin: nn.Module,
+    scale: float | Tensor | nn.Module,
+    bias: Tensor | None = None,
+    normalize: str = "both",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    row_margin: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    save_tiles: str | bool = "auto",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, HeadStats]:
+    r"""Normalised linear layer, margin and softmax cross-entropy, without the (N, C) logits.
+
+    The loss and gradients of, in plain PyTorch (``normalize="both"``)::
+
+        cos = F.linear(F.normalize(x), F.normalize(w))  # (N, C)
+        target = margin(cos.gather(1, y[:, None])[:, 0], rows)  # (N,)
+        logits = scale * cos.scatter(1, y[:, None], target[:, None]) + bias
+        loss = F.cross_entropy(logits, y, ignore_index=..., label_smoothing=...)
+
+    computed in one sweep over the classes forward and one backward. The target is left out of the
+    softmax sum by its index, and the loss is -logsigmoid(z_y - lse of the others): exact also where
+    the loss is near 0.
+
+    Args:
+        x: embeddings (N, D); float16, bfloat16, float32 or float64. N may be 0.
+        w: class weights (C, D), row-major; any of the same dtypes, also another than x's.
+        y: labels (N,), int64, in [0, C) or ``ignore_index``.
+        margin: a module of :mod:`marginkernels.margins`, or any ``nn.Module`` with
+            ``forward(c, rows) -> t``.
+        scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
+            gives one of these.
+        bias: (C,), added to the logits after the margin, or None.
+        normalize: "both" x and w are normalised, only the "weight", or "none"; logits of
+            un-normalised sides keep the norms: the target logit is scale * |x| * |w_y| * t.
+        reduction: "mean" (sum of weight * loss over sum of weight, over the rows kept; 0 where that
+            is 0/0), "sum", or "none" (weighted losses (N,), 0 for ignored rows).
+        ignore_index: label of rows that take no part. Their x must still be finite.
+        label_smoothing: epsilon in [0, 1): targets (1 - eps) + eps / C, others eps / C, as
+            F.cross_entropy.
+        sample_weight: (N,) weights >= 0, or None.
+        row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
+        compute_dtype: the type that x and w are rounded to; accumulation and statistics are fp32
+            (fp64 for float64).
+            None: autocast's where that is on, else x's; float64 if x or w is.
+        save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
+            save backward a quarter of its work. "auto" keeps at most 256 MiB. True needs both sides
+            normalised, no bias, no smoothing, a number below 73 as scale, float32 or bfloat16 and a
+            backend that can.
+        backend: "auto" (the best that runs here) or a name of :func:`marginkernels.backend_report`.
+        return_stats: also return :class:`HeadStats`, from the same sweep.
+
+    Returns:
+        The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
+        :class:`HeadStats`. dx has x's dtype, dw has w's. A row of norm below 1e-12 (float16: 1e-4)
+        on a normalised side has gradient 0.
+
+    Raises:
+        ValueError, TypeError: bad input, naming the argument, what was expected and what came.
+        RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
+        asked for.
+    """
+    validation.check_operands(x, w, y, bias, sample_weight, row_margin)
+    validation.check_choice("normalize", normalize, ("both", "weight", "none"))
+    validation.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    validation.check_choice("save_tiles", save_tiles, ("auto", True, False))
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    scale = scale() if isinstance(scale, nn.Module) else scale
+    validation.check_scale(scale)
+    validation.check_margin(margin, row_margin, w.shape[0])
+    compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
+    validation.check_compute_dtype(x, w, compute_dtype)
+    backend = backends.select(backend, x.device.type, compute_dtype)
+    keep_tiles = _keep_tiles(
+        save_tiles, x, w, bias, scale, normalize, label_smoothing, compute_dtype, backend
+    )
+
+    stats_dtype = ops.statistics_dtype(compute_dtype)
+    check = validation.checks_values(x)
+    label = ops.checked_labels(y, w.shape[0], ignore_index) if check else y
+    x_norm = _row_norm(x, compute_dtype)
+    label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
+    kept = label != ignore_index
+    label = torch.where(kept, label, -1)
+    if not isinstance(scale, Tensor):
+        scale = torch.ones((), dtype=stats_dtype, device=x.device) * scale
+    scale = scale.to(x.device, stats_dtype)
+    bias = None if bias is None else bias.to(stats_dtype)
+
+    lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
+        x, w, bias, scale, label, backend, normalize == "both", normalize != "none", compute_dtype,
+        keep_tiles, label_smoothing > 0, return_stats, check,
+    )  # fmt: skip
+
+    w_norm = torch.where(kept, w_norm, 1.0)
+    class_of_row = label.clamp_min(0)
+    norms = x_norm if normalize == "weight" else x_norm * w_norm if normalize == "none" else None
+    c = d if norms is None else d / norms
+    t = margin(c, Rows(class_of_row, x_norm, w_norm, row_margin))
+    bias_y = 0.0 if bias is None else bias[class_of_row]
+    z_y = scale * (t if norms is None else norms * t) + bias_y
+    row_loss = -F.logsigmoid(z_y - lse)
+    if label_smoothing > 0:
+        num_classes = w.shape[0]
+        row_loss = row_loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
+    row_loss = torch.where(kept, row_loss, 0.0)
+    loss = _reduce(row_loss, kept, sample_weight, reduction)
+    if not return_stats:
+        return loss
+    correct = kept & (scale * d + bias_y > logit_max)
+    return loss, HeadStats(torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach())
+
+
+def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    if asked is not None:
+        return asked
+    if torch.float64 in (x.dtype, w.dtype):
+        return torch.float64
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _keep_tiles(
+    save_tiles, x, w, bias, scale, normalize, label_smoothing, compute_dtype, backend
+) -> bool:
+    """Whether forward saves its exponentials; ValueError with all reasons if True cannot be."""
+    if save_tiles is False:
+        return False
+    obstacles = {
+        f"normalize={normalize!r}": normalize != "both",
+        "a bias": bias is not None,
+        f"label_smoothing={label_smoothing:g}": label_smoothing > 0,
+        "a scale that is no number": isinstance(scale, Tensor),
+        f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
+        f"backend {backend!r}": backend == "reference",
+    }
+    reasons = [reason for reason, applies in obstacles.items() if applies]
+    # exponentials relative to max(0, s - 59) neither overflow nor vanish in fp32 up to here
+    if not isinstance(scale, Tensor) and scale >= 73:
+        reasons.append("a scale of 73 or more")
+    if reasons and save_tiles is True:
+        raise ValueError("save_tiles: cannot be True with " + ", ".join(reasons))
+    wanted = (
+        save_tiles is True or x.shape[0] * w.shape[0] * compute_dtype.itemsize <= _AUTO_TILES_BYTES
+    )
+    return (
+        wanted and not reasons and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    )
+
+
+def _row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
+    rounded = x.to(compute_dtype).to(ops.statistics_dtype(compute_dtype))
+    return (rounded * rounded).sum(1).clamp_min(ops.norm_min(compute_dtype) ** 2).sqrt()
+
+
+def _reduce(row_loss: Tensor, kept: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+    weight = kept.to(row_loss.dtype)
+    if sample_weight is not None:
+        weight = weight * sample_weight.to(row_loss.dtype)
+    weighted = row_loss * weight
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()
+    return weighted.sum() / torch.where(total > 0, total, 1.0)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The dispatcher ops: schemas, fake implementations and handles.
+
+One schema serves every backend, as ``marginkernels::head_fwd_<backend>`` and
+``head_bwd_<backend>``. A backend registers kernels for them (``torch.library`` in Python,
+``TORCH_LIBRARY_IMPL`` in C++); nothing here imports one.
+
+The two ops are sweeps over the classes; the (N, C) logits
+
+    z_ij = r_i q_j <x_i, w_j> + bias_j        r_i = scale / |x_i| or scale, q_j = 1 / |w_j| or 1
+
+exist only tile by tile. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
+
+    lse        (N,)  log sum exp f(z_ij); -inf for a row without negatives
+    d          (N,)  r_i q_y <x_i, w_y> / scale: the target's, without margin, scale and bias
+    w_norm     (N,)  |w_y|; both are 0 where y_i = -1
+    logit_sum  (N,)  sum of f(z_ij), or (0,) unless ``want_sum``
+    logit_max  (N,)  max of z_ij, or (0,) unless ``want_max``
+    x_inv      (N,)  1 / |x_i| of the rows as rounded to ``compute_dtype``; ones if not normalised
+    w_inv      (C,)  1 / |w_j| likewise, always
+    tiles      what the backend keeps for its own backward, or (0,) unless ``save_tiles``
+
+and ``head_bwd`` applies, in one more sweep, G_ij = (a_i exp(f - lse_i) + u_i) f' with a = grad_lse,
+u = grad_sum, and G_iy = grad_target, the gradient of (scale d). It returns dx, dw, dbias and
+dscale; those not needed are (0,) tensors. ``y`` is (N,) int64 with the local class or -1 for a row
+that owns no target here.
+"""
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("native", "reference")
+
+_FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
+    bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
+    bool want_max, str transform, Tensor? row_parameter, Tensor? constants)
+    -> (Tensor lse, Tensor d, Tensor w_norm, Tensor logit_sum, Tensor logit_max, Tensor x_inv,
+    Tensor w_inv, Tensor tiles)"""
+_BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor lse,
+    Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
+    Tensor? grad_w_norm, Tensor? grad_sum, *, bool normalize_x, bool normalize_w,
+    ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias, bool need_scale,
+    str transform, Tensor? row_parameter, Tensor? constants)
+    -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
+_CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
+_CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int ignore_index) -> Tensor"""
+
+LIBRARY = torch.library.Library("marginkernels", "DEF")
+
+NORM_MAX = 1e15
+
+
+def norm_min(compute_dtype: torch.dtype) -> float:
+    """Rows below this norm are zero rows: the inverse norm is clamped and the gradient is 0."""
+    return 1e-4 if compute_dtype == torch.float16 else 1e-12
+
+
+def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Accumulation and softmax statistics are fp32, or fp64 where that is computed in."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def head_fwd(backend: str):
+    """The forward op of a backend."""
+    return getattr(torch.ops.marginkernels, f"head_fwd_{backend}")
+
+
+def head_bwd(backend: str):
+    """The backward op of a backend."""
+    return getattr(torch.ops.marginkernels, f"head_bwd_{backend}")
+
+
+def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
+    """Copy of ``result``, after raising ValueError unless all of ``value`` lies in [low, high].
+
+    The copy makes whatever is computed from it wait for the check, under torch.compile too.
+    """
+    return torch.ops.marginkernels.checked(result, value, low, high, what)
+
+
+def checked_labels(y: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Copy of ``y``, after ValueError unless labels are ``ignore_index`` or in [0, num_classes)."""
+    return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index)
+
+
+def _head_fwd_fake(x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum, want_max, **_):
+    n, c = x.shape[0], w.shape[0]
+
+    def stat(size):
+        return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
+
+    tiles = _tiles_fake(x, w, compute_dtype) if save_tiles else stat(0)
+    return (
+        stat(n),
+        stat(n),
+        stat(n),
+        stat(n if want_sum else 0),
+        stat(n if want_max else 0),
+        stat(n),
+        stat(c),
+        tiles,
+    )
+
+
+def _tiles_fake(x, w, compute_dtype):
+    return x.new_empty((w.shape[0], x.shape[0]), dtype=compute_dtype)
+
+
+def _head_bwd_fake(x, w, y, scale, *_, compute_dtype, need_x, need_w, need_bias, need_scale, **__):
+    stats = statistics_dtype(compute_dtype)
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        w.new_empty(w.shape if need_w else 0),
+        x.new_empty(w.shape[0] if need_bias else 0, dtype=stats),
+        x.new_empty(() if need_scale else 0, dtype=stats),
+    )
+
+
+def _checked(result, value, low, high, what):
+    if value.numel() > 0:
+        least, greatest = (bound.item() for bound in value.aminmax())
+        if not (low <= least and greatest <= high):  # a NaN fails both
+            raise ValueError(f"{what}, got {greatest if low <= least else least:g}")
+    return result.clone()
+
+
+def _checked_labels(y, num_classes, ignore_index):
+    wrong = (y != ignore_index) & ((y < 0) | (y >= num_classes))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"y: expected labels in [0, {num_classes}) or ignore_index={ignore_index}, "
+            f"got {int(y[row])} in row {row}"
+        )
+    return y.clone()
+
+
+def _define(name, schema, fake):
+    LIBRARY.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"marginkernels::{name}", fake, lib=LIBRARY)
+
+
+for _backend in BACKENDS:
+    _define(f"head_fwd_{_backend}", _FWD_SCHEMA, _head_fwd_fake)
+    _define(f"head_bwd_{_backend}", _BWD_SCHEMA, _head_bwd_fake)
+_define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
+_define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))
+LIBRARY.impl("checked", _checked, "CompositeExplicitAutograd")
+LIBRARY.impl("checked_labels", _checked_labels, "CompositeExplicitAutograd")

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has."""
+
+import pytest
+import torch
+
+from marginkernels import backend_report
+from marginkernels.backends import reasons
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+BACKENDS = list(backend_report())
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """A backend that can run on ``device``; skipped with its own reasons where it cannot."""
+    why_not = reasons(request.param, device)
+    if why_not:
+        pytest.skip(f"{request.param} on {device}: " + "; ".join(why_not))
+    return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Fills fresh tensors with NaN, so that a kernel which reads or leaves what it did not write
+    shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

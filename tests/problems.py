@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Problems to solve with a backend, with the plain path in the same type, and with fp64."""
+
+import contextlib
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from marginkernels import margin_cross_entropy
+from marginkernels.testing import assert_within_budget, plain_margin_cross_entropy
+
+
+@dataclass
+class Problem:
+    """Operands of one call; ``compute_dtype`` None is x's own."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    y: torch.Tensor
+    compute_dtype: torch.dtype | None = None
+    bias: torch.Tensor | None = None
+    settings: dict = field(default_factory=dict)  # margin, scale, normalize, ...
+
+    def solve(self, function, dtype=None, **more):
+        """Row losses, and the gradients of their weighted sum, from ``function``."""
+        leaves = [
+            t if t is None else t.detach().to(dtype or t.dtype) for t in (self.x, self.w, self.bias)
+        ]
+        leaves = [t if t is None else t.requires_grad_() for t in leaves]
+        settings = {
+            k: v.to(dtype) if dtype and isinstance(v, torch.Tensor) else v
+            for k, v in self.settings.items()
+        }
+        loss = function(
+            leaves[0], leaves[1], self.y, bias=leaves[2], reduction="none", **settings, **more
+        )
+        # uneven upstream gradients: an error that cancels in the mean does not cancel here
+        upstream = torch.linspace(0.5, 1.5, len(self.y), dtype=loss.dtype, device=loss.device)
+        wanted = [t for t in leaves if t is not None]
+        return [loss, *torch.autograd.grad((loss * upstream).sum(), wanted)]
+
+    def solve_fused(self, backend, **more):
+        return self.solve(
+            margin_cross_entropy, backend=backend, compute_dtype=self.compute_dtype, **more
+        )
+
+    def solve_exact(self):
+        return self.solve(margin_cross_entropy, torch.float64, backend="reference")
+
+    def solve_plain(self, draws=12):
+        """Today's path in the same type (autocast where x is wider than the compute type), in
+        several draws.
+
+        A rotation of the features changes nothing but the rounding errors: any one where the
+        operands are wider than the type they are rounded to, else a permutation, which keeps them
+        as they are.
+        """
+        d, device = self.x.shape[1], self.x.device
+        compute = self.compute_dtype or self.x.dtype
+        autocast = contextlib.nullcontext()
+        if compute != self.x.dtype:
+            autocast = torch.autocast(device.type, compute)
+        solutions = []
+        for _ in range(draws):
+            rotation = torch.eye(d, dtype=torch.float64, device=device)[torch.randperm(d)]
+            if compute.itemsize < min(self.x.itemsize, self.w.itemsize):
+                rotation = torch.linalg.qr(torch.randn_like(rotation))[0]
+            x, w = ((t.double() @ rotation).to(t.dtype) for t in (self.x, self.w))
+            with autocast:
+                loss, dx, dw, *dbias = replace(self, x=x, w=w).solve(plain_margin_cross_entropy)
+            solutions.append([loss, dx.double() @ rotation.T, dw.double() @ rotation.T, *dbias])
+        return solutions
+
+    def check(self, backend, exact=None, plain=None, conditioning=1.0, **more):
+        """Loss and gradients of ``backend`` are finite and within the budget.
+
+        Easy rows, whose loss the plain path cannot resolve, are judged apart, and so are the
+        classes that are targets.
+        """
+        got = self.solve_fused(backend, **more)
+        exact, plain = exact or self.solve_exact(), plain or self.solve_plain()
+        is_target = torch.zeros(len(self.w), dtype=torch.bool, device=self.w.device)
+        is_target[self.y[self.y >= 0]] = True
+        easy = exact[0].detach() < 1e-2
+        names = ("loss", "dx", "dw", "dbias")[: len(got)]
+        for index, (name, value) in enumerate(zip(names, got, strict=True)):
+            assert value.isfinite().all(), f"{name} is not finite"
+            subset, label = (easy, "easy") if name in ("loss", "dx") else (is_target, "target")
+            for rows, group in (
+                (subset, f"{label} rows of {name}"),
+                (~subset, f"other rows of {name}"),
+            ):
+                draws = [solution[index][rows] for solution in plain]
+                assert_within_budget(group, value[rows], draws, exact[index][rows], conditioning)
+
+
+def random_problem(
+    n, c, d, *, device="cpu", dtypes=(torch.float32, torch.float32, None), bias=False, **settings
+):
+    """Embeddings that lean towards their class, so that losses range from easy to hard."""
+    x_dtype, w_dtype, compute_dtype = dtypes
+    w = torch.randn(c, d, device=device)
+    y = torch.randint(0, c, (n,), device=device)
+    lean = torch.linspace(0, 2, max(n, 1), device=device)[:n, None]
+    x = torch.randn(n, d, device=device) + lean * w[y]
+    b = torch.randn(c, device=device) if bias else None
+    return Problem(x.to(x_dtype), w.to(w_dtype), y, compute_dtype, b, settings)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Bad input is refused with the argument's name, what was expected and what came."""
+
+import math
+
+import pytest
+import torch
+
+from marginkernels import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    MarginSoftmaxHead,
+    NSoftmax,
+    SphereFace,
+    margin_cross_entropy,
+)
+
+N, C, D = 6, 11, 5
+
+
+def operands():
+    return dict(
+        x=torch.randn(N, D),
+        w=torch.randn(C, D),
+        y=torch.randint(0, C, (N,)),
+        margin=ArcFace(0.5),
+        scale=64.0,
+    )
+
+
+def row(values, index, value):
+    values = values.clone()
+    values[index] = value
+    return values
+
+
+# what is changed in a good call, the error, and words that its message must hold
+BAD = {
+    "y float": (lambda a: dict(y=a["y"].float()), TypeError, ["y:", "int64", "float32"]),
+    "y int32": (lambda a: dict(y=a["y"].int()), TypeError, ["y:", "int64", "int32"]),
+    "y list": (lambda a: dict(y=a["y"].tolist()), TypeError, ["y:", "int64", "list"]),
+    "y shape": (lambda a: dict(y=a["y"][:, None]), ValueError, ["y:", f"({N},)", f"({N}, 1)"]),
+    "y too large": (
+        lambda a: dict(y=row(a["y"], 2, C)),
+        ValueError,
+        ["y:", f"[0, {C})", f"got {C} in row 2"],
+    ),
+    "y negative": (
+        lambda a: dict(y=row(a["y"], 4, -1)),
+        ValueError,
+        ["y:", "got -1 in row 4", "-100"],
+    ),
+    "y device": (lambda a: dict(y=a["y"].to("meta")), ValueError, ["y:", "cpu", "meta"]),
+    "x integer": (
+        lambda a: dict(x=torch.ones(N, D, dtype=torch.int32)),
+        TypeError,
+        ["x:", "float32", "int32"],
+    ),
+    "x complex": (
+        lambda a: dict(x=a["x"].to(torch.complex64)),
+        TypeError,
+        ["x:", "float32", "complex64"],
+    ),
+    "x array": (lambda a: dict(x=a["x"].numpy()), TypeError, ["x:", "tensor", "ndarray"]),
+    "x 3-d": (lambda a: dict(x=a["x"][None]), ValueError, ["x:", "2 dimensions", f"(1, {N}, {D})"]),
+    "x nan": (lambda a: dict(x=row(a["x"], (1, 1), math.nan)), ValueError, ["x:", "finite", "nan"]),
+    "x inf": (lambda a: dict(x=row(a["x"], (1, 1), math.inf)), ValueError, ["x:", "finite", "inf"]),
+    "x huge": (lambda a: dict(x=1e16 * a["x"]), ValueError, ["x:", "1e+15", "e+16"]),
+    "x overflows fp16": (
+        lambda a: dict(x=1e5 * a["x"], compute_dtype=torch.float16),
+        ValueError,
+        ["x:", "finite", "inf"],
+    ),
+    "w integer": (lambda a: dict(w=a["w"].long()), TypeError, ["w:", "float32", "int64"]),
+    "w columns": (
+        lambda a: dict(w=a["w"][:, 1:]),
+        ValueError,
+        ["w:", f"(C, {D})", f"({C}, {D - 1})"],
+    ),
+    "w empty": (lambda a: dict(w=a["w"][:0]), ValueError, ["w:", "C, D >= 1", f"(0, {D})"]),
+    "w device": (lambda a: dict(w=a["w"].to("meta")), ValueError, ["w:", "cpu", "meta"]),
+    "w nan": (
+        lambda a: dict(w=row(a["w"], (C - 1, 0), math.nan)),
+        ValueError,
+        ["w:", "finite", "nan"],
+    ),
+    "w huge": (lambda a: dict(w=row(a["w"], 0, 3e15)), ValueError, ["w:", "1e+15"]),
+    "bias shape": (
+        lambda a: dict(bias=torch.zeros(C + 1)),
+        ValueError,
+        ["bias:", f"({C},)", f"({C + 1},)"],
+    ),
+    "sample_weight shape": (
+        lambda a: dict(sample_weight=torch.ones(1)),
+        ValueError,
+        ["sample_weight:", f"({N},)"],
+    ),
+    "sample_weight negative": (
+        lambda a: dict(sample_weight=row(torch.ones(N), 0, -0.5)),
+        ValueError,
+        ["sample_weight:", ">= 0", "-0.5"],
+    ),
+    "row_margin shape": (
+        lambda a: dict(row_margin=torch.zeros(C)),
+        ValueError,
+        ["row_margin:", f"({N},)"],
+    ),
+    "row_margin range": (
+        lambda a: dict(row_margin=row(torch.zeros(N), 3, 3.2)),
+        ValueError,
+        ["row_margin:", "[0, 3.14", "3.2"],
+    ),
+    "row_margin unused": (
+        lambda a: dict(row_margin=torch.zeros(N), margin=NSoftmax()),
+        ValueError,
+        ["row_margin:", "NSoftmax"],
+    ),
+    "margin number": (lambda a: dict(margin=0.5), TypeError, ["margin:", "nn.Module", "float"]),
+    "margin table": (
+        lambda a: dict(margin=ArcFace(torch.zeros(C - 1))),
+        ValueError,
+        ["margin:", f"{C}", f"{C - 1}"],
+    ),
+    "scale zero": (lambda a: dict(scale=0.0), ValueError, ["scale:", "> 0", "got 0"]),
+    "scale nan": (lambda a: dict(scale=math.nan), ValueError, ["scale:", "> 0", "nan"]),
+    "scale tensor negative": (
+        lambda a: dict(scale=torch.tensor(-2.0)),
+        ValueError,
+        ["scale:", "> 0", "-2"],
+    ),
+    "scale tensor nan": (
+        lambda a: dict(scale=torch.tensor(math.nan)),
+        ValueError,
+        ["scale:", "> 0", "nan"],
+    ),
+    "scale vector": (lambda a: dict(scale=torch.ones(2)), ValueError, ["scale:", "0-d", "(2,)"]),
+    "scale text": (lambda a: dict(scale="64"), TypeError, ["scale:", "str"]),
+    "normalize": (lambda a: dict(normalize="rows"), ValueError, ["normalize:", "weight", "rows"]),
+    "reduction": (lambda a: dict(reduction="avg"), ValueError, ["reduction:", "mean", "avg"]),
+    "label_smoothing": (
+        lambda a: dict(label_smoothing=1.5),
+        ValueError,
+        ["label_smoothing:", "[0, 1)", "1.5"],
+    ),
+    "compute_dtype": (
+        lambda a: dict(compute_dtype=torch.int8),
+        ValueError,
+        ["compute_dtype:", "int8"],
+    ),
+    "compute_dtype narrow": (
+        lambda a: dict(x=a["x"].double(), compute_dtype=torch.float32),
+        ValueError,
+        ["compute_dtype:", "float64", "float32"],
+    ),
+    "save_tiles": (lambda a: dict(save_tiles="yes"), ValueError, ["save_tiles:", "auto", "yes"]),
+    "save_tiles impossible": (
+        lambda a: dict(
+            save_tiles=True, normalize="none", scale=80.0, label_smoothing=0.1, backend="reference"
+        ),
+        ValueError,
+        ["save_tiles:", "normalize", "73", "label_smoothing", "reference"],
+    ),
+    "backend unknown": (
+        lambda a: dict(backend="cudnn"),
+        ValueError,
+        ["backend:", "reference", "cudnn"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calls(case):
+    change, error, words = BAD[case]
+    arguments = operands()
+    arguments.update(change(arguments))
+    before = {
+        k: v.clone()
+        for k, v in arguments.items()
+        if isinstance(v, torch.Tensor) and v.device.type == "cpu"
+    }
+    with pytest.raises(error) as raised:
+        margin_cross_entropy(
+            arguments.pop("x"), arguments.pop("w"), arguments.pop("y"), **arguments
+        )
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+    for name, value in before.items():
+        if name in arguments:
+            torch.testing.assert_close(arguments[name], value, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: ArcFace(math.pi), ["ArcFace", "[0, 3.14", "3.14"]),
+        (lambda: ArcFace(-0.1), ["ArcFace", "-0.1"]),
+        (lambda: ArcFace(28.6), ["ArcFace", "28.6"]),
+        (lambda: ArcFace(math.nan), ["ArcFace", "nan"]),
+        (lambda: CosFace(torch.tensor([0.1, 2.5])), ["CosFace", "[0, 2]", "2.5"]),
+        (lambda: SphereFace(0.5), ["SphereFace", "[1, inf)", "0.5"]),
+        (lambda: CosFace(torch.zeros(2, 2)), ["m:", "(num_classes,)", "(2, 2)"]),
+        (lambda: ArcFace(0.5, branch="soft"), ["branch:", "hard", "soft"]),
+        (lambda: ArcFace(0.5, branch="monotone"), ["branch:", "monotone"]),
+        (lambda: CombinedMargin(1.2, 0.3, branch="hard"), ["branch:", "monotone", "hard"]),
+        (lambda: CombinedMargin(0.0), ["m1:", "positive", "0"]),
+        (lambda: CombinedMargin(m3=-1.0), ["m3:", "[0, 2]", "-1"]),
+        (lambda: ArcFace(0.5, gradient="ste"), ["gradient:", "straight_through", "ste"]),
+        (
+            lambda: MarginSoftmaxHead(0, 5, margin=ArcFace(), scale=1.0),
+            ["embedding_size:", "positive", "0"],
+        ),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(torch.zeros(4)), scale=1.0),
+            ["margin:", "5", "4"],
+        ),
+        (lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=-1.0), ["scale:", "-1"]),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=1.0).topk(torch.zeros(2, 4), 6),
+            ["k:", "[1, 5]", "6"],
+        ),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=1.0).logits(torch.zeros(2, 3)),
+            ["embeddings:", "(N, 4)"],
+        ),
+    ],
+)
+def test_bad_settings(make, words):
+    with pytest.raises(ValueError) as raised:
+        make()
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+
+
+def test_margin_changed_to_a_bad_number_is_refused_at_the_next_call():
+    arguments = operands()
+    arguments["margin"].m = 4.0
+    with pytest.raises(ValueError, match="ArcFace: expected m in"):
+        margin_cross_entropy(
+            arguments.pop("x"), arguments.pop("w"), arguments.pop("y"), **arguments
+        )
+
+
+def test_unavailable_backend_lists_all_reasons(monkeypatch):
+    from marginkernels.backends import native
+
+    monkeypatch.setattr(native, "unavailable_reasons", lambda *_: ["one reason", "another reason"])
+    arguments = operands()
+    with pytest.raises(RuntimeError, match="'native' cannot run here: one reason; another reason"):
+        margin_cross_entropy(
+            arguments.pop("x"),
+            arguments.pop("w"),
+            arguments.pop("y"),
+            backend="native",
+            **arguments,
+        )
+
+
+def test_second_derivative_is_refused(backend, device):
+    x = torch.randn(N, D, device=device, requires_grad=True)
+    w, y = torch.randn(C, D, device=device), torch.zeros(N, dtype=torch.int64, device=device)
+    loss = margin_cross_entropy(x, w, y, margin=ArcFace(0.5), scale=8.0, backend=backend)
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
