@@ -1,5 +1,62 @@
-"""Temporary until the packaging owner writes the real one."""
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The two ops in C++ (csrc/): loading the extension registers them.
+
+An extension that was compiled for another torch may crash on loading. The build leaves the versions
+that it was made for in a file beside it; they are compared first.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..version import __version__
+
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unavailable_reasons(device_type=None, compute_dtype=None):
-    return ["not built"]
+def _load() -> tuple[ModuleType | None, list[str]]:
+    """The extension, or None and the reason."""
+    record = Path(__file__).parents[1] / "_C.json"
+    if not record.exists():
+        return None, ["marginkernels was installed without its extension (MARGINKERNELS_EXT=0)"]
+    built_for = json.loads(record.read_text())
+    running = {"marginkernels": __version__, "torch": str(torch.__version__)}
+    if built_for != running:
+        reason = (
+            f"the extension was built for {_versions(built_for)} but this is {_versions(running)}: "
+            "reinstall marginkernels (pip install --force-reinstall --no-deps --no-cache-dir)"
+        )
+    else:
+        try:
+            from .. import _C
+
+            _C.build_info()  # raises where MARGINKERNELS_CPU asks for more than the CPU has
+            return _C, []
+        except (ImportError, RuntimeError) as error:
+            reason = f"the extension does not load: {error}"
+    # most users name no backend: they should hear of it
+    warnings.warn(f"marginkernels: no native backend, {reason}", RuntimeWarning, stacklevel=2)
+    return None, [reason]
+
+
+def _versions(packages: dict[str, str]) -> str:
+    return " and ".join(f"{package} {version}" for package, version in packages.items())
+
+
+extension, _load_failure = _load()
+
+
+def unavailable_reasons(
+    device_type: str | None = None, compute_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Every reason why the extension cannot run here, on this device, or in this type."""
+    found = list(_load_failure)
+    if device_type not in (None, "cpu"):
+        found.append(f"it was built for the CPU, got a tensor on {device_type}")
+    if compute_dtype not in (None, *_COMPUTE_DTYPES):
+        found.append(f"it computes in float32, bfloat16 and float16, got {compute_dtype}")
+    return found

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// The Python module marginkernels._C: what was built, and the host side of math.h for parity tests.
+// The ops are not here: loading the library registers them with PyTorch (cpu/ops.cpp).
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "math.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+    return "Clang " __clang_version__;
+#else
+    return "GCC " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["marginkernels"] = BUILT_FOR_MARGINKERNELS;
+    info["torch"] = BUILT_FOR_TORCH;
+    info["compiler"] = compiler();
+    info["cxx_standard"] = __cplusplus / 100 % 100;
+    info["cpu_capability"] = marginkernels::cpu_capability();
+    info["cpu_capabilities_compiled"] = marginkernels::cpu_capabilities_compiled();
+    info["cuda"] = py::none();  // no CUDA sources yet
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.def("build_info", build_info,
+          "What the extension was built for and with, and the CPU capability in use.");
+
+    py::module_ math = m.def_submodule("math", "Host side of csrc/math.h, elementwise in float32.");
+    math.def("exp", py::vectorize(mk::exp<float>), py::arg("x"));
+    math.def("inverse_norm", py::vectorize(mk::inverse_norm), py::arg("sum_of_squares"),
+             py::arg("eps"));
+}
