@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Fused normalised fully-connected layer + margin + softmax cross-entropy over huge class
-counts.
-"""
+"""Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
 
 from .backends import backend_report
 from .functional import HeadStats, margin_cross_entropy

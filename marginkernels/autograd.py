@@ -2,8 +2,6 @@
 # Copyright (c) 2026 The marginkernels authors
 """The one autograd Function: two op calls, and the bookkeeping of who needs which gradient."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,7 +15,7 @@ _IDENTITY = dict(transform="identity", row_parameter=None, constants=None)
 class HeadFunction(torch.autograd.Function):
     """(x, w, bias, scale) -> lse, d, w_norm, logit_sum, logit_max, (N,) or (0,), as in ``ops``.
 
-    Saves the operands and 2 N + C numbers besides (and the tiles, where asked). logit_max has no
+    Saves the operands and 3 N + C numbers besides (and the tiles, where asked). logit_max has no
     gradient.
     """
 
@@ -44,11 +42,11 @@ class HeadFunction(torch.autograd.Function):
             save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **sides, **_IDENTITY,
         )  # fmt: skip
         if check:
-            low = 1 / ops.NORM_MAX
-            what = f"w: expected finite rows of norm at most {ops.NORM_MAX:g}, 1 / norm >= {low:g}"
-            lse = ops.checked(lse, w_inv, 0.99 * low, math.inf, what)
+            what = f"w: expected finite rows of norm at most {ops.NORM_MAX:g}"
+            # w_inv is rounded
+            lse = ops.checked(lse, 1 / w_inv, 0, 1.01 * ops.NORM_MAX, what)
         ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles)
-        ctx.backend, ctx.sides = backend, sides
+        ctx.backend, ctx.sides, ctx.want_sum = backend, sides, want_sum
         ctx.mark_non_differentiable(logit_max)
         ctx.set_materialize_grads(False)
         return lse, d, w_norm, logit_sum, logit_max
@@ -64,7 +62,8 @@ class HeadFunction(torch.autograd.Function):
             zeros if grad_lse is None else grad_lse,
             zeros if grad_d is None else grad_d / scale,
             grad_w_norm,
-            grad_sum,
+            # a compiled graph hands in zeros for an output that nobody used, here of (0,)
+            grad_sum if ctx.want_sum else None,
             need_x=need_x, need_w=need_w, need_bias=need_bias, need_scale=need_scale,
             **ctx.sides, **_IDENTITY,
         )  # fmt: skip

@@ -74,8 +74,7 @@ def margin_cross_entropy(
         sample_weight: (N,) weights >= 0, or None.
         row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
         compute_dtype: the type that x and w are rounded to; accumulation and statistics are fp32
-            (fp64 for float64).
-            None: autocast's where that is on, else x's; float64 if x or w is.
+            (fp64 for float64). None: autocast's where that is on, else x's; float64 if x or w is.
         save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
             save backward a quarter of its work. "auto" keeps at most 256 MiB. True needs both sides
             normalised, no bias, no smoothing, a number below 73 as scale, float32 or bfloat16 and a
@@ -93,30 +92,28 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
-    validation.check_operands(x, w, y, bias, sample_weight, row_margin)
-    validation.check_choice("normalize", normalize, ("both", "weight", "none"))
-    validation.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    validation.check_choice("save_tiles", save_tiles, ("auto", True, False))
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     scale = scale() if isinstance(scale, nn.Module) else scale
-    validation.check_scale(scale)
-    validation.check_margin(margin, row_margin, w.shape[0])
-    compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
-    validation.check_compute_dtype(x, w, compute_dtype)
-    backend = backends.select(backend, x.device.type, compute_dtype)
-    keep_tiles = _keep_tiles(
-        save_tiles, x, w, bias, scale, normalize, label_smoothing, compute_dtype, backend
+    validation.check_settings(
+        normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
     )
+    validation.check_operands(x, w, y, bias, sample_weight, row_margin)
+    validation.check_scale(scale)
+    validation.check_margin(margin, row_margin, w.shape[0], w.device)
+    compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
+    backend = backends.select(backend, x.device.type, compute_dtype)
+    obstacles = _tile_obstacles(bias, scale, normalize, label_smoothing, compute_dtype, backend)
+    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype)
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    check = validation.checks_values(x)
-    label = ops.checked_labels(y, w.shape[0], ignore_index) if check else y
     x_norm = _row_norm(x, compute_dtype)
+    label, check = y, validation.checks_values(x)
+    if check:
+        label = ops.checked_labels(y, w.shape[0], ignore_index)
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
     label = torch.where(kept, label, -1)
     if not isinstance(scale, Tensor):
+        # times one: torch.tensor(scale) and torch.full would compile a graph for each value
         scale = torch.ones((), dtype=stats_dtype, device=x.device) * scale
     scale = scale.to(x.device, stats_dtype)
     bias = None if bias is None else bias.to(stats_dtype)
@@ -126,12 +123,11 @@ def margin_cross_entropy(
         keep_tiles, label_smoothing > 0, return_stats, check,
     )  # fmt: skip
 
-    w_norm = torch.where(kept, w_norm, 1.0)
-    class_of_row = label.clamp_min(0)
-    norms = x_norm if normalize == "weight" else x_norm * w_norm if normalize == "none" else None
+    rows = Rows(label.clamp_min(0), x_norm, torch.where(kept, w_norm, 1.0), row_margin)
+    norms = _unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
-    t = margin(c, Rows(class_of_row, x_norm, w_norm, row_margin))
-    bias_y = 0.0 if bias is None else bias[class_of_row]
+    t = _apply(margin, c, rows)
+    bias_y = 0.0 if bias is None else bias[rows.label]
     z_y = scale * (t if norms is None else norms * t) + bias_y
     row_loss = -F.logsigmoid(z_y - lse)
     if label_smoothing > 0:
@@ -146,47 +142,72 @@ def margin_cross_entropy(
 
 
 def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """``asked``, or for None autocast's type where that is on, else x's; float64 if x or w is."""
+    if torch.float64 in (x.dtype, w.dtype):
+        if asked not in (None, torch.float64):
+            raise ValueError(f"compute_dtype: expected float64 for float64 x or w, got {asked}")
+        return torch.float64
     if asked is not None:
         return asked
-    if torch.float64 in (x.dtype, w.dtype):
-        return torch.float64
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _keep_tiles(
-    save_tiles, x, w, bias, scale, normalize, label_smoothing, compute_dtype, backend
-) -> bool:
-    """Whether forward saves its exponentials; ValueError with all reasons if True cannot be."""
-    if save_tiles is False:
-        return False
-    obstacles = {
+def _tile_obstacles(
+    bias, scale, normalize, label_smoothing, compute_dtype, backend
+) -> dict[str, bool]:
+    """What forbids to keep exponentials, and whether it applies."""
+    is_number = not isinstance(scale, Tensor)
+    return {
         f"normalize={normalize!r}": normalize != "both",
         "a bias": bias is not None,
         f"label_smoothing={label_smoothing:g}": label_smoothing > 0,
-        "a scale that is no number": isinstance(scale, Tensor),
+        "a scale that is no number": not is_number,
+        # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
+        "a scale of 73 or more": is_number and scale >= 73,
         f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
         f"backend {backend!r}": backend == "reference",
     }
+
+
+def _keep_tiles(
+    save_tiles: str | bool, obstacles: dict[str, bool], x: Tensor, w: Tensor, compute_dtype
+) -> bool:
+    """Whether forward saves its exponentials; ValueError with all reasons if True cannot be."""
     reasons = [reason for reason, applies in obstacles.items() if applies]
-    # exponentials relative to max(0, s - 59) neither overflow nor vanish in fp32 up to here
-    if not isinstance(scale, Tensor) and scale >= 73:
-        reasons.append("a scale of 73 or more")
-    if reasons and save_tiles is True:
+    if save_tiles is True and reasons:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(reasons))
-    wanted = (
-        save_tiles is True or x.shape[0] * w.shape[0] * compute_dtype.itemsize <= _AUTO_TILES_BYTES
-    )
-    return (
-        wanted and not reasons and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    )
+    if save_tiles is False or reasons:
+        return False
+    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        return False  # no backward will read them
+    nbytes = x.shape[0] * w.shape[0] * compute_dtype.itemsize
+    return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
 
 
 def _row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
     rounded = x.to(compute_dtype).to(ops.statistics_dtype(compute_dtype))
     return (rounded * rounded).sum(1).clamp_min(ops.norm_min(compute_dtype) ** 2).sqrt()
+
+
+def _unnormalised_norms(normalize: str, rows: Rows) -> Tensor | None:
+    """The norms that a row's target logit keeps, (N,), or None where both sides are normalised."""
+    if normalize == "both":
+        return None
+    return rows.x_norm if normalize == "weight" else rows.x_norm * rows.w_norm
+
+
+def _apply(margin: nn.Module, c: Tensor, rows: Rows) -> Tensor:
+    t = margin(c, rows)
+    if not isinstance(t, Tensor) or t.shape != c.shape:
+        came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(
+            f"margin: expected {type(margin).__name__} to return a tensor {tuple(c.shape)} "
+            f"for the rows' cosines, got {came}"
+        )
+    return t.to(c.dtype)
 
 
 def _reduce(row_loss: Tensor, kept: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:

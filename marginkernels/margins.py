@@ -8,6 +8,7 @@ No kernel knows a margin. All angles and margins are in radians.
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -84,10 +85,10 @@ def _monotone_cos(a: Tensor) -> Tensor:
 class Margin(nn.Module):
     """Base of the margins with one parameter ``m``: a float, 0-d tensor or table (num_classes,).
 
-    A float may be reassigned at any time (``margin.m = 0.4``); a tensor is registered, as a
+    A number may be reassigned at any time (``margin.m = 0.4``); a tensor is registered, as a
     parameter if it is an ``nn.Parameter``, so it moves, saves and trains with the head. A
-    ``row_margin`` in the call replaces ``m``. Subclasses set ``interval`` and define ``target(c, m)
-    -> t``.
+    ``row_margin`` in the call replaces ``m``. Subclasses set ``interval`` and define
+    ``target(c, m) -> t``.
 
     ``gradient="exact"`` is the derivative of t; ``"straight_through"`` computes t without gradient
     and lets dt/dc = 1, as insightface arcface_torch does since December 2022 (a learnable ``m``
@@ -101,28 +102,32 @@ class Margin(nn.Module):
         if gradient not in ("exact", "straight_through"):
             raise ValueError(f"gradient: expected 'exact' or 'straight_through', got {gradient!r}")
         self.gradient = gradient
-        if isinstance(m, nn.Parameter):
-            self.m = m
-        elif isinstance(m, Tensor):
+        if isinstance(m, Tensor) and not isinstance(m, nn.Parameter):
             self.register_buffer("m", m)
         else:
-            self.m = float(m)
-        if isinstance(self.m, Tensor) and (self.m.ndim > 1 or not self.m.is_floating_point()):
-            raise ValueError(
-                "m: expected a float, or a floating tensor () or (num_classes,), "
-                f"got {self.m.dtype} {tuple(self.m.shape)}"
-            )
-        if isinstance(self.m, float) or self.m.device.type == "cpu":
-            self.check(self.m)
+            self.m = m
+        self.check_type()
+        if not isinstance(m, Tensor) or m.device.type == "cpu":
+            self.check_range()
 
-    def check(self, m: float | Tensor) -> None:
+    def check_type(self) -> None:
+        """Raises TypeError or ValueError unless ``m`` is a number or a tensor of a legal shape."""
+        expected = "m: expected a number, or a floating tensor () or (num_classes,)"
+        if not isinstance(self.m, Tensor):
+            if not isinstance(self.m, numbers.Real):
+                raise TypeError(f"{expected}, got {type(self.m).__name__}")
+        elif self.m.ndim > 1 or self.m.numel() == 0 or not self.m.is_floating_point():
+            raise ValueError(f"{expected}, got {self.m.dtype} {tuple(self.m.shape)}")
+
+    def check_range(self) -> None:
         """Raises ValueError unless ``m`` lies in the margin's interval."""
-        low, high = (
-            (m, m) if isinstance(m, float) else (m.detach().min().item(), m.detach().max().item())
-        )
+        if isinstance(self.m, Tensor):
+            low, high = (bound.item() for bound in self.m.detach().aminmax())
+        else:
+            low = high = self.m
         if not (self.interval.low <= low and high <= self.interval.last):
-            came = low if low == high else m
-            raise ValueError(f"{type(self).__name__}: expected m in {self.interval}, got {came}")
+            wrong = high if self.interval.low <= low else low
+            raise ValueError(f"{type(self).__name__}: expected m in {self.interval}, got {wrong}")
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         m = self.of_rows(c, rows)
@@ -131,18 +136,20 @@ class Margin(nn.Module):
         return self.target(c, m)
 
     def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
-        """The margin of each row, () or (N,)."""
+        """The margin of each row, () or (N,), in c's type."""
         if rows.row_margin is not None:
-            return rows.row_margin
+            return rows.row_margin.to(c.dtype)
         if isinstance(self.m, Tensor):
-            return self.m if self.m.ndim == 0 else self.m[rows.label]
+            return (self.m if self.m.ndim == 0 else self.m[rows.label]).to(c.dtype)
+        # times one: torch.tensor(m) and torch.full would compile a graph for each value
         return torch.ones((), dtype=torch.float64, device=c.device) * self.m
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        m = f"m={self.m:g}" if isinstance(self.m, float) else f"m=<{tuple(self.m.shape)} tensor>"
+        is_tensor = isinstance(self.m, Tensor)
+        m = f"m=<{tuple(self.m.shape)} tensor>" if is_tensor else f"m={self.m:g}"
         return m if self.gradient == "exact" else f"{m}, gradient={self.gradient!r}"
 
 

@@ -2,21 +2,22 @@
 # Copyright (c) 2026 The marginkernels authors
 """``MarginSoftmaxHead``: the ``nn.Module`` that holds weight, margin, scale and settings."""
 
+import numbers
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops, validation
-from .functional import HeadStats, margin_cross_entropy
+from . import ops, validation
+from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
 
 # classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
 _CHUNK = 8192
 
 
 class MarginSoftmaxHead(nn.Module):
-    """Class weights and :func:`margin_cross_entropy` on them: the last layer and the loss of a
-    metric-learning classifier.
+    """The last layer and loss of a metric-learning classifier: class weights and
+    :func:`margin_cross_entropy` on them.
 
     Example::
 
@@ -57,11 +58,14 @@ class MarginSoftmaxHead(nn.Module):
     ):
         super().__init__()
         for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
         if not isinstance(scale, nn.Module):
             validation.check_scale(scale)
         validation.check_margin(margin, None, num_classes)
+        validation.check_settings(
+            normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
+        )
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.margin = margin
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
@@ -115,16 +119,17 @@ class MarginSoftmaxHead(nn.Module):
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """The logits (N, C) without margin, scale * cos + bias for ``normalize="both"``, for
-        evaluation.
+        """The logits (N, C) without margin, for evaluation: scale * cos + bias where both sides
+        are normalised.
         """
         return torch.cat([block for _, block in self._logit_blocks(embeddings)], dim=1)
 
+    @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k greatest logits of each row and their classes, (N, k) each, greatest first, without
-        (N, C) logits.
+        """The k greatest of :meth:`logits` in each row and their classes, (N, k) each, greatest
+        first; never holds (N, C) logits.
         """
-        if not 1 <= k <= self.num_classes:
+        if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
             raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
         values = indices = None
         for start, block in self._logit_blocks(embeddings):
@@ -139,38 +144,34 @@ class MarginSoftmaxHead(nn.Module):
 
     def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First class and logits of one block of classes after another, in the statistics dtype."""
+        validation.check_tensor("embeddings", embeddings, like=self.weight)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings: expected (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
             )
-        compute_dtype = functional.resolve_compute_dtype(
-            embeddings, self.weight, self.compute_dtype
-        )
+        compute_dtype = resolve_compute_dtype(embeddings, self.weight, self.compute_dtype)
         scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
-        stats_dtype, eps = ops.statistics_dtype(compute_dtype), ops.norm_min(compute_dtype)
-
-        def rows(t: Tensor, normalised: bool) -> Tensor:
-            t = t.to(compute_dtype).to(stats_dtype)
-            return (
-                t / torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp_min(eps)
-                if normalised
-                else t
-            )
-
-        x = scale * rows(embeddings, self.normalize == "both")
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, self.num_classes, _CHUNK):
-                block = x @ rows(self.weight[start : start + _CHUNK], self.normalize != "none").T
-                yield (
-                    start,
-                    block
-                    if self.bias is None
-                    else block + self.bias[start : start + _CHUNK].to(stats_dtype),
-                )
+        x = scale * _operand(embeddings, self.normalize == "both", compute_dtype)
+        for start in range(0, self.num_classes, _CHUNK):
+            classes = slice(start, start + _CHUNK)
+            w = _operand(self.weight[classes], self.normalize != "none", compute_dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                block = x @ w.T
+            yield start, block if self.bias is None else block + self.bias[classes].to(w.dtype)
 
     def extra_repr(self) -> str:
-        scale = "" if isinstance(self.scale, nn.Module) else f", scale={float(self.scale):g}"
+        is_number = not isinstance(self.scale, Tensor | nn.Module)
+        scale = f", scale={self.scale:g}" if is_number else ""
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{scale}, "
             f"normalize={self.normalize!r}, bias={self.bias is not None}, backend={self.backend!r}"
         )
+
+
+def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
+    """Rows as the sweep sees them, rounded to the compute type, in the statistics dtype."""
+    rows = rows.to(compute_dtype).to(ops.statistics_dtype(compute_dtype))
+    if not normalised:
+        return rows
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norms.clamp_min(ops.norm_min(compute_dtype))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What tests, benchmarks and examples share: the plain PyTorch head, and the error budget that it
-sets.
-"""
+"""What tests, benchmarks and examples share: the plain PyTorch head, and its error as a budget."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +24,7 @@ def plain_margin_cross_entropy(
     sample_weight: Tensor | None = None,
     row_margin: Tensor | None = None,
 ) -> Tensor:
-    """The head as trainers write it today: normalise, linear, margin on the target logit,
-    F.cross_entropy.
+    """The head as trainers write it today: normalise, linear, margin, scatter, F.cross_entropy.
 
     Materialises the (N, C) logits several times. Same arguments and meaning as
     :func:`margin_cross_entropy`; the linear layer runs in x's dtype or autocast's and everything
@@ -61,21 +58,18 @@ def plain_margin_cross_entropy(
 
 
 def row_errors(got: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """l2 error of each row of ``got`` and l2 norm of each row of ``exact``, fp64; the rows of a
-    vector are its numbers.
+    """l2 error of each row of ``got`` and l2 norm of each row of ``exact``, (rows,) in fp64.
+
+    The rows of a vector are its numbers.
     """
-    got, exact = (
-        t.detach().double().flatten(1) if t.ndim > 1 else t.detach().double()[:, None]
-        for t in (got, exact)
-    )
+    got, exact = (t.detach().double().unsqueeze(-1).flatten(1) for t in (got, exact))
     return (got - exact).norm(dim=1), exact.norm(dim=1)
 
 
 def assert_within_budget(
     name: str, got: Tensor, plain: list[Tensor], exact: Tensor, conditioning: float = 1.0
 ) -> None:
-    """The l2 error of ``got`` is at most twice the plain path's plus eps(got.dtype) times the norm,
-    by row and together.
+    """The l2 error of ``got`` is within twice the plain path's plus eps(got.dtype) times the norm.
 
     ``plain`` is the same quantity from :func:`plain_margin_cross_entropy` in the same type, in
     several draws of its rounding errors, ``exact`` from fp64. A row's budget is twice the worst of

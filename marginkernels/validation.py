@@ -3,28 +3,26 @@
 """Bad input gets a clear error before anything is computed.
 
 Shapes, dtypes, devices and Python numbers are always checked. Values in tensors are checked where
-that costs no
-synchronisation: on the CPU always, elsewhere only after ``set_device_checks(True)`` or with
-    MARGINKERNELS_CHECK=1.
+that costs no synchronisation: on the CPU always, elsewhere only after ``set_device_checks(True)``
+or with MARGINKERNELS_CHECK=1 in the environment.
 """
 
 import math
+import numbers
 import os
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .margins import Margin
+from .margins import Margin, NSoftmax
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _device_checks = os.environ.get("MARGINKERNELS_CHECK", "0") == "1"
 
 
 def set_device_checks(enabled: bool) -> None:
-    """Whether values of tensors on an accelerator are checked too; each check waits for the
-    device.
-    """
+    """Whether values of tensors on an accelerator are checked too; each check waits for it."""
     global _device_checks
     _device_checks = bool(enabled)
 
@@ -34,26 +32,28 @@ def checks_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _device_checks
 
 
-def check_choice(name: str, value, allowed: tuple) -> None:
-    if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
-        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-
-
-def _check_tensor(name: str, t, like: Tensor | None = None, shape: tuple | None = None) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-    if t.dtype not in _FLOATING:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
-    if shape is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
-    if like is not None and t.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} as x, got {t.device}")
+def check_settings(
+    normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
+) -> None:
+    """What does not depend on the operands of a call."""
+    _check_choice("normalize", normalize, ("both", "weight", "none"))
+    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_choice("save_tiles", save_tiles, ("auto", True, False))
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+    if compute_dtype is not None and compute_dtype not in _FLOATING:
+        raise ValueError(
+            "compute_dtype: expected float16, bfloat16, float32, float64 or None, "
+            f"got {compute_dtype!r}"
+        )
 
 
 def check_operands(x, w, y, bias, sample_weight, row_margin) -> None:
     """Types, shapes and devices of the tensors of one call."""
-    _check_tensor("x", x)
-    _check_tensor("w", w, x)
+    check_tensor("x", x)
+    check_tensor("w", w, like=x)
     for name, t in (("x", x), ("w", w)):
         if t.ndim != 2:
             raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
@@ -75,24 +75,29 @@ def check_operands(x, w, y, bias, sample_weight, row_margin) -> None:
         ("row_margin", row_margin, n),
     ):
         if t is not None:
-            _check_tensor(name, t, x, (size,))
+            check_tensor(name, t, like=x, shape=(size,))
 
 
-def check_compute_dtype(x: Tensor, w: Tensor, compute_dtype) -> None:
-    if compute_dtype not in _FLOATING:
-        raise ValueError(f"compute_dtype: expected a floating dtype, got {compute_dtype}")
-    if torch.float64 in (x.dtype, w.dtype) and compute_dtype != torch.float64:
-        raise ValueError(f"compute_dtype: expected float64 for float64 x or w, got {compute_dtype}")
+def check_tensor(name: str, t, like: Tensor | None = None, shape: tuple | None = None) -> None:
+    """A floating tensor, where given of this shape and on the device of ``like``."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
 
 
-def check_scale(scale: float | Tensor) -> None:
+def check_scale(scale) -> None:
     """A number is checked here, a tensor's value with the other values."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
                 f"scale: expected a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"
             )
-    elif not isinstance(scale, int | float):
+    elif not _is_number(scale):
         raise TypeError(
             f"scale: expected a number, 0-d tensor or module, got {type(scale).__name__}"
         )
@@ -100,40 +105,56 @@ def check_scale(scale: float | Tensor) -> None:
         raise ValueError(f"scale: expected a finite number > 0, got {scale}")
 
 
-def check_margin(margin, row_margin, num_classes: int) -> None:
-    """Type and shape of the margin, and its value where it is a number."""
+def check_margin(margin, row_margin, num_classes: int, device: torch.device | None = None) -> None:
+    """Type, shape and device of the margin, and its value where it is a number."""
     if not isinstance(margin, torch.nn.Module):
         raise TypeError(
             f"margin: expected an nn.Module such as ArcFace(0.5), got {type(margin).__name__}"
         )
-    if isinstance(margin, Margin):
-        if isinstance(margin.m, float):
-            margin.check(margin.m)
-        elif margin.m.ndim == 1 and margin.m.shape[0] != num_classes:
+    if isinstance(margin, NSoftmax) and row_margin is not None:
+        raise ValueError("row_margin: expected None for NSoftmax, which has no margin")
+    if not isinstance(margin, Margin):
+        return
+    margin.check_type()
+    if not isinstance(margin.m, Tensor):
+        margin.check_range()
+    elif margin.m.ndim == 1:
+        if margin.m.shape[0] != num_classes:
             raise ValueError(
                 f"margin: expected a table of {num_classes} classes, got {margin.m.shape[0]}"
             )
-    elif row_margin is not None and type(margin).__name__ == "NSoftmax":
-        raise ValueError("row_margin: expected None for NSoftmax, which has no margin")
+        if device not in (None, margin.m.device):
+            raise ValueError(f"margin: expected a table on {device} as x, got {margin.m.device}")
 
 
-def check_values(y, x_norm, scale, margin, row_margin, sample_weight) -> Tensor:
-    """Copy of the valid labels ``y`` that waits for the checks of all other values."""
+def check_values(label, x_norm, scale, margin, row_margin, sample_weight) -> Tensor:
+    """Copy of the valid labels that waits for the checks of all other values."""
     what = f"x: expected finite rows of norm at most {ops.NORM_MAX:g}"
-    y = _checked(y, x_norm, 0, ops.NORM_MAX, what)
+    label = _checked(label, x_norm, 0, ops.NORM_MAX, what)
     if isinstance(scale, Tensor):
         what = "scale: expected a finite number > 0"
-        y = _checked(y, scale, math.nextafter(0, 1), torch.finfo(scale.dtype).max, what)
+        label = _checked(label, scale, math.nextafter(0, 1), torch.finfo(scale.dtype).max, what)
     if sample_weight is not None:
         what = "sample_weight: expected finite weights >= 0"
-        y = _checked(y, sample_weight, 0, torch.finfo(sample_weight.dtype).max, what)
+        high = torch.finfo(sample_weight.dtype).max
+        label = _checked(label, sample_weight, 0, high, what)
     if isinstance(margin, Margin):
         m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
         if isinstance(m, Tensor):
             what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval}"
-            y = _checked(y, m, margin.interval.low, margin.interval.last, what)
-    return y
+            label = _checked(label, m, margin.interval.low, margin.interval.last, what)
+    return label
 
 
-def _checked(y: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
-    return ops.checked(y, value.detach(), low, high, what) if checks_values(value) else y
+def _checked(label: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
+    return ops.checked(label, value.detach(), low, high, what) if checks_values(value) else label
+
+
+def _check_choice(name: str, value, allowed: tuple) -> None:
+    # by identity first, because 1 == True
+    if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

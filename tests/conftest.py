@@ -28,9 +28,7 @@ def backend(request, device):
 
 @pytest.fixture
 def poisoned():
-    """Fills fresh tensors with NaN, so that a kernel which reads or leaves what it did not write
-    shows.
-    """
+    """Fills fresh tensors with NaN: a kernel that reads or leaves what it did not write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(64).isnan().all()

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The two ops in plain PyTorch, dense, on any device and up to fp64: the judge of every other
-backend.
+"""The two ops in plain PyTorch, on any device and up to fp64: the judge of every other backend.
 
-It materialises the (N, C) logits and recomputes them in backward; it is meant to be read, not to be
-fast.
+It materialises the (N, C) logits and recomputes them in backward: meant to be read, not to be fast.
 """
 
 import functools
@@ -34,7 +32,9 @@ def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 def _units(x, w, x_inv, w_inv, normalize_x, normalize_w):
     """The rows whose dot products are the logits over the scale: unit rows on normalised sides."""
-    return x * x_inv[:, None] if normalize_x else x, w * w_inv[:, None] if normalize_w else w
+    ux = x * x_inv[:, None] if normalize_x else x
+    uw = w * w_inv[:, None] if normalize_w else w
+    return ux, uw
 
 
 def _logits(ux, uw, y, scale, bias, transform):
@@ -108,8 +108,8 @@ def head_bwd(
 
 
 def _project(gradient, rows, inverse_norm, compute_dtype):
-    """From the gradient of a unit row to that of the row: without its radial part, over the norm; 0
-    for zero rows.
+    """From the gradient of a unit row to that of the row: its tangent part over the norm; 0 for
+    zero rows.
     """
     unit = rows * inverse_norm[:, None]
     tangent = gradient - (gradient * unit).sum(1, keepdim=True) * unit
@@ -117,6 +117,7 @@ def _project(gradient, rows, inverse_norm, compute_dtype):
 
 
 def _add_radial(dw, w, w_inv, y, grad_w_norm, compute_dtype):
+    """Adds what flows through |w_y|, along the rows of w."""
     per_class = torch.zeros_like(w_inv).index_add(
         0, y.clamp_min(0), torch.where(y >= 0, grad_w_norm, 0.0)
     )
@@ -129,9 +130,7 @@ def _is_zero_row(rows, compute_dtype):
 
 
 def _without_autocast(function):
-    """The op has its compute type; an autocast around the call must not narrow the matmuls in
-    here.
-    """
+    """The op has its own compute type: an autocast around the call must not narrow its matmuls."""
 
     @functools.wraps(function)
     def call(x, *args, **settings):
