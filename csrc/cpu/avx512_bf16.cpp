@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+// the standard headers above stay outside: their functions are shared with code for older processors
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
+
+#define MK_VECTOR_BYTES 64
+#define MK_TILE_VECTORS 4
+#define MK_DEPTH 512
+#define MK_BLOCK_CLASSES 126
+#define MK_BF16 1
+#include "kernels.h"
+
+const marginkernels::Kernels marginkernels::k_avx512_bf16 = kernels<BFloat16>();
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

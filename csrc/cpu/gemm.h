@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// c (+)= a b for blocks that lie in the cache: 6 rows of c by a few vectors are kept in registers,
+// and each step of k costs one broadcast per row, one load per vector, and no more than that.
+//
+// Everything counts in units of 32 bits: one fp32 number, or two bf16 numbers with consecutive k.
+
+#pragma once
+
+#include "simd.h"
+
+namespace marginkernels {
+namespace {
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = MK_TILE_VECTORS;
+constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of b that lie together
+
+struct Float32 {
+    static constexpr int64_t kPerUnit = 1;
+
+    static MK_HOST_DEVICE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+};
+
+#ifdef MK_BF16
+struct BFloat16 {
+    static constexpr int64_t kPerUnit = 2;
+
+    static MK_HOST_DEVICE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if MK_BF16 == 1
+        return vfloat(_mm512_dpbf16_ps(__m512(c), __m512bh(a), __m512bh(b)));
+#else
+        // the same from plain fp32 instructions, to test this format where there are no others
+        const auto low = [](vfloat v) { return mk::bit_cast<vfloat>(mk::bit_cast<vint>(v) << 16); };
+        const auto high = [](vfloat v) {
+            return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(v) & 0xffff0000U));
+        };
+        return high(a) * high(b) + (low(a) * low(b) + c);
+#endif
+    }
+};
+#endif
+
+// One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else at
+// a[i * lda + k]; b is one panel.
+template <class Op, int kRows, int kVectors, bool kColumns>
+void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
+          bool add) {
+    vfloat sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v)
+            sum[i][v] = add ? load(c + i * ldc + v * kLanes) : vfloat{};
+    for (int64_t k = 0; k < depth; ++k) {
+        vfloat columns[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const vfloat row = splat(kColumns ? a[i] : a[i * lda]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v)
+                sum[i][v] = Op::multiply_add(row, columns[v], sum[i][v]);
+        }
+        a += kColumns ? lda : 1;
+        b += kVectors * kLanes;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes, sum[i][v]);
+}
+
+// All rows of c against one panel; the last rows that fill no tile have a smaller one.
+template <class Op, int kVectors, bool kColumns>
+void panel(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
+           int64_t ldc, bool add) {
+    const int64_t step = kColumns ? 1 : lda;
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows)
+        tile<Op, kTileRows, kVectors, kColumns>(a + i * step, lda, b, depth, c + i * ldc, ldc, add);
+    a += i * step;
+    c += i * ldc;
+    switch (rows - i) {
+        case 1: return tile<Op, 1, kVectors, kColumns>(a, lda, b, depth, c, ldc, add);
+        case 2: return tile<Op, 2, kVectors, kColumns>(a, lda, b, depth, c, ldc, add);
+        case 3: return tile<Op, 3, kVectors, kColumns>(a, lda, b, depth, c, ldc, add);
+        case 4: return tile<Op, 4, kVectors, kColumns>(a, lda, b, depth, c, ldc, add);
+        case 5: return tile<Op, 5, kVectors, kColumns>(a, lda, b, depth, c, ldc, add);
+        default: return;
+    }
+}
+
+// b in panels of kPanel columns, [panel][depth][column]; the last one may be narrower.
+struct Panels {
+    const float* data;
+    int64_t depth;    // units of k in a panel
+    int64_t columns;  // in all, a multiple of kLanes
+
+    int64_t count() const { return (columns + kPanel - 1) / kPanel; }
+    int64_t width(int64_t p) const {
+        return columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
+    }
+    const float* at(int64_t p, int64_t k) const {
+        return data + p * kPanel * depth + k * width(p);
+    }
+};
+
+// Columns [first_panel * kPanel, ...) of c, ``panels`` panels of them, (+)= a times units
+// [k, k + depth) of b. Sums longer than kDepth are cut, so that a panel's part stays in the cache.
+template <class Op, bool kColumns>
+void multiply(int64_t rows, const float* a, int64_t lda, const Panels& b, int64_t first_panel,
+              int64_t panels, int64_t k, int64_t depth, float* c, int64_t ldc, bool add) {
+    constexpr int64_t kDepth = MK_DEPTH;
+    for (int64_t p = 0; p < panels; ++p) {
+        const int64_t vectors = b.width(first_panel + p) / kLanes;
+        for (int64_t done = 0; done < depth; done += kDepth) {
+            const int64_t part = depth - done < kDepth ? depth - done : kDepth;
+            const float* a_part = a + done * (kColumns ? lda : 1);
+            const float* b_part = b.at(first_panel + p, k + done);
+            float* c_part = c + p * kPanel;
+            const bool add_part = add || done > 0;
+            if (vectors == kTileVectors)
+                panel<Op, kTileVectors, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc,
+                                                  add_part);
+            else if (vectors == 1)
+                panel<Op, 1, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+#if MK_TILE_VECTORS > 2
+            else if (vectors == 2)
+                panel<Op, 2, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+            else
+                panel<Op, 3, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+#endif
+        }
+    }
+}
+
+}  // namespace
+}  // namespace marginkernels

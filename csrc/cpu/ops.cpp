@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// marginkernels::head_fwd_native and head_bwd_native for CPU tensors; marginkernels/ops.py has their
+// schemas and says what they compute.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "head.h"
+
+namespace marginkernels {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Type type_of(at::ScalarType type, const char* name) {
+    switch (type) {
+        case at::kFloat: return Type::kFloat32;
+        case at::kBFloat16: return Type::kBFloat16;
+        case at::kHalf: return Type::kFloat16;
+        default:
+            TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16 or float16, got ", type);
+    }
+}
+
+// (count, D) with the numbers of a row next to each other: a copy where they are not
+Tensor with_dense_rows(const Tensor& t) {
+    return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous();
+}
+
+Rows rows_of(const Tensor& t, const char* name) {
+    return {t.const_data_ptr(), t.stride(0), type_of(t.scalar_type(), name)};
+}
+
+const float* pointer(const OptionalTensor& t) {
+    return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(t->contiguous()) : t;
+}
+
+// Runs a function on every thread of ATen's pool.
+Parallel at_parallel() {
+    const int threads = at::get_num_threads();
+    return {threads, [threads](const std::function<void()>& f) {
+                at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i) f();
+                });
+            }};
+}
+
+// The part of the sweep that both ops are called with; the tensors must outlive it.
+Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
+               const OptionalTensor& bias, bool normalize_x, bool normalize_w,
+               at::ScalarType compute_dtype, c10::string_view transform) {
+    TORCH_CHECK_VALUE(transform == "identity",
+                      "transform: the native backend knows 'identity', got '", transform, "'");
+    TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1),
+                      "w: expected (C, D) for x (N, D) = ", x.sizes(), ", got ", w.sizes());
+    TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0), "y: expected (N,) for x (N, D) = ",
+                      x.sizes(), ", got ", y.sizes());
+    Sweep s = {};
+    s.x = rows_of(x, "x");
+    s.w = rows_of(w, "w");
+    s.y = y.const_data_ptr<int64_t>();
+    s.bias = pointer(bias);
+    s.scale = scale.item<float>();
+    s.normalize_x = normalize_x;
+    s.normalize_w = normalize_w;
+    s.compute = type_of(compute_dtype, "compute_dtype");
+    s.n = x.size(0);
+    s.c = w.size(0);
+    s.d = x.size(1);
+    return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
+    const Tensor& x_,      // (N, D)
+    const Tensor& w_,      // (C, D)
+    const Tensor& y_,      // (N,)
+    const Tensor& scale,   // ()
+    const OptionalTensor& bias_,  // (C,)
+    bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
+    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor&,
+    const OptionalTensor&) {
+    const Tensor x = with_dense_rows(x_), w = with_dense_rows(w_), y = y_.contiguous();
+    const OptionalTensor bias = contiguous(bias_);
+    Sweep s =
+        sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform);
+    TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(s) && s.compute != Type::kFloat16),
+                      "save_tiles: needs both sides normalised, no bias, a scale below 73 and "
+                      "float32 or bfloat16, got scale ", s.scale, " and ", compute_dtype);
+    const auto options = x.options().dtype(at::kFloat);
+    const auto per_row = [&](bool wanted) { return at::empty({wanted ? s.n : 0}, options); };
+    const Tensor lse = per_row(true), d = per_row(true), w_norm = per_row(true);
+    const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
+    const Tensor x_inv = per_row(true), w_inv = at::empty({s.c}, options);
+    const Tensor tiles =
+        save_tiles ? at::empty({s.c, round_up_to(s.n, kTileColumns)}, options.dtype(compute_dtype))
+                   : at::empty({0}, options);
+    s.x_inv = x_inv.mutable_data_ptr<float>();
+    s.w_inv = w_inv.mutable_data_ptr<float>();
+    s.tiles = save_tiles ? tiles.mutable_data_ptr() : nullptr;
+    s.d_out = d.mutable_data_ptr<float>();
+    s.w_norm = w_norm.mutable_data_ptr<float>();
+    s.want_sum = want_sum;
+    s.want_max = want_max;
+    forward(s,
+            {lse.mutable_data_ptr<float>(), logit_sum.mutable_data_ptr<float>(),
+             logit_max.mutable_data_ptr<float>()},
+            at_parallel());
+    return {lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
+    const Tensor& x_,      // (N, D)
+    const Tensor& w_,      // (C, D)
+    const Tensor& y_,      // (N,)
+    const Tensor& scale,   // ()
+    const OptionalTensor& bias_,  // (C,)
+    const Tensor& lse_,    // (N,)
+    const Tensor& x_inv, const Tensor& w_inv_, const Tensor& tiles,
+    const Tensor& grad_lse_,     // (N,)
+    const Tensor& grad_target_,  // (N,)
+    const OptionalTensor& grad_w_norm_, const OptionalTensor& grad_sum_, bool normalize_x,
+    bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
+    bool need_scale, c10::string_view transform, const OptionalTensor&, const OptionalTensor&) {
+    const Tensor x = with_dense_rows(x_), w = with_dense_rows(w_), y = y_.contiguous();
+    const Tensor lse = lse_.contiguous(), w_inv = w_inv_.contiguous();
+    const Tensor grad_lse = grad_lse_.contiguous(), grad_target = grad_target_.contiguous();
+    const OptionalTensor bias = contiguous(bias_), grad_w_norm = contiguous(grad_w_norm_),
+                         grad_sum = contiguous(grad_sum_);
+    Sweep s =
+        sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform);
+    const auto options = x.options().dtype(at::kFloat);
+    const Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
+    const Tensor dw = at::empty(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
+    const Tensor dbias = at::empty({need_bias ? s.c : 0}, options);
+    const Tensor dscale =
+        need_scale ? at::zeros({}, options) : at::empty({0}, options);
+    if (s.n == 0) return {dx, dw.zero_(), dbias.zero_(), dscale};
+    // prepare_rows measures x again
+    const Tensor x_inv_again = at::empty({s.n}, options);
+    s.x_inv = x_inv_again.mutable_data_ptr<float>();
+    s.w_inv = const_cast<float*>(w_inv.const_data_ptr<float>());
+    s.tiles = tiles.numel() > 0 ? const_cast<void*>(tiles.const_data_ptr()) : nullptr;
+    s.target = grad_target.const_data_ptr<float>();
+    s.grad_w_norm = pointer(grad_w_norm);
+    s.need_x = need_x;
+    s.need_w = need_w;
+    s.need_bias = need_bias;
+    s.need_scale = need_scale;
+    s.dx = dx.mutable_data_ptr();
+    s.dw = dw.mutable_data_ptr();
+    s.dbias = dbias.mutable_data_ptr<float>();
+    const double scale_gradient = backward(
+        s,
+        {lse.const_data_ptr<float>(), grad_lse.const_data_ptr<float>(), pointer(grad_sum)},
+        at_parallel());
+    if (need_scale) dscale.fill_(scale_gradient);
+    return {dx, dw, dbias, dscale};
+}
+
+TORCH_LIBRARY_IMPL(marginkernels, CPU, m) {
+    m.impl("head_fwd_native", head_fwd);
+    m.impl("head_bwd_native", head_bwd);
+}
+
+}  // namespace
+}  // namespace marginkernels

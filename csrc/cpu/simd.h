@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// Vectors of MK_VECTOR_BYTES in the compiler's own vector types: the same source is AVX-512, AVX2,
+// SSE2 or NEON. What those types cannot say (bf16 dot products, stores past the cache) is here too.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../math.h"
+
+namespace marginkernels {
+namespace {
+
+typedef float vfloat __attribute__((vector_size(MK_VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(MK_VECTOR_BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(MK_VECTOR_BYTES)));
+typedef uint16_t vhalf __attribute__((vector_size(MK_VECTOR_BYTES / 2)));
+// the same at any address
+typedef float vfloat_at __attribute__((vector_size(MK_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t vhalf_at __attribute__((vector_size(MK_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+constexpr int64_t kLanes = MK_VECTOR_BYTES / sizeof(float);
+
+MK_HOST_DEVICE vfloat load(const float* p) {
+    return *reinterpret_cast<const vfloat_at*>(p);
+}
+
+MK_HOST_DEVICE void store(float* p, vfloat v) {
+    *reinterpret_cast<vfloat_at*>(p) = v;
+}
+
+MK_HOST_DEVICE void store(uint16_t* p, vhalf v) {
+    *reinterpret_cast<vhalf_at*>(p) = v;
+}
+
+MK_HOST_DEVICE vfloat splat(float value) {
+    return value - vfloat{};
+}
+
+MK_HOST_DEVICE vfloat max(vfloat a, vfloat b) {
+    return a > b ? a : b;
+}
+
+MK_HOST_DEVICE float sum(vfloat v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+// past the cache where v is stored whole and never read again here; p aligned to the vector
+MK_HOST_DEVICE void stream(float* p, vfloat v) {
+#if MK_VECTOR_BYTES == 64 && defined(__x86_64__)
+    _mm512_stream_ps(p, __m512(v));
+#elif MK_VECTOR_BYTES == 32 && defined(__x86_64__)
+    _mm256_stream_ps(p, __m256(v));
+#else
+    store(p, v);
+#endif
+}
+
+// bf16: the upper half of an fp32 number
+
+MK_HOST_DEVICE vfloat from_bf16(vhalf bits) {
+    return mk::bit_cast<vfloat>(vuint(__builtin_convertvector(bits, vuint) << 16));
+}
+
+// v as the nearest bf16 number, ties to even; NaN stays NaN
+MK_HOST_DEVICE vfloat round_to_bf16(vfloat v) {
+    const vuint bits = mk::bit_cast<vuint>(v);
+    const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000U;
+    return v == v ? mk::bit_cast<vfloat>(rounded) : v;
+}
+
+// of a v that is a bf16 number
+MK_HOST_DEVICE vhalf to_bf16(vfloat v) {
+    return __builtin_convertvector(vuint(mk::bit_cast<vuint>(v) >> 16), vhalf);
+}
+
+// fp16: five exponent bits, biased by 15; fp32 has eight, biased by 127
+
+MK_HOST_DEVICE vfloat from_fp16(vhalf half) {
+    const vuint bits = __builtin_convertvector(half, vuint);
+    // the multiplication moves the exponent, and normalises what was subnormal
+    vfloat magnitude = mk::bit_cast<vfloat>(vuint((bits & 0x7fff) << 13)) * 0x1p112F;
+    const vuint special = mk::bit_cast<vuint>(magnitude) | 0x7f800000U;
+    magnitude = magnitude >= 65536.0F ? mk::bit_cast<vfloat>(special) : magnitude;
+    return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(magnitude) | ((bits & 0x8000) << 16)));
+}
+
+// v as the nearest fp16 number, ties to even; inf from 65520 on, NaN stays NaN
+MK_HOST_DEVICE vfloat round_to_fp16(vfloat v) {
+    const vuint bits = mk::bit_cast<vuint>(v);
+    const vuint sign = bits & 0x80000000U;
+    const vfloat magnitude = mk::bit_cast<vfloat>(vuint(bits ^ sign));
+    const vuint normal = ((bits ^ sign) + 0xfff + ((bits >> 13) & 1)) & 0xffffe000U;
+    // below 2^-14 the last place is 2^-24, as that of fp32 numbers between 0.5 and 1
+    const vfloat subnormal = (magnitude + 0.75F) - 0.75F;
+    vfloat rounded = magnitude < 0x1p-14F ? subnormal : mk::bit_cast<vfloat>(normal);
+    rounded = rounded >= 65536.0F ? splat(__builtin_inff()) : rounded;
+    rounded = mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(rounded) | sign));
+    return v == v ? rounded : v;
+}
+
+// of a v that is an fp16 number
+MK_HOST_DEVICE vhalf to_fp16(vfloat v) {
+    const vuint bits = mk::bit_cast<vuint>(v);
+    const vuint sign = (bits >> 16) & 0x8000;
+    const vfloat magnitude = mk::bit_cast<vfloat>(vuint(bits & 0x7fffffff));
+    const vuint normal = (mk::bit_cast<vuint>(magnitude) >> 13) - (112 << 10);
+    const vuint subnormal = mk::bit_cast<vuint>(__builtin_convertvector(magnitude * 0x1p24F, vint));
+    const vuint special = (mk::bit_cast<vuint>(magnitude) >> 13 & 0x3ff) | 0x7c00;
+    const vuint finite = magnitude < 0x1p-14F ? subnormal : normal;
+    return __builtin_convertvector(vuint((magnitude < 65536.0F ? finite : special) | sign), vhalf);
+}
+
+}  // namespace
+}  // namespace marginkernels
+
+template <>
+struct mk::Bits<marginkernels::vfloat> {
+    using type = marginkernels::vint;
+};

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// The two sweeps over the classes, one stripe of them at a time. A block of classes by a block of
+// rows of logits exists at a time, transposed (class, row), so that statistics of a row are sums of
+// vectors; W is read once forward and once backward, and dw is written once.
+
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace marginkernels {
+namespace {
+
+constexpr int64_t kBlockRows = 256;  // of x, per block of logits: a multiple of kPanel
+// rows of a block are this much longer, so that columns do not fall into one set of the cache
+constexpr int64_t kSkew = 16;
+constexpr int64_t kLogitsStride = kBlockRows + kSkew;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// What one thread works in.
+struct Scratch {
+    int64_t class_stride;  // padded_d + kSkew
+    float* rounded;        // (block_classes, class_stride) the classes' rows
+    uint16_t* halves;      // the same as bf16, (block_classes, 2 * class_stride)
+    float* q;              // (block_classes,)
+    float* panels;         // the rows once more, operand of dx
+    float* logits;         // (block_classes, kLogitsStride), then exponentials, then G
+    uint16_t* g_rows;      // G as bf16, (block_classes, 2 * kLogitsStride)
+    float* g_pairs;        // and with two classes to a unit, (block_classes / 2, kLogitsStride)
+    float* dw;             // (block_classes, padded_d)
+    float* dbias;          // (block_classes, kLanes)
+    float* radial;         // (block_classes,)
+};
+
+// Hands out arrays from a piece of memory, or without one counts what they would take.
+struct Arena {
+    char* base;
+    size_t used = 0;
+
+    template <class T>
+    void take(T*& array, int64_t count) {
+        array = reinterpret_cast<T*>(base + used);
+        used += round_up(count * sizeof(T), 64);
+    }
+};
+
+// Lays the arrays out from ``base`` on; returns what they take.
+size_t lay_out(const Sweep& s, bool backward, void* base, Scratch& scratch) {
+    Arena arena{static_cast<char*>(base)};
+    const int64_t block = s.block_classes;
+    scratch.class_stride = s.padded_d + kSkew;
+    arena.take(scratch.rounded, block * scratch.class_stride);
+    arena.take(scratch.halves, block * 2 * scratch.class_stride);
+    arena.take(scratch.q, block);
+    arena.take(scratch.logits, block * kLogitsStride);
+    if (!backward) return arena.used;
+    arena.take(scratch.panels, block * s.padded_d);
+    arena.take(scratch.g_rows, block * 2 * kLogitsStride);
+    arena.take(scratch.g_pairs, block * kLogitsStride);
+    arena.take(scratch.dw, block * s.padded_d);
+    arena.take(scratch.dbias, block * kLanes);
+    arena.take(scratch.radial, block);
+    return arena.used;
+}
+
+size_t scratch_bytes(const Sweep& s, bool backward) {
+    Scratch scratch;
+    return lay_out(s, backward, nullptr, scratch);
+}
+
+// (row, class - first) of the rows whose target is one of ``count`` classes from ``first`` on
+template <class F>
+MK_HOST_DEVICE void for_targets(const Sweep& s, int64_t begin, int64_t end, int64_t first,
+                                int64_t count, const F& f) {
+    for (int64_t i = begin; i < end; ++i)
+        if (s.y[i] >= first && s.y[i] < first + count) f(i, s.y[i] - first);
+}
+
+// The classes of one stripe, block by block.
+template <class F>
+MK_HOST_DEVICE void for_blocks(const Sweep& s, int64_t stripe, const F& f) {
+    const int64_t blocks = (s.c + s.block_classes - 1) / s.block_classes;
+    for (int64_t block = blocks * stripe / s.stripes; block < blocks * (stripe + 1) / s.stripes;
+         ++block) {
+        const int64_t first = block * s.block_classes;
+        f(first, smaller(s.block_classes, s.c - first));
+    }
+}
+
+// x in the two forms that the class blocks multiply with
+
+template <class Op>
+Panels logit_panels(const Sweep& s) {
+    return {s.x_panels, s.padded_d / Op::kPerUnit, s.padded_n};
+}
+
+template <class Op>
+Panels gradient_panels(const Sweep& s) {
+    return {s.gradient_panels, s.padded_n / Op::kPerUnit, s.padded_d};
+}
+
+template <class Op>
+void prepare_rows(const Sweep& s, int64_t p) {
+    const Panels panels = logit_panels<Op>(s);
+    const int64_t width = panels.width(p);
+    float* out = const_cast<float*>(panels.at(p, 0));
+    for (int64_t lane = 0; lane < width; ++lane) {
+        const int64_t i = p * kPanel + lane;
+        float* row = s.x_rows + i * s.padded_d;
+        if (i < s.n) {
+            read_row(s, s.x, i, row);
+            const float norm = mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
+            s.x_inv[i] = s.normalize_x ? norm : 1.0F;
+            s.row_scale[i] = s.scale * s.x_inv[i];
+        } else {
+            memset(row, 0, s.padded_d * sizeof(float));
+            s.row_scale[i] = 1.0F;
+        }
+        for (int64_t k = 0; k < panels.depth; ++k) {
+            if constexpr (Op::kPerUnit == 1)
+                out[k * width + lane] = row[k];
+            else
+                out[k * width + lane] = bf16_unit(row[2 * k], row[2 * k + 1]);
+        }
+    }
+}
+
+template <class Op>
+void prepare_gradient(const Sweep& s, int64_t p) {
+    const Panels panels = gradient_panels<Op>(s);
+    const int64_t width = panels.width(p);
+    const auto scaled = [&](int64_t i, int64_t column) {
+        const float* row = s.x_rows + i * s.padded_d + p * kPanel;
+        const vfloat value = s.row_scale[i] * load(row + column) * s.row_weight[i];
+        return Op::kPerUnit == 1 ? value : round_to_bf16(value);
+    };
+    for (int64_t k = 0; k < panels.depth; ++k) {
+        float* out = const_cast<float*>(panels.at(p, k));
+        for (int64_t column = 0; column < width; column += kLanes) {
+            if constexpr (Op::kPerUnit == 1)
+                store(out + column, scaled(k, column));
+            else
+                store(out + column, bf16_units(scaled(2 * k, column), scaled(2 * k + 1, column)));
+        }
+    }
+}
+
+// w, one block of classes
+
+template <class Op>
+void read_classes(const Sweep& s, int64_t first, int64_t count, bool measure, Scratch& scratch) {
+    for (int64_t j = 0; j < count; ++j) {
+        float* row = scratch.rounded + j * scratch.class_stride;
+        read_row(s, s.w, first + j, row);
+        if (measure)
+            s.w_inv[first + j] =
+                mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
+        scratch.q[j] = s.normalize_w ? s.w_inv[first + j] : 1.0F;
+        if constexpr (Op::kPerUnit == 2)
+            narrow(row, s.padded_d, scratch.halves + j * 2 * scratch.class_stride);
+    }
+}
+
+// The classes of the block as operand of dx: [panel][class][feature]
+template <class Op>
+Panels pack_classes(const Sweep& s, int64_t count, Scratch& scratch) {
+    const int64_t stride = scratch.class_stride;
+    if (count % Op::kPerUnit != 0)  // the last unit of two classes is half empty
+        memset(scratch.rounded + count * stride, 0, s.padded_d * sizeof(float));
+    const Panels panels = {scratch.panels, (count + Op::kPerUnit - 1) / Op::kPerUnit, s.padded_d};
+    for (int64_t p = 0; p < panels.count(); ++p) {
+        for (int64_t k = 0; k < panels.depth; ++k) {
+            const float* row = scratch.rounded + k * Op::kPerUnit * stride + p * kPanel;
+            float* out = const_cast<float*>(panels.at(p, k));
+            for (int64_t column = 0; column < panels.width(p); column += kLanes) {
+                if constexpr (Op::kPerUnit == 1)
+                    store(out + column, load(row + column));
+                else
+                    store(out + column, bf16_units(load(row + column), load(row + stride + column)));
+            }
+        }
+    }
+    return panels;
+}
+
+// <x_i, w_j> of the block for rows [begin, begin + rows), transposed
+template <class Op>
+void multiply_logits(const Sweep& s, int64_t begin, int64_t rows, int64_t count,
+                     const Scratch& scratch) {
+    const float* classes = Op::kPerUnit == 1 ? scratch.rounded
+                                             : reinterpret_cast<const float*>(scratch.halves);
+    const int64_t depth = (s.d + Op::kPerUnit - 1) / Op::kPerUnit;
+    multiply<Op, false>(count, classes, scratch.class_stride, logit_panels<Op>(s), begin / kPanel,
+                        (rows + kPanel - 1) / kPanel, 0, depth, scratch.logits, kLogitsStride,
+                        false);
+}
+
+}  // namespace
+}  // namespace marginkernels
