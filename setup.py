@@ -17,8 +17,7 @@ from setuptools.command.build_ext import build_ext
 NAME = "marginkernels._C"
 # no -march: sources choose instruction sets by pragma and at run time. -fopenmp is for the compiler
 # alone: the linker would add a second OpenMP runtime beside the one that torch brings
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall",
-             "-fopenmp"]  # fmt: skip
+CXX_FLAGS = "-O3 -g0 -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -fopenmp".split()
 NO_TORCH = (
     "marginkernels: its C++ extension is built against the torch of the environment that it is "
     "installed in, and there is none: install torch first, pass --no-build-isolation if your tool "
@@ -47,10 +46,10 @@ def wants_cuda(choice: str, torch_cuda: str | None, cuda_home: str | None, files
         missing.append("CUDA sources (csrc/cuda/*.cu)")
     if torch_cuda is None:
         missing.append("a CUDA build of torch")
-    if cuda_home is None or not Path(cuda_home, "bin", "nvcc").exists():
+    elif cuda_home is None or not Path(cuda_home, "bin", "nvcc").exists():
         missing.append("nvcc (on PATH or in CUDA_HOME)")
     if choice == "1" and missing:
-        raise SystemExit("MARGINKERNELS_CUDA=1: there is no " + ", no ".join(missing))
+        raise SystemExit("MARGINKERNELS_CUDA=1: missing " + " and ".join(missing))
     return choice != "0" and not missing
 
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+
+# `make test` and `make demo` need python3 with venv and headers, make and a C++ compiler; the rest
+# goes into $(VENV). For another build of torch set TORCH to arguments of pip install.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+CXX ?= g++
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)  # for ninja
+COMPILED := $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: test demo bench lint format sanitize clean FORCE
+
+test: build/extension
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+demo: build/extension
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+bench: build/extension
+	$(BIN)/python -m benchmarks.head $(BENCH_ARGS)
+
+lint: $(VENV)/package
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/package
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+# the kernels without torch, every instruction set that this processor has
+sanitize: build/sanitize
+	build/sanitize
+
+build/sanitize: $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) tests/native/driver.cpp
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $^ -o $@
+
+# not by pip, which would compile everything again
+build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/package: pyproject.toml $(VENV)/torch
+	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[test,demo,dev]'
+	touch $@
+
+# first, because the package alone would bring the newest release
+$(VENV)/torch: $(VENV)/torch.txt
+	pip install -q $(TORCH) 'setuptools>=77' ninja
+	touch $@
+
+# changes only when TORCH does
+$(VENV)/torch.txt: FORCE | $(BIN)/python
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+	    { echo 'error: $(PYTHON) has no venv (Debian, Ubuntu: apt install python3-venv)'; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+	    || { echo 'error: $(PYTHON) has no headers (Debian, Ubuntu: apt install python3-dev)'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info marginkernels/_C.*
