@@ -162,7 +162,7 @@ def _tile_obstacles(
     return {
         f"normalize={normalize!r}": normalize != "both",
         "a bias": bias is not None,
-        f"label_smoothing={label_smoothing:g}": label_smoothing > 0,
+        "label_smoothing": label_smoothing > 0,
         "a scale that is no number": not is_number,
         # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
         "a scale of 73 or more": is_number and scale >= 73,

@@ -23,7 +23,7 @@ class Problem:
     settings: dict = field(default_factory=dict)  # margin, scale, normalize, ...
 
     def solve(self, function, dtype=None, **more):
-        """Row losses, and the gradients of their weighted sum, from ``function``."""
+        """Row losses from ``function``, and the gradients of a weighted sum of them."""
         leaves = [
             t if t is None else t.detach().to(dtype or t.dtype) for t in (self.x, self.w, self.bias)
         ]
@@ -32,11 +32,10 @@ class Problem:
             k: v.to(dtype) if dtype and isinstance(v, torch.Tensor) else v
             for k, v in self.settings.items()
         }
-        loss = function(
-            leaves[0], leaves[1], self.y, bias=leaves[2], reduction="none", **settings, **more
-        )
+        settings = dict(reduction="none", bias=leaves[2]) | settings | more
+        loss = function(leaves[0], leaves[1], self.y, **settings)
         # uneven upstream gradients: an error that cancels in the mean does not cancel here
-        upstream = torch.linspace(0.5, 1.5, len(self.y), dtype=loss.dtype, device=loss.device)
+        upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device)
         wanted = [t for t in leaves if t is not None]
         return [loss, *torch.autograd.grad((loss * upstream).sum(), wanted)]
 
@@ -49,12 +48,10 @@ class Problem:
         return self.solve(margin_cross_entropy, torch.float64, backend="reference")
 
     def solve_plain(self, draws=12):
-        """Today's path in the same type (autocast where x is wider than the compute type), in
-        several draws.
+        """Today's path in the same type, under autocast where x is wider: several draws of it.
 
-        A rotation of the features changes nothing but the rounding errors: any one where the
-        operands are wider than the type they are rounded to, else a permutation, which keeps them
-        as they are.
+        An orthogonal map of the features changes nothing but the rounding errors: a permutation,
+        and a reflection too where the operands are wider than the type they are rounded to.
         """
         d, device = self.x.shape[1], self.x.device
         compute = self.compute_dtype or self.x.dtype
@@ -63,13 +60,19 @@ class Problem:
             autocast = torch.autocast(device.type, compute)
         solutions = []
         for _ in range(draws):
-            rotation = torch.eye(d, dtype=torch.float64, device=device)[torch.randperm(d)]
+            order = torch.randperm(d, device=device)
+            normal = torch.zeros(d, dtype=torch.float64, device=device)
             if compute.itemsize < min(self.x.itemsize, self.w.itemsize):
-                rotation = torch.linalg.qr(torch.randn_like(rotation))[0]
-            x, w = ((t.double() @ rotation).to(t.dtype) for t in (self.x, self.w))
+                normal = torch.nn.functional.normalize(torch.randn_like(normal), dim=0)
+
+            def reflect(t, normal=normal):
+                return t.double() - 2 * (t.double() @ normal)[:, None] * normal
+
+            x, w = (reflect(t[:, order]).to(t.dtype) for t in (self.x, self.w))
             with autocast:
                 loss, dx, dw, *dbias = replace(self, x=x, w=w).solve(plain_margin_cross_entropy)
-            solutions.append([loss, dx.double() @ rotation.T, dw.double() @ rotation.T, *dbias])
+            dx, dw = (reflect(t)[:, order.argsort()] for t in (dx, dw))
+            solutions.append([loss, dx, dw, *dbias])
         return solutions
 
     def check(self, backend, exact=None, plain=None, conditioning=1.0, **more):

@@ -4,15 +4,16 @@
 
 import pytest
 import torch
-from problems import random_problem
 
 from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy
+from marginkernels.testing import plain_margin_cross_entropy
+from problems import random_problem
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 # one shape per regime of the kernels: a single number; one row; one class (no negatives); fewer
 # classes than a block and odd D; several blocks with a ragged last one and D across a K block (500,
-# 513); many rows; D = 1024
+# 513); many rows; large D
 SHAPES = [
     (1, 1, 1),
     (1, 300, 31),
@@ -22,6 +23,7 @@ SHAPES = [
     (70, 300, 513),
     (300, 700, 64),
     (9, 257, 1024),
+    (4, 33, 5001),
 ]
 # x, w, compute: the pure types, and 16-bit compute on fp32 masters
 DTYPES = [
@@ -34,8 +36,32 @@ DTYPES = [
 ]
 
 
+class MarginOfNorms(torch.nn.Module):
+    """Differentiable in both norms, as MagFace's is in one."""
+
+    def forward(self, c, rows):
+        given = 0.0 if rows.row_margin is None else rows.row_margin
+        return c - 0.1 * torch.tanh(rows.x_norm) - 0.2 * torch.tanh(rows.w_norm) - given
+
+
 def ids(values):
     return ["-".join(str(v).removeprefix("torch.") for v in value) for value in values]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normalize", ["both", "weight", "none"])
+def test_the_judge_is_the_plain_head_in_fp64(normalize, bias, label_smoothing, reduction, device):
+    settings = dict(margin=MarginOfNorms(), scale=torch.tensor(0.7), normalize=normalize)
+    problem = random_problem(23, 41, 6, device=device, bias=bias, **settings)
+    problem.settings |= dict(label_smoothing=label_smoothing, row_margin=torch.rand(23))
+    problem.settings |= dict(sample_weight=torch.rand(23), reduction=reduction)
+    problem.y[::5] = -100
+    ours = problem.solve(margin_cross_entropy, torch.float64, backend="reference")
+    plain = problem.solve(plain_margin_cross_entropy, torch.float64)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=ids(DTYPES))
@@ -56,19 +82,19 @@ def test_normalize_modes_bias_and_smoothing(
     normalize, bias, margin, dtypes, backend, device, poisoned
 ):
     scale = {"both": 16.0, "weight": 2.0, "none": 0.2}[normalize]
-    problem = random_problem(
-        37,
-        301,
-        48,
-        device=device,
-        dtypes=dtypes,
-        bias=bias,
-        margin=margin,
-        scale=scale,
-        normalize=normalize,
-    )
+    settings = dict(margin=margin, scale=scale, normalize=normalize)
+    # D across a K block: the target's dot product and the bias are added once, not once per block
+    problem = random_problem(37, 301, 530, device=device, dtypes=dtypes, bias=bias, **settings)
     problem.check(backend)
     problem.settings["label_smoothing"] = 0.1
+    problem.check(backend)
+
+
+@pytest.mark.parametrize("normalize", ["both", "none"])
+def test_gradients_flow_through_the_norms(normalize, backend, device):
+    settings = dict(margin=MarginOfNorms(), scale=4.0, normalize=normalize)
+    problem = random_problem(20, 70, 3, device=device, **settings)
+    problem.x, problem.w = 0.4 * problem.x, 0.4 * problem.w  # where tanh still rises
     problem.check(backend)
 
 

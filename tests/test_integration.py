@@ -6,11 +6,22 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from marginkernels import ArcFace, CosFace, MarginSoftmaxHead, NSoftmax, margin_cross_entropy, ops
+from marginkernels import (
+    ArcFace,
+    CosFace,
+    MarginSoftmaxHead,
+    NSoftmax,
+    functional,
+    margin_cross_entropy,
+    modules,
+    ops,
+)
 from marginkernels.testing import plain_margin_cross_entropy
 
 N, C, D = 12, 50, 8
@@ -63,28 +74,33 @@ def test_opcheck_of_the_checks(device):
     torch.library.opcheck(torch.ops.marginkernels.checked_labels, (y, 4, -100))
 
 
-def test_compile_is_whole_and_does_not_recompile(backend, device):
-    head = make_head(
-        backend, device, bias=True, margin=ArcFace(torch.tensor(0.1)), label_smoothing=0.1
-    )
+@pytest.mark.parametrize("plain", [False, True])
+def test_compile_is_whole_and_does_not_recompile(plain, backend, device):
+    """For a new number of rows or a new value in a tensor, with every output of the sweep or few.
+
+    An output that is not asked for has no gradient, which a compiled graph hands over as zeros.
+    """
+    extras = {} if plain else dict(bias=True, label_smoothing=0.1, normalize="none")
+    margin, scale = ArcFace(torch.tensor(0.1)), torch.nn.Parameter(torch.tensor(1.0))
+    head = make_head(backend, device, margin=margin, scale=scale, **extras).to(device)
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(x, y, head):
         loss, stats = head(x, y, return_stats=True)
-        return loss, stats.correct
+        return loss, *stats
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
-    sizes = [12, 9, 20, 33, 7]
-    for i, n in enumerate(sizes):
+    for i, n in enumerate([12, 9, 20, 33, 7]):
         x, y = batch(device, n)
+        y[1] = head.ignore_index
         head.margin.m.fill_(0.1 * i)
+        head.scale.data.fill_(1.0 + i)
         results = []
         for function in (compiled, step):
             leaf = x.clone().requires_grad_()
-            loss, correct = function(leaf, y, head)
-            results.append(
-                [loss, correct, *torch.autograd.grad(loss, (leaf, head.weight, head.bias))]
-            )
+            loss, *stats = function(leaf, y, head)
+            gradients = torch.autograd.grad(loss, (leaf, *head.parameters()))
+            results.append([loss, *stats, *gradients])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count <= 2  # once for the first size, once for any size
@@ -136,10 +152,31 @@ def test_autocast_decides_the_compute_type(backend, device):
     assert torch.equal(gradient, torch.autograd.grad(loss, head.weight)[0])
     head.compute_dtype = torch.float32
     assert not torch.equal(under_autocast, head(x, y))
-    double = MarginSoftmaxHead(
-        D, C, margin=NSoftmax(), scale=4.0, device=device, dtype=torch.float64
-    )
-    assert double(x, y).dtype == torch.float64
+
+
+def test_either_operand_in_fp64_decides_the_compute_type(device):
+    x, y = batch(device)
+    single = make_head("auto", device)
+    double = copy.deepcopy(single).double()
+    with torch.autocast(device, torch.bfloat16):
+        expected = double(x.double(), y)
+        assert expected.dtype == torch.float64
+        assert torch.equal(single(x.double(), y), expected)
+        assert torch.equal(double(x, y), expected)
+
+
+def test_numbers_and_types_of_scale_and_margin_do_not_change_the_loss(device):
+    head = make_head("auto", device, margin=CosFace(0.25))
+    x, y = batch(device)
+    expected = head(x, y)
+    for scale in (16, np.float32(16), np.int64(16), torch.tensor(16.0, dtype=torch.float64)):
+        head.scale = scale
+        torch.testing.assert_close(head(x, y), expected)
+    for dtype in (torch.float16, torch.float64):
+        row_margin = torch.full((N,), 0.25, dtype=dtype, device=device)
+        torch.testing.assert_close(head(x, y, row_margin=row_margin), expected)
+        head.margin = CosFace(torch.full((C,), 0.25, dtype=dtype, device=device))
+        torch.testing.assert_close(head(x, y), expected)
 
 
 def test_grad_scaler_with_fp16(backend, device):
@@ -176,29 +213,62 @@ def test_gradients_accumulate_and_scale(backend, device):
     torch.testing.assert_close(head.weight.grad, 2 * whole)
 
 
-def test_no_work_for_a_gradient_nobody_needs(backend, device, monkeypatch):
-    needs = []
-    op = ops.head_bwd(backend)
-    monkeypatch.setattr(
-        ops,
-        "head_bwd",
-        lambda _: lambda *a, **k: needs.append((k["need_x"], k["need_w"])) or op(*a, **k),
-    )
-    head = make_head(backend, device)
-    x, y = batch(device)
-    head(x, y).backward()
-    head.weight.requires_grad_(False)
-    head(x.requires_grad_(), y).backward()
-    assert needs == [(False, True), (True, False)]
-    assert not head(x.detach(), y).requires_grad
+@pytest.fixture
+def asked(monkeypatch):
+    """The settings of every call of an op, in turn."""
+    calls = []
+
+    def spy(handle):
+        def of_backend(backend):
+            op = handle(backend)
+            return lambda *args, **settings: calls.append(settings) or op(*args, **settings)
+
+        return of_backend
+
+    for name in ("head_fwd", "head_bwd"):
+        monkeypatch.setattr(ops, name, spy(getattr(ops, name)))
+    return calls
 
 
-def test_no_grad_keeps_nothing(backend, device):
+def test_no_work_for_a_gradient_nobody_needs(backend, device, asked):
+    head = make_head(backend, device, bias=True)
+    x, y = batch(device)
+    names = ("need_x", "need_w", "need_bias", "need_scale")
+    for x_needs, w_needs in ((False, True), (True, False), (True, True)):
+        x.requires_grad_(x_needs)
+        head.requires_grad_(w_needs)
+        head(x, y).backward()
+        assert [asked[-1][name] for name in names] == [x_needs, w_needs, w_needs, False]
+    assert not head.requires_grad_(False)(x.detach(), y).requires_grad
+
+
+def test_stats_and_smoothing_are_computed_only_where_asked_for(backend, device, asked):
     head = make_head(backend, device)
     x, y = batch(device)
-    with torch.no_grad():
-        loss = head(x.requires_grad_(), y)
-    assert loss.grad_fn is None
+    for smoothing, stats in ((0.0, False), (0.1, False), (0.0, True)):
+        head.label_smoothing = smoothing
+        head(x, y, return_stats=stats)
+        assert (asked[-1]["want_sum"], asked[-1]["want_max"]) == (smoothing > 0, stats)
+
+
+def test_no_grad_keeps_nothing(backend, device, asked):
+    head = make_head(backend, device, save_tiles="auto" if backend == "reference" else True)
+    x, y = batch(device)
+    assert head(x.requires_grad_(), y).requires_grad
+    assert asked[-1]["save_tiles"] == (backend != "reference")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = head(x, y)
+        assert loss.grad_fn is None and not asked[-1]["save_tiles"]
+
+
+def test_automatic_tiles_stay_below_256_mib():
+    for compute_dtype, n in ((torch.float32, 64), (torch.bfloat16, 128)):
+        x = torch.empty(n, 2, device="meta", requires_grad=True)
+        for c, kept in ((1 << 20, True), ((1 << 20) + 1, False)):
+            w = torch.empty(c, 2, device="meta")
+            assert functional._keep_tiles("auto", {}, x, w, compute_dtype) == kept
+            assert functional._keep_tiles(True, {}, x, w, compute_dtype)
 
 
 def test_learnable_scale_margin_and_module_scale(backend, device):
@@ -241,6 +311,32 @@ def test_logits_and_topk_need_no_labels(device):
         torch.testing.assert_close(values, logits.topk(7).values)
         assert torch.equal(logits.gather(1, classes), values)
     assert head.topk(x, 9000)[0].shape == (N, 9000)
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the most numbers in any tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return result
+
+
+def test_topk_never_holds_all_logits(device, monkeypatch):
+    monkeypatch.setattr(modules, "_CHUNK", 300)
+    head = MarginSoftmaxHead(4, 3100, margin=NSoftmax(), scale=3.0, bias=True, device=device)
+    x = torch.randn(N, 4, device=device, requires_grad=True)
+    expected = head.logits(x).topk(5)
+    with LargestResult() as largest:
+        values, classes = head.topk(x, 5)
+    assert torch.equal(values, expected.values) and torch.equal(classes, expected.indices)
+    assert not values.requires_grad and largest.numel == N * 300
 
 
 def test_head_copies_pickles_saves_and_prints(device):

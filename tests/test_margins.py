@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Each margin against its textbook formula, at its branch points and at the ends of the cosine's
-range.
-"""
+"""Each margin against its textbook formula, also at branch points and the ends of the range."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,11 +135,25 @@ def test_tables_and_row_margins():
         )
     (dm,) = torch.autograd.grad(t.sum(), table)
     assert (dm != 0).all()
-    given = torch.full((6,), 0.3)
-    torch.testing.assert_close(
-        margin(c, rows(6, row_margin=given, label=label)), ArcFace(0.3)(c, rows(6))
-    )
     assert list(CosFace(torch.tensor(0.2)).buffers()) == [torch.tensor(0.2)]
+    given = rows(6, row_margin=torch.full((6,), 1.2), label=label)
+    for kind in (ArcFace, CosFace, SphereFace, lambda m: CombinedMargin(0.9, m, 0.1)):
+        replaced = kind(torch.tensor([1.0, 1.1, 1.3]))
+        torch.testing.assert_close(replaced(c, given), kind(1.2)(c, rows(6)))
+
+
+def test_numbers_of_any_kind_and_tensors_of_any_type():
+    c, expected = torch.linspace(-0.9, 0.9, 7), ArcFace(1.0)(torch.linspace(-0.9, 0.9, 7), rows(7))
+    margin = ArcFace(0.5)
+    for m in (1, np.float32(1), np.float64(1), np.int64(1)):
+        margin.m = m
+        for each in (margin, ArcFace(m)):
+            assert torch.equal(each(c, rows(7)), expected) and "m=1" in repr(each)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        one = torch.ones((), dtype=dtype)  # its cosine is not a number of the narrow types
+        for given in (ArcFace(one)(c, rows(7)), ArcFace(one.expand(1).clone())(c, rows(7))):
+            torch.testing.assert_close(given, expected)
+        torch.testing.assert_close(ArcFace(0.5)(c, rows(7, row_margin=one.expand(7))), expected)
 
 
 def test_safe_functions_are_exact_and_bounded():
