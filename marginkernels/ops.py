@@ -104,7 +104,7 @@ def _head_fwd_fake(x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum,
 
 
 def _tiles_fake(x, w, compute_dtype):
-    return x.new_empty((w.shape[0], x.shape[0]), dtype=compute_dtype)
+    return x.new_empty((w.shape[0], (x.shape[0] + 15) // 16 * 16), dtype=compute_dtype)
 
 
 def _head_bwd_fake(x, w, y, scale, *_, compute_dtype, need_x, need_w, need_bias, need_scale, **__):

@@ -11,7 +11,8 @@
 #include <cstring>
 
 // the standard headers above stay outside: their functions are shared with code for older processors
-#if defined(__clang__)
+#if defined(MK_EMULATE)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
@@ -25,7 +26,7 @@
 
 const marginkernels::Kernels marginkernels::k_avx2 = kernels<Float32>();
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(MK_EMULATE)
 #pragma clang attribute pop
 #endif
 

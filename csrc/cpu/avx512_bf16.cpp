@@ -11,7 +11,8 @@
 #include <cstring>
 
 // the standard headers above stay outside: their functions are shared with code for older processors
-#if defined(__clang__)
+#if defined(MK_EMULATE)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
@@ -21,12 +22,12 @@
 #define MK_TILE_VECTORS 4
 #define MK_DEPTH 512
 #define MK_BLOCK_CLASSES 126
-#define MK_BF16 1
+#define MK_BF16
 #include "kernels.h"
 
 const marginkernels::Kernels marginkernels::k_avx512_bf16 = kernels<BFloat16>();
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(MK_EMULATE)
 #pragma clang attribute pop
 #endif
 

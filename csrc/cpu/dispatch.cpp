@@ -19,13 +19,17 @@ struct Capability {
 // from the least to the best
 std::vector<Capability> capabilities() {
     std::vector<Capability> all = {{"default", true, &k_default, &k_default}};
-#if defined(__x86_64__)
+#if defined(MK_EMULATE)
+    const bool avx2 = true, avx512 = true, bf16 = true;
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(__x86_64__)
     all.push_back({"avx2", avx2, &k_avx2, &k_avx2});
     all.push_back({"avx512", avx512, &k_avx512, &k_avx512});
     all.push_back({"avx512_bf16", bf16, &k_avx512, &k_avx512_bf16});
@@ -33,22 +37,23 @@ std::vector<Capability> capabilities() {
     return all;
 }
 
+// The best one, or the best whose name is or begins with what was asked for: "avx512" includes the
+// bf16 products of the processors that have them.
 Capability choose() {
     const std::vector<Capability> all = capabilities();
-    const char* const asked = std::getenv("MARGINKERNELS_CPU");
-    // "avx512" includes its bf16 products where the processor has them
-    const std::string limit = asked == nullptr || *asked == '\0' ? "avx512" : asked;
+    const char* const variable = std::getenv("MARGINKERNELS_CPU");
+    const std::string asked = variable == nullptr ? "" : variable;
     const Capability* best = nullptr;
-    std::string names, missing = "of no such name";
+    std::string names, problem = "unknown";
     for (const Capability& one : all) {
-        const std::string family = std::string(one.name).substr(0, limit.size());
-        if (one.here && (asked == nullptr || *asked == '\0' || family == limit)) best = &one;
-        if (family == limit) missing = "which this processor lacks";
-        names += std::string(names.empty() ? "" : ", ") + one.name;
+        names += (names.empty() ? "" : ", ") + std::string(one.name);
+        if (std::string(one.name).compare(0, asked.size(), asked) != 0) continue;
+        problem = "which this processor lacks";
+        if (one.here) best = &one;
     }
     if (best == nullptr)
-        throw std::runtime_error("MARGINKERNELS_CPU: expected one of " + names + ", got '" + limit +
-                                 "', " + missing);
+        throw std::runtime_error("MARGINKERNELS_CPU: expected one of " + names + ", got '" + asked +
+                                 "', " + problem);
     return *best;
 }
 

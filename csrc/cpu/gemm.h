@@ -28,16 +28,19 @@ struct BFloat16 {
     static constexpr int64_t kPerUnit = 2;
 
     static MK_HOST_DEVICE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
-#if MK_BF16 == 1
-        return vfloat(_mm512_dpbf16_ps(__m512(c), __m512bh(a), __m512bh(b)));
-#else
-        // the same from plain fp32 instructions, to test this format where there are no others
-        const auto low = [](vfloat v) { return mk::bit_cast<vfloat>(mk::bit_cast<vint>(v) << 16); };
-        const auto high = [](vfloat v) {
-            return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(v) & 0xffff0000U));
-        };
+#ifdef MK_EMULATE
         return high(a) * high(b) + (low(a) * low(b) + c);
+#else
+        return vfloat(_mm512_dpbf16_ps(__m512(c), __m512bh(a), __m512bh(b)));
 #endif
+    }
+
+    static MK_HOST_DEVICE vfloat low(vfloat unit) {
+        return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(unit) << 16));
+    }
+
+    static MK_HOST_DEVICE vfloat high(vfloat unit) {
+        return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(unit) & 0xffff0000U));
     }
 };
 #endif

@@ -144,7 +144,7 @@ double backward(Sweep s, const RowGradients& rows, const Parallel& parallel) {
     std::vector<float> weight(s.padded_n, 1.0F);
     if (s.tiles != nullptr)  // kept before lse and a were known: they weigh the rows instead
         for (int64_t i = 0; i < s.padded_n; ++i)
-            weight[i] = a[i] == 0 ? 0 : a[i] * std::exp(double(s.offset) - lse[i]);
+            weight[i] = std::isinf(lse[i]) ? 0 : a[i] * std::exp(double(s.offset) - lse[i]);
     s.a = a.data();
     s.u = rows.u == nullptr ? nullptr : u.data();
     s.lse = lse.data();

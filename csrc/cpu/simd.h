@@ -2,7 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // Vectors of MK_VECTOR_BYTES in the compiler's own vector types: the same source is AVX-512, AVX2,
-// SSE2 or NEON. What those types cannot say (bf16 dot products, stores past the cache) is here too.
+// SSE2 or NEON. What those types cannot say (bf16 dot products, stores past the cache) is said by
+// intrinsics, and with MK_EMULATE in plain C++, so that every variant can be tested anywhere.
 
 #pragma once
 
@@ -49,14 +50,14 @@ MK_HOST_DEVICE float sum(vfloat v) {
     return total;
 }
 
-// past the cache where v is stored whole and never read again here; p aligned to the vector
+// A store past the cache, for what is not read again soon; p is aligned to the vector.
 MK_HOST_DEVICE void stream(float* p, vfloat v) {
-#if MK_VECTOR_BYTES == 64 && defined(__x86_64__)
-    _mm512_stream_ps(p, __m512(v));
-#elif MK_VECTOR_BYTES == 32 && defined(__x86_64__)
+#if defined(MK_EMULATE) || MK_VECTOR_BYTES == 16
+    store(p, v);
+#elif MK_VECTOR_BYTES == 32
     _mm256_stream_ps(p, __m256(v));
 #else
-    store(p, v);
+    _mm512_stream_ps(p, __m512(v));
 #endif
 }
 
