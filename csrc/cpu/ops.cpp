@@ -10,6 +10,10 @@
 
 #include "head.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace marginkernels {
 namespace {
 
@@ -41,6 +45,21 @@ const float* pointer(const OptionalTensor& t) {
 
 OptionalTensor contiguous(const OptionalTensor& t) {
     return t.has_value() ? OptionalTensor(t->contiguous()) : t;
+}
+
+// A new tensor whose first touch, inside the sweep, faults in 2 MiB at a time where Linux lets it: in
+// 4 KiB pages that costs as much as a third of the sweep.
+Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    Tensor t = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t kHugePage = 2 << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (begin + t.nbytes()) / kHugePage * kHugePage;
+    // a hint: where it is refused, pages stay small
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return t;
 }
 
 // Runs a function on every thread of ATen's pool.
@@ -100,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
     const Tensor x_inv = per_row(true), w_inv = at::empty({s.c}, options);
     const Tensor tiles =
-        save_tiles ? at::empty({s.c, round_up_to(s.n, kTileColumns)}, options.dtype(compute_dtype))
+        save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, kTileColumns)},
+                                         options.dtype(compute_dtype))
                    : at::empty({0}, options);
     s.x_inv = x_inv.mutable_data_ptr<float>();
     s.w_inv = w_inv.mutable_data_ptr<float>();
@@ -138,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
         sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform);
     const auto options = x.options().dtype(at::kFloat);
     const Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
-    const Tensor dw = at::empty(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
+    const Tensor dw =
+        empty_in_huge_pages(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
     const Tensor dbias = at::empty({need_bias ? s.c : 0}, options);
     const Tensor dscale =
         need_scale ? at::zeros({}, options) : at::empty({0}, options);
