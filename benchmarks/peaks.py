@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 GEMM_SIZE = 2048
+SMALLER_GEMM_SIZES = (256, 512, 1024)
+ENOUGH_SECONDS = 0.02  # for a measurement of a peak
 COPY_BYTES = 256 << 20
 ROOFS = {"fp32": "fma", "bf16": "bf16 dot"}  # the peak of the cores by compute type
 
@@ -59,9 +61,22 @@ def _compile_loops() -> ctypes.CDLL:
 
 
 def _gemm(dtype: torch.dtype, device: str) -> Probe:
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    """torch.mm of squares of GEMM_SIZE, or as many as it gets through in reasonable time.
+
+    Without instructions for the type torch.mm falls back to a loop that is a thousand times slower.
+    """
+    for size in SMALLER_GEMM_SIZES:
+        probe = _square_gemm(size, dtype, device)
+        probe()
+        if 2 * size**3 * 1e-9 / probe() > ENOUGH_SECONDS:
+            return probe
+    return _square_gemm(GEMM_SIZE, dtype, device)
+
+
+def _square_gemm(size: int, dtype: torch.dtype, device: str) -> Probe:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return lambda: 2 * GEMM_SIZE**3 / _seconds(lambda: torch.mm(a, b, out=out), device) * 1e-9
+    return lambda: 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device) * 1e-9
 
 
 def _copy(device: str) -> Probe:

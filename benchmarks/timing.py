@@ -15,6 +15,8 @@ from .contenders import Contender, Operands, Shape, contenders, problem
 from .process import Memory
 
 WARM_UP_STEPS = 2
+# as autocast is on a CPU without bf16 instructions: the other contenders would wait for hours
+TOO_SLOW_MS = 30_000
 # OpenMP's threads spin for some milliseconds after their last task, on a core that others need
 SETTLE_SECONDS = 0.02
 
@@ -87,10 +89,12 @@ def _warmed_up(config: Config, operands: Operands) -> tuple[list[Contender], dic
     runners, skipped = [], {}
     for contender in contenders(config.backend, config.only):
         try:
-            for _ in range(WARM_UP_STEPS):
-                step(contender, operands)
+            milliseconds = [step(contender, operands).ms for _ in range(WARM_UP_STEPS)]
         except (RuntimeError, ValueError, NotImplementedError) as error:
             skipped[contender.name] = str(error).splitlines()[0]
+            continue
+        if milliseconds[-1] > TOO_SLOW_MS:
+            skipped[contender.name] = f"a step takes {milliseconds[-1] / 1e3:.0f} s"
         else:
             runners.append(contender)
     return runners, skipped

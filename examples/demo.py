@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from marginkernels import ArcFace, MarginSoftmaxHead, backend_report, backends
-from marginkernels.testing import plain_margin_cross_entropy
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +26,8 @@ import evaluate
 import measure
 import model
 import plots
+from marginkernels import ArcFace, MarginSoftmaxHead, backend_report, backends
+from marginkernels.testing import plain_margin_cross_entropy
 
 MARGIN = 0.2  # radians
 SCALE = 32.0

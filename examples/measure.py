@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from marginkernels import ArcFace, margin_cross_entropy
 from marginkernels.testing import plain_margin_cross_entropy
-from torch import Tensor
 
 HEADS = ("fused", "torch")
 ROUNDS = 30

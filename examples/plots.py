@@ -14,8 +14,8 @@ from data import GALLERY_DESIGN, PROBE_DESIGN, Split
 from evaluate import FAR, FAR_GRID, AllPairs, Pairs, TenFold
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 RIGHT, WRONG, BEFORE, ACCENT = "#2b8a3e", "#c92a2a", "#868e96", "#1864ab"
 COLUMNS = 8  # sample pairs per row
@@ -156,12 +156,9 @@ def draw_roc(axes: Axes, results: Results) -> None:
         ("untrained", results.before, BEFORE),
         ("trained", results.after, ACCENT),
     ):
-        label = f"{name}: AUC {all_pairs.auc:.4f}"
+        label = f"{name}: AUC {all_pairs.auc:.4f}\n{all_pairs.tar:.3f} at FAR $10^{{-3}}$"
         axes.plot(FAR_GRID, all_pairs.roc, color=color, linewidth=2, label=label)
-    tar = results.after[1].tar
-    axes.plot([FAR], [tar], "o", color=ACCENT)
-    axes.annotate(f"{tar:.3f} at FAR $10^{{-3}}$", (FAR, tar), (10, -12),
-                  textcoords="offset points")  # fmt: skip
+        axes.plot([FAR], [all_pairs.tar], "o", color=color)
     axes.set(xscale="log", xlim=(FAR_GRID[0], 1), ylim=(0, 1.02))
     axes.set(xlabel="false accept rate", ylabel="true accept rate", title="Verification ROC")
     axes.grid(alpha=0.3)
