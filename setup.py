@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 NAME = "marginkernels._C"
 # no -march: sources choose instruction sets by pragma and at run time. -fopenmp is for the compiler
 # alone: the linker would add a second OpenMP runtime beside the one that torch brings
-CXX_FLAGS = "-O3 -g0 -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -fopenmp".split()
+CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-fopenmp"]
 NO_TORCH = (
     "marginkernels: its C++ extension is built against the torch of the environment that it is "
     "installed in, and there is none: install torch first, pass --no-build-isolation if your tool "

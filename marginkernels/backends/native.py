@@ -39,7 +39,7 @@ def _load() -> tuple[ModuleType | None, list[str]]:
         except (ImportError, RuntimeError) as error:
             reason = f"the extension does not load: {error}"
     # most users name no backend: they should hear of it
-    warnings.warn(f"marginkernels: no native backend, {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"no native backend: {reason}", RuntimeWarning, stacklevel=2)
     return None, [reason]
 
 

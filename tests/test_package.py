@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""What installing, importing and building promise, each in a process or a copy of its own."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import marginkernels
+from marginkernels.backends import native
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(marginkernels.__file__).parent
+VERSION = marginkernels.__version__
+NATIVE = native.extension
+needs_extension = pytest.mark.skipif(NATIVE is None, reason="; ".join(native.unavailable_reasons()))
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    """Output of a fresh interpreter, which finds packages in ``cwd`` first."""
+    finished = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+# what a user without the native backend sees: warnings, the report, and which call still works
+IMPORT = """
+import json, sys, warnings
+import torch
+sys.modules["triton"] = None  # an import of it fails
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import marginkernels as mk
+x, w, y = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8), torch.tensor([0, 3, 8, 3])
+def loss(backend):
+    return mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace(0.5), scale=16, backend=backend)
+loss("reference").backward()
+loss("auto").backward()
+try:
+    loss("native")
+    error = ""
+except RuntimeError as raised:
+    error = str(raised)
+messages = [str(w.message) for w in caught if "native" in str(w.message)]
+print(json.dumps(dict(warnings=messages, report=mk.backend_report(), error=error,
+                      x_grad=x.grad.norm().item())))
+"""
+
+
+def test_cold_import_without_triton():
+    seen = json.loads(python("-c", IMPORT))
+    assert seen["x_grad"] > 0
+    assert seen["report"]["reference"] == []
+    assert (seen["error"] == "") == (seen["report"]["native"] == [])
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "reason"),
+    [
+        (None, "installed without its extension"),
+        ("2.9.1+other", f"and torch 2.9.1+other but this is marginkernels {VERSION} and torch"),
+        (str(torch.__version__), "the extension does not load: "),
+    ],
+    ids=["not built", "another torch", "broken"],
+)
+def test_without_a_usable_extension(torch_version, reason, tmp_path):
+    """One message, a reason in the report, the reference as always, and never a crash."""
+    copy = tmp_path / "marginkernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    if torch_version is not None:
+        (copy / "_C.json").write_text(
+            json.dumps({"marginkernels": VERSION, "torch": torch_version})
+        )
+        (copy / "_C.so").write_bytes(b"not a library")
+    seen = json.loads(python("-c", IMPORT, cwd=tmp_path))
+    (why_not,) = seen["report"]["native"]
+    assert reason in why_not
+    assert why_not in seen["error"]
+    # an install in pure Python is a choice, of which one is not reminded at each import
+    assert seen["warnings"] == ([] if torch_version is None else [f"no native backend: {why_not}"])
+    assert seen["x_grad"] > 0
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_each_cpu_capability(capability):
+    """Within the budget, or a clear reason where the processor lacks it."""
+    code = """
+import json, torch
+from marginkernels.backends import native
+from marginkernels import ArcFace
+from problems import random_problem
+why_not = native.unavailable_reasons()
+for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16):
+    torch.manual_seed(0)
+    problem = random_problem(50, 700, 130, dtypes=types, margin=ArcFace(0.5), scale=30.0)
+    exact, plain = problem.solve_exact(), problem.solve_plain()
+    for save_tiles in (True, False) if not why_not else ():
+        problem.check("native", exact, plain, save_tiles=save_tiles)
+print(json.dumps([why_not, native.extension and native.extension.build_info()["cpu_capability"]]))
+"""
+    out = python("-W", "ignore", "-c", code, cwd=ROOT / "tests", MARGINKERNELS_CPU=capability)
+    why_not, in_use = json.loads(out)
+    if has(capability):
+        assert why_not == []
+        assert in_use.removesuffix("_bf16") == capability
+    else:
+        assert "MARGINKERNELS_CPU" in why_not[0]
+        assert f"got '{capability}'" in why_not[0]
+
+
+def has(capability):
+    """Whether this processor has it, according to the kernel."""
+    needed = {
+        "default": set(),
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    }
+    return needed[capability] <= set(Path("/proc/cpuinfo").read_text().split())
+
+
+@needs_extension
+def test_unknown_cpu_capability_is_a_reason():
+    out = python("-W", "ignore", "-m", "marginkernels", MARGINKERNELS_CPU="sse9")
+    assert "unavailable\n    the extension does not load: MARGINKERNELS_CPU: expected one of" in out
+
+
+def test_command_line_report():
+    out = python("-W", "ignore", "-m", "marginkernels")
+    assert out.startswith(f"marginkernels {VERSION}, torch {torch.__version__}, Python ")
+    for backend, reasons in marginkernels.backend_report().items():
+        assert f"  {backend:<26}{'unavailable' if reasons else 'available'}\n" in out
+    if NATIVE is not None:
+        for key, value in NATIVE.build_info().items():
+            assert f"  {key:<26}{', '.join(value) if isinstance(value, list) else value}\n" in out
+
+
+@needs_extension
+def test_build_info():
+    info = NATIVE.build_info()
+    assert list(info) == [
+        "marginkernels",
+        "torch",
+        "compiler",
+        "cxx_standard",
+        "cpu_capability",
+        "cpu_capabilities_compiled",
+        "cuda",
+    ]
+    assert info["marginkernels"] == VERSION
+    assert info["torch"] == torch.__version__
+    assert info["cxx_standard"] >= 17
+    assert info["cpu_capability"] in info["cpu_capabilities_compiled"]
+
+
+@needs_extension
+def test_exp_agrees_with_numpy():
+    x = np.concatenate([np.linspace(-87, 88, 200_001), [0.0, 1e-30, -1e-30]]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(NATIVE.math.exp(x) / exact - 1).max() < 1.2e-7
+    assert (NATIVE.math.exp(np.float32([-87.01, -1e30, -np.inf])) == 0).all()
+
+
+@needs_extension
+def test_inverse_norm_agrees_with_numpy():
+    squares = np.logspace(-36, 36, 1001).astype(np.float32)
+    for eps in np.float32([1e-12, 1e-4]):
+        exact = 1 / np.maximum(np.sqrt(squares.astype(np.float64)), np.float64(eps))
+        error = np.abs(NATIVE.math.inverse_norm(squares, eps) / exact - 1).max()
+        assert error < 2 * np.finfo(np.float32).eps
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """The functions of setup.py, which is not part of the package."""
+    pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    for name in ("MARGINKERNELS_EXT", "MARGINKERNELS_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path("setup.py", run_name="setup")
+
+
+def test_when_cuda_sources_are_built(setup_script, tmp_path):
+    wants_cuda = setup_script["wants_cuda"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    everything = dict(torch_cuda="13.0", cuda_home=str(tmp_path), files=["csrc/cuda/head.cu"])
+    for choice, expected in {"auto": True, "1": True, "0": False}.items():
+        assert wants_cuda(choice, **everything) is expected
+    for lacking, what in (
+        ({"torch_cuda": None}, "a CUDA build of torch"),
+        ({"cuda_home": None}, "nvcc"),
+        ({"cuda_home": str(tmp_path / "elsewhere")}, "nvcc"),
+        ({"files": []}, "CUDA sources"),
+    ):
+        assert wants_cuda("auto", **(everything | lacking)) is False
+        assert wants_cuda("0", **(everything | lacking)) is False
+        with pytest.raises(SystemExit, match=f"MARGINKERNELS_CUDA=1: missing {what}"):
+            wants_cuda("1", **(everything | lacking))
+
+
+def test_build_settings(setup_script, monkeypatch):
+    extension = setup_script["extension"]
+    monkeypatch.setenv("MARGINKERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="MARGINKERNELS_CUDA: expected one of auto, 0, 1, got 'ye"):
+        extension()
+    monkeypatch.setenv("MARGINKERNELS_EXT", "0")
+    assert extension() == {}
+    monkeypatch.setenv("MARGINKERNELS_EXT", "2")
+    with pytest.raises(SystemExit, match="MARGINKERNELS_EXT: expected one of 1, 0, got '2'"):
+        extension()
+
+
+def test_build_without_torch_says_what_to_do(setup_script, monkeypatch):
+    from setuptools import Distribution
+
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    options = setup_script["extension"]()
+    assert "csrc/module.cpp" in options["ext_modules"][0].sources
+    with pytest.raises(SystemExit, match="install torch first"):
+        options["cmdclass"]["build_ext"](Distribution()).run()
