@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in their
-// place, and from G the stripe's part of dx and the final dw of its classes. The target's gradient
-// is added outside the products, in fp32.
+// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in
+// their place, and from G the stripe's part of dx and the final dw of its classes. The target's
+// gradient is added outside the products, in fp32.
 
 #pragma once
 
@@ -132,8 +132,8 @@ void backward(const Sweep& s, int64_t stripe, void* memory) {
                         make_gradient(s, begin + column, column, count, scratch, bias);
                         continue;
                     }
-                    weighted += sum(make_gradient_and_sums(s, begin + column, column, count,
-                                                           scratch, bias));
+                    weighted += sum(
+                        make_gradient_and_sums(s, begin + column, column, count, scratch, bias));
                 }
             }
             const Gradient g = format_gradient<Op>(rows, count, scratch);

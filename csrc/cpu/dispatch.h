@@ -20,8 +20,8 @@ extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;  // bf16 compute; everything else is avx512's
 #endif
 
-// "default", "avx2", "avx512" or "avx512_bf16". Throws std::runtime_error where MARGINKERNELS_CPU is
-// no such name or more than the processor has.
+// "default", "avx2", "avx512" or "avx512_bf16". Throws std::runtime_error where MARGINKERNELS_CPU
+// is no such name or more than the processor has.
 const char* cpu_capability();
 std::vector<std::string> cpu_capabilities_compiled();
 

@@ -35,7 +35,8 @@ void start_statistics(const Sweep& s, int64_t stripe) {
 }
 
 // Notes what the targets in this block are and takes them out of it. Their products are summed once
-// more: in many lanes, not one after another, because an easy row's loss has the error of its target.
+// more: in many lanes, not one after another, because an easy row's loss has the error of its
+// target.
 void take_targets(const Sweep& s, int64_t begin, int64_t rows, int64_t first, int64_t count,
                   const Scratch& scratch) {
     for_targets(s, begin, smaller(begin + rows, s.n), first, count, [&](int64_t i, int64_t j) {
@@ -68,9 +69,8 @@ void add_statistics(const Sweep& s, int64_t stripe, int64_t row, int64_t column,
     if (s.want_max) store(s.stripe_logit_max + at, max(largest, load(s.stripe_logit_max + at)));
     if (s.want_sum) {
         vfloat total = {};
-        for_logits(s, row, column, count, scratch, bias, [&](int64_t, float*, vfloat z) {
-            total += z > kNoLogit ? z : vfloat{};
-        });
+        for_logits(s, row, column, count, scratch, bias,
+                   [&](int64_t, float*, vfloat z) { total += z > kNoLogit ? z : vfloat{}; });
         for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
     }
     const vfloat previous = load(s.stripe_max + at);

@@ -45,8 +45,8 @@ struct BFloat16 {
 };
 #endif
 
-// One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else at
-// a[i * lda + k]; b is one panel.
+// One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else
+// at a[i * lda + k]; b is one panel.
 template <class Op, int kRows, int kVectors, bool kColumns>
 void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
           bool add) {
@@ -106,9 +106,7 @@ struct Panels {
     int64_t width(int64_t p) const {
         return columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
     }
-    const float* at(int64_t p, int64_t k) const {
-        return data + p * kPanel * depth + k * width(p);
-    }
+    const float* at(int64_t p, int64_t k) const { return data + p * kPanel * depth + k * width(p); }
 };
 
 // Columns [first_panel * kPanel, ...) of c, ``panels`` panels of them, (+)= a times units

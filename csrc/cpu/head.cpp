@@ -48,8 +48,8 @@ int64_t panels(int64_t columns, const Kernels& kernels) {
     return (columns + kernels.panel_rows - 1) / kernels.panel_rows;
 }
 
-// Blocks of fewer classes where rows are long, so that a block stays in the cache; a multiple of the
-// micro-kernel's rows, and even.
+// Blocks of fewer classes where rows are long, so that a block stays in the cache; a multiple of
+// the micro-kernel's rows, and even.
 int64_t classes_per_block(int64_t padded_d, const Kernels& kernels) {
     constexpr int64_t kRowOfFullBlock = 512, kStep = 6;
     const int64_t fitting = kernels.block_classes * kRowOfFullBlock / padded_d;

@@ -46,7 +46,8 @@ struct RowGradients {
     const float *lse, *a, *u;
 };
 
-// ``s`` has the call, x_inv, w_inv, tiles, target, grad_w_norm, need_*, dx, dw, dbias. Returns dscale.
+// ``s`` has the call, x_inv, w_inv, tiles, target, grad_w_norm, need_*, dx, dw, dbias. Returns
+// dscale.
 double backward(Sweep s, const RowGradients& rows, const Parallel& parallel);
 
 }  // namespace marginkernels

@@ -71,8 +71,8 @@ void read_row(const Sweep& s, const Rows& rows, int64_t i, float* out) {
     });
 }
 
-// The first d numbers of ``values`` to row i of a contiguous (count, d) matrix, past the cache where
-// they can be.
+// The first d numbers of ``values`` to row i of a contiguous (count, d) matrix, past the cache
+// where they can be.
 void write_row(void* data, Type type, int64_t i, int64_t d, const float* values) {
     char* row = static_cast<char*>(data) + i * d * size_of(type);
     const int64_t whole = d / kLanes * kLanes;
@@ -111,8 +111,8 @@ bool is_zero_row(float inverse_norm, Type compute) {
     return inverse_norm >= mk::inverse_norm(0, norm_min(compute));
 }
 
-// From the gradient with the row's norm held fixed, which has 1 / norm in it, to that of the row: its
-// radial part goes, and all of it for a zero row.
+// From the gradient with the row's norm held fixed, which has 1 / norm in it, to that of the row:
+// its radial part goes, and all of it for a zero row.
 void project(float* gradient, const float* row, float inverse_norm, const Sweep& s) {
     if (is_zero_row(inverse_norm, s.compute)) {
         memset(gradient, 0, s.padded_d * sizeof(float));

@@ -162,8 +162,7 @@ void read_classes(const Sweep& s, int64_t first, int64_t count, bool measure, Sc
         float* row = scratch.rounded + j * scratch.class_stride;
         read_row(s, s.w, first + j, row);
         if (measure)
-            s.w_inv[first + j] =
-                mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
+            s.w_inv[first + j] = mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
         scratch.q[j] = s.normalize_w ? s.w_inv[first + j] : 1.0F;
         if constexpr (Op::kPerUnit == 2)
             narrow(row, s.padded_d, scratch.halves + j * 2 * scratch.class_stride);
@@ -185,7 +184,8 @@ Panels pack_classes(const Sweep& s, int64_t count, Scratch& scratch) {
                 if constexpr (Op::kPerUnit == 1)
                     store(out + column, load(row + column));
                 else
-                    store(out + column, bf16_units(load(row + column), load(row + stride + column)));
+                    store(out + column,
+                          bf16_units(load(row + column), load(row + stride + column)));
             }
         }
     }
@@ -196,8 +196,8 @@ Panels pack_classes(const Sweep& s, int64_t count, Scratch& scratch) {
 template <class Op>
 void multiply_logits(const Sweep& s, int64_t begin, int64_t rows, int64_t count,
                      const Scratch& scratch) {
-    const float* classes = Op::kPerUnit == 1 ? scratch.rounded
-                                             : reinterpret_cast<const float*>(scratch.halves);
+    const float* classes =
+        Op::kPerUnit == 1 ? scratch.rounded : reinterpret_cast<const float*>(scratch.halves);
     const int64_t depth = (s.d + Op::kPerUnit - 1) / Op::kPerUnit;
     multiply<Op, false>(count, classes, scratch.class_stride, logit_panels<Op>(s), begin / kPanel,
                         (rows + kPanel - 1) / kPanel, 0, depth, scratch.logits, kLogitsStride,

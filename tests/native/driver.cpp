@@ -2,8 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // The CPU sweeps without torch, against the same sums written out in fp64: for sanitizers, for
-// emulated instruction sets (-DMK_EMULATE) and for cross-compilers. `make sanitize` runs it for every
-// instruction set; the exit status is the number of cases that fail.
+// emulated instruction sets (-DMK_EMULATE) and for cross-compilers. `make sanitize` runs it for
+// every instruction set; the exit status is the number of cases that fail.
 
 #include <cmath>
 #include <cstdio>
@@ -65,8 +65,10 @@ struct Stored {
         if (type == Type::kBFloat16) half.assign(rows * stride, 0x7fc0);
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t k = 0; k < d; ++k)
-                if (type == Type::kFloat32) wide[i * stride + k] = values[i * d + k];
-                else half[i * stride + k] = bf16_bits(values[i * d + k]);
+                if (type == Type::kFloat32)
+                    wide[i * stride + k] = values[i * d + k];
+                else
+                    half[i * stride + k] = bf16_bits(values[i * d + k]);
     }
     const void* data() const {
         return type == Type::kFloat32 ? static_cast<const void*>(wide.data()) : half.data();
@@ -83,8 +85,10 @@ struct Output {
     std::vector<float> wide;
     std::vector<uint16_t> half;
     Output(int64_t count, Type type) {
-        if (type == Type::kFloat32) wide.resize(count);
-        else half.resize(count);
+        if (type == Type::kFloat32)
+            wide.resize(count);
+        else
+            half.resize(count);
     }
     void* data() { return wide.empty() ? static_cast<void*>(half.data()) : wide.data(); }
     Matrix values() const {
