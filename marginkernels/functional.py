@@ -182,7 +182,8 @@ def _keep_tiles(
         return False
     if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
         return False  # no backward will read them
-    nbytes = x.shape[0] * w.shape[0] * compute_dtype.itemsize
+    classes, rows = ops.tiles_shape(x.shape[0], w.shape[0])
+    nbytes = classes * rows * compute_dtype.itemsize
     return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
 
 

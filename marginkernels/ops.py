@@ -61,6 +61,11 @@ def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
+def tiles_shape(n: int, c: int) -> tuple[int, int]:
+    """Saved exponentials, class by class, in the compute type; N is padded to whole vectors."""
+    return c, (n + 15) // 16 * 16
+
+
 def head_fwd(backend: str):
     """The forward op of a backend."""
     return getattr(torch.ops.marginkernels, f"head_fwd_{backend}")
@@ -90,7 +95,7 @@ def _head_fwd_fake(x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum,
     def stat(size):
         return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
 
-    tiles = _tiles_fake(x, w, compute_dtype) if save_tiles else stat(0)
+    tiles = x.new_empty(tiles_shape(n, c), dtype=compute_dtype) if save_tiles else stat(0)
     return (
         stat(n),
         stat(n),
@@ -101,10 +106,6 @@ def _head_fwd_fake(x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum,
         stat(c),
         tiles,
     )
-
-
-def _tiles_fake(x, w, compute_dtype):
-    return x.new_empty((w.shape[0], (x.shape[0] + 15) // 16 * 16), dtype=compute_dtype)
 
 
 def _head_bwd_fake(x, w, y, scale, *_, compute_dtype, need_x, need_w, need_bias, need_scale, **__):
