@@ -35,13 +35,18 @@ format: $(VENV)/package
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-# the kernels without torch, every instruction set that this processor has
-sanitize: build/sanitize
-	build/sanitize
+# the kernels without torch: the best that this processor has, then every one in plain C++
+sanitize: build/sanitize/native build/sanitize/emulated
+	build/sanitize/native
+	MARGINKERNELS_CPU=default build/sanitize/emulated
+	MARGINKERNELS_CPU=avx2 build/sanitize/emulated
+	MARGINKERNELS_CPU=avx512 build/sanitize/emulated
 
-build/sanitize: $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) tests/native/driver.cpp
-	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $^ -o $@
+build/sanitize/emulated: EMULATE := -DMK_EMULATE -Wno-psabi
+build/sanitize/%: $(COMPILED) tests/native/driver.cpp
+	mkdir -p build/sanitize
+	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATE) \
+	    -pthread $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) $(lastword $^) -o $@
 
 # not by pip, which would compile everything again
 build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package
