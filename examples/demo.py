@@ -6,7 +6,7 @@ Identities are Han characters, their photographs are typefaces. The network lear
 characters in four printed faces and is judged on 2,000 characters that it never saw, in two
 handwritten designs that it never saw: do these two images show the same character?
 
-    python examples/demo.py                  # two to three minutes on two cores
+    python examples/demo.py                  # some minutes on two cores
     python examples/demo.py --head torch     # the same training with the head in plain PyTorch
     python examples/demo.py --steps 60       # a quick look
 """

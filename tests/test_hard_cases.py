@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy
+from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget, row_errors
 from problems import Problem, random_problem
 
@@ -34,6 +34,18 @@ def test_target_cosine_of_plus_and_minus_one(branch, compute_dtype, backend, dev
 
 
 @TYPES
+@pytest.mark.parametrize("normalize", ["both", "weight", "none"])
+def test_cosines_stay_within_one(normalize, compute_dtype, backend, device):
+    """Norms are those of the rounded operands; of the given ones they are off by up to 4e-3."""
+    w = torch.randn(30, 200, device=device)
+    _, stats = margin_cross_entropy(
+        2 * w, w, torch.arange(30, device=device), margin=ArcFace(), scale=1.0, backend=backend,
+        normalize=normalize, compute_dtype=compute_dtype, return_stats=True,
+    )  # fmt: skip
+    torch.testing.assert_close(stats.target_cosine, torch.ones_like(w[:, 0]), rtol=0, atol=2e-6)
+
+
+@TYPES
 def test_zero_rows_have_zero_gradients_and_spoil_nothing(compute_dtype, backend, device, poisoned):
     problem = random_problem(12, 50, 20, device=device, margin=ArcFace(0.5), scale=30.0)
     problem.compute_dtype = compute_dtype
@@ -48,6 +60,19 @@ def test_zero_rows_have_zero_gradients_and_spoil_nothing(compute_dtype, backend,
     others = (("loss", slice(None)), ("dx", rows), ("dw", classes))
     for (name, kept), value, reference, *draws in zip(others, got, exact, *plain, strict=True):
         assert_within_budget(name, value[kept], [draw[kept] for draw in draws], reference[kept])
+
+
+@TYPES
+def test_norms_on_either_side_of_the_least(compute_dtype, backend, device):
+    least = ops.norm_min(compute_dtype)
+    problem = random_problem(6, 40, 20, device=device, margin=ArcFace(0.5), scale=30.0)
+    x, w = (torch.nn.functional.normalize(t) for t in (problem.x, problem.w))
+    x[:2] *= torch.tensor([[0.9], [1.1]], device=device) * least
+    w[:2] *= torch.tensor([[0.9], [1.1]], device=device) * least
+    _, dx, dw = Problem(x, w, problem.y, compute_dtype, settings=problem.settings).solve_fused(
+        backend
+    )
+    assert [bool((t == 0).all()) for t in (*dx[:3], *dw[:3])] == 2 * [True, False, False]
 
 
 def test_all_rows_of_one_class_and_duplicates(backend, device):
@@ -164,6 +189,15 @@ def test_nothing_to_average_is_zero(backend, device):
         )
         loss.backward()
         assert loss == 0 and (x.grad == 0).all() and (w.grad == 0).all()
+
+
+def test_an_ignored_row_is_not_correct(backend, device):
+    x = torch.ones(1, 3, device=device)
+    y = torch.full((1,), -100, device=device)
+    settings = dict(margin=NSoftmax(), scale=1.0, backend=backend, return_stats=True)
+    # the only logit is -1, below the 0 that stands for the target which the row does not have
+    _, stats = margin_cross_entropy(x, -x, y, **settings)
+    assert not stats.correct.item()
 
 
 @pytest.mark.parametrize("normalize", ["both", "weight", "none"])

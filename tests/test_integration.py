@@ -165,6 +165,11 @@ def test_either_operand_in_fp64_decides_the_compute_type(device):
         assert torch.equal(double(x, y), expected)
 
 
+class InFP64(torch.nn.Module):
+    def forward(self, c, rows):
+        return c.double() - 0.25
+
+
 def test_numbers_and_types_of_scale_and_margin_do_not_change_the_loss(device):
     head = make_head("auto", device, margin=CosFace(0.25))
     x, y = batch(device)
@@ -177,6 +182,8 @@ def test_numbers_and_types_of_scale_and_margin_do_not_change_the_loss(device):
         torch.testing.assert_close(head(x, y, row_margin=row_margin), expected)
         head.margin = CosFace(torch.full((C,), 0.25, dtype=dtype, device=device))
         torch.testing.assert_close(head(x, y), expected)
+    head.margin = InFP64()
+    torch.testing.assert_close(head(x, y), expected)
 
 
 def test_grad_scaler_with_fp16(backend, device):
@@ -294,6 +301,25 @@ def test_learnable_scale_margin_and_module_scale(backend, device):
     plain_grads = torch.autograd.grad(plain, scale)
     torch.testing.assert_close(head.scale.log.grad, plain_grads[0], rtol=1e-4, atol=1e-6)
     assert m.grad.isfinite() and m.grad != 0
+
+
+def test_the_head_passes_every_setting_on(device):
+    settings = dict(
+        margin=CosFace(0.3), scale=3.0, normalize="weight", reduction="none", ignore_index=7,
+        label_smoothing=0.2, compute_dtype=torch.bfloat16, save_tiles=False, backend="reference",
+    )  # fmt: skip
+    head = MarginSoftmaxHead(D, C, bias=True, device=device, **settings)
+    x, y = batch(device)
+    y[:2] = 7
+    torch.nn.init.normal_(head.bias)
+    call = dict(sample_weight=torch.rand(N, device=device), row_margin=torch.rand(N, device=device))
+    loss, stats = head(x, y, return_stats=True, **call)
+    expected, expected_stats = margin_cross_entropy(
+        x, head.weight, y, bias=head.bias, return_stats=True, **settings, **call
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip((loss, *stats), (expected, *expected_stats), strict=True)
+    )
 
 
 def test_logits_and_topk_need_no_labels(device):
