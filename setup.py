@@ -9,6 +9,7 @@ MARGINKERNELS_CUDA=auto|0|1  CUDA kernels where torch is a CUDA build and there 
 
 import json
 import os
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,12 +33,6 @@ def setting(name: str, *allowed: str) -> str:
     if value not in allowed:
         raise SystemExit(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
     return value
-
-
-def sources(device: str) -> list[str]:
-    """Relative paths, as setuptools wants them."""
-    suffix = {"cpu": "cpp", "cuda": "cu"}[device]
-    return sorted(str(path) for path in Path("csrc", device).glob(f"*.{suffix}"))
 
 
 def wants_cuda(choice: str, torch_cuda: str | None, cuda_home: str | None, files: list) -> bool:
@@ -66,7 +61,8 @@ def extension() -> dict:
     if setting("MARGINKERNELS_EXT", "1", "0") == "0":
         return {}
     choice = setting("MARGINKERNELS_CUDA", "auto", "0", "1")
-    files, cuda_files = ["csrc/module.cpp", *sources("cpu")], sources("cuda")
+    files = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    cuda_files = sorted(glob("csrc/cuda/*.cu"))
     try:
         import torch
         from torch.utils import cpp_extension
@@ -79,27 +75,27 @@ def extension() -> dict:
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:
             self.force = True  # setuptools sees no change of torch or of headers; ninja does
-            built_for = {
-                "marginkernels": self.distribution.get_version(),
-                "torch": str(torch.__version__),
-            }
-            for module in self.extensions:
-                module.define_macros += [
-                    (f"BUILT_FOR_{package.upper()}", f'"{version}"')
-                    for package, version in built_for.items()
-                ]
+            own = self.distribution.get_version()
+            built_for = {"marginkernels": own, "torch": str(torch.__version__)}
+            self.extensions[0].define_macros += [
+                (f"BUILT_FOR_{package.upper()}", f'"{version}"')
+                for package, version in built_for.items()
+            ]
             super().run()
             # read before the extension is loaded
             record = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
             record.write_text(json.dumps(built_for))
 
-    make, flags, include_dirs = cpp_extension.CppExtension, {"cxx": CXX_FLAGS}, []
+    flags = {"cxx": CXX_FLAGS, "nvcc": ["-O3"]}
     if wants_cuda(choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files):
-        make, flags["nvcc"] = cpp_extension.CUDAExtension, ["-O3"]
-        files += cuda_files
         # torch's wheels bring the CUDA libraries' headers, which a bare toolkit lacks
-        include_dirs = [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
-    module = make(NAME, files, extra_compile_args=flags, include_dirs=include_dirs)
+        headers = [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
+        files += cuda_files
+        options = dict(include_dirs=headers, extra_compile_args=flags)
+        module = cpp_extension.CUDAExtension(NAME, files, **options)
+        module.libraries.remove("cudart")  # torch has loaded its own
+    else:
+        module = cpp_extension.CppExtension(NAME, files, extra_compile_args=flags)
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
