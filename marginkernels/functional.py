@@ -102,7 +102,7 @@ def margin_cross_entropy(
     compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
     backend = backends.select(backend, x.device.type, compute_dtype)
     obstacles = _tile_obstacles(bias, scale, normalize, label_smoothing, compute_dtype, backend)
-    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype)
+    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
     x_norm = _row_norm(x, compute_dtype)
@@ -172,7 +172,7 @@ def _tile_obstacles(
 
 
 def _keep_tiles(
-    save_tiles: str | bool, obstacles: dict[str, bool], x: Tensor, w: Tensor, compute_dtype
+    save_tiles: str | bool, obstacles: dict[str, bool], x: Tensor, w: Tensor, compute_dtype, backend
 ) -> bool:
     """Whether forward saves its exponentials; ValueError with all reasons if True cannot be."""
     reasons = [reason for reason, applies in obstacles.items() if applies]
@@ -182,8 +182,8 @@ def _keep_tiles(
         return False
     if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
         return False  # no backward will read them
-    classes, rows = ops.tiles_shape(x.shape[0], w.shape[0])
-    nbytes = classes * rows * compute_dtype.itemsize
+    height, width = ops.tiles_shape(backend, x.shape[0], w.shape[0])
+    nbytes = height * width * compute_dtype.itemsize
     return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
 
 

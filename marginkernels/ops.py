@@ -27,10 +27,12 @@ dscale; those not needed are (0,) tensors. ``y`` is (N,) int64 with the local cl
 that owns no target here.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("triton", "native", "reference")
 
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
@@ -61,8 +63,10 @@ def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def tiles_shape(n: int, c: int) -> tuple[int, int]:
-    """Saved exponentials, class by class, in the compute type; N is padded to whole vectors."""
+def tiles_shape(backend: str, n: int, c: int) -> tuple[int, int]:
+    """Saved exponentials in the compute type, in each backend's layout, padded to whole vectors."""
+    if backend == "triton":
+        return n, (c + 127) // 128 * 128
     return c, (n + 15) // 16 * 16
 
 
@@ -89,13 +93,17 @@ def checked_labels(y: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index)
 
 
-def _head_fwd_fake(x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum, want_max, **_):
+def _head_fwd_fake(
+    backend, x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum, want_max, **_
+):
     n, c = x.shape[0], w.shape[0]
 
     def stat(size):
         return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
 
-    tiles = x.new_empty(tiles_shape(n, c), dtype=compute_dtype) if save_tiles else stat(0)
+    tiles = stat(0)
+    if save_tiles:
+        tiles = x.new_empty(tiles_shape(backend, n, c), dtype=compute_dtype)
     return (
         stat(n),
         stat(n),
@@ -143,7 +151,7 @@ def _define(name, schema, fake):
 
 
 for _backend in BACKENDS:
-    _define(f"head_fwd_{_backend}", _FWD_SCHEMA, _head_fwd_fake)
+    _define(f"head_fwd_{_backend}", _FWD_SCHEMA, functools.partial(_head_fwd_fake, _backend))
     _define(f"head_bwd_{_backend}", _BWD_SCHEMA, _head_bwd_fake)
 _define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
 _define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))

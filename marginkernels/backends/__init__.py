@@ -4,10 +4,10 @@
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 
 # in the order in which backend="auto" prefers them
-_MODULES = {"native": native, "reference": reference}
+_MODULES = {"triton": triton, "native": native, "reference": reference}
 
 
 def backend_report() -> dict[str, list[str]]:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The table of tile configurations, one per family of GPUs; each was chosen from compiled code."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """A tile of the tile program, and how it is compiled."""
+
+    block_n: int  # rows
+    block_c: int  # classes
+    block_d: int  # features per step of the main loop
+    num_warps: int
+    num_stages: int
+    ctas: int  # programs that run together on a multiprocessor: registers and shared memory allow it
+    min_rows: int = 0  # of the batch
+
+
+# by target and kind of arithmetic, largest batches first
+TABLE: dict[str, dict[str, list[Config]]] = {
+    "sm_80": {
+        "half": [Config(128, 128, 64, 8, 3, 1, 65), Config(64, 64, 64, 4, 3, 3)],
+        "tf32": [Config(128, 64, 32, 4, 3, 2)],
+        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+    },
+    "sm_86": {
+        "half": [Config(128, 128, 32, 8, 3, 1, 65), Config(64, 64, 64, 4, 3, 2)],
+        "tf32": [Config(128, 64, 32, 4, 3, 1)],
+        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+    },
+    "sm_90": {
+        "half": [
+            Config(256, 128, 64, 8, 3, 1, 256),
+            Config(128, 128, 64, 4, 3, 2, 65),
+            Config(64, 128, 64, 4, 3, 2),
+        ],
+        "tf32": [Config(128, 64, 32, 4, 3, 2)],
+        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+    },
+    "sm_100": {
+        "half": [Config(128, 128, 64, 8, 3, 1)],
+        "tf32": [Config(128, 64, 32, 4, 3, 2)],
+        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+    },
+    "sm_120": {
+        "half": [Config(128, 128, 32, 8, 3, 1, 65), Config(64, 128, 64, 4, 2, 2)],
+        "tf32": [Config(128, 64, 32, 4, 3, 1)],
+        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+    },
+    "gfx942": {
+        "half": [Config(128, 128, 64, 8, 2, 1)],
+        "fp32": [Config(64, 64, 16, 4, 2, 2)],
+    },
+}
+
+
+class Target(NamedTuple):
+    name: str  # in TABLE
+    multiprocessors: int
+
+
+@functools.lru_cache
+def target(device: torch.device) -> Target:
+    """The row of the table for a device. A CPU, where launches are simulated, has an sm_80's."""
+    if device.type == "cpu":
+        return Target("sm_80", 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("gfx942", properties.multi_processor_count)
+    major = properties.major
+    name = {8: "sm_80" if properties.minor == 0 else "sm_86", 9: "sm_90", 12: "sm_120"}
+    return Target(name.get(major, "sm_100"), properties.multi_processor_count)
+
+
+def kind(compute_dtype: torch.dtype, target_name: str) -> str:
+    """Of arithmetic: "half", "tf32" where torch allows it and the target has it, or "fp32"."""
+    if compute_dtype != torch.float32:
+        return "half"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and "tf32" in TABLE[target_name] else "fp32"
+
+
+def choose(target_name: str, kind: str, rows: int) -> Config:
+    """The configuration for a batch of ``rows``: of the same for all batches in a range of sizes."""
+    return next(config for config in TABLE[target_name][kind] if rows >= config.min_rows)

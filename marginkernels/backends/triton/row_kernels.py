@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""What is linear in N, in C D or in N D: norms, targets, the merge of statistics, the projection.
+
+What: everything beside the tiles, in fp32 and in a fixed order; no atomics anywhere.
+Never materialised: normalised rows, one-hot labels, a second copy of dw.
+Fast because: each row of x, w and dw is read or written once per sweep, by one program.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["R", "R_PADDED", "D_TILES"])
+def norm_kernel(
+    rows,  # (R, D_TILES * TILE_D), zeros from D on
+    inverse,  # (R_PADDED,)
+    R,
+    R_PADDED,
+    D_TILES,
+    inverse_limit,  # 1 / norm of a zero row
+    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """1 / |row|, at most ``inverse_limit``: exactly that marks a zero row. Padding gets it too."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    width = D_TILES * TILE_D
+    base = row.to(tl.int64)[:, None] * width
+    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        v = tl.load(rows + base + d, mask=(row < R)[:, None] & (d < width), other=0.0)
+        v = v.to(tl.float32)
+        squares += v * v
+    norm = tl.sqrt_rn(tl.sum(squares, 1))
+    tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=row < R_PADDED)
+
+
+@triton.jit(do_not_specialize=["N", "flags_stride"])
+def flag_kernel(
+    y,  # (N,) int64
+    flags,  # (row tiles, class tiles) int8, zeros
+    N,
+    flags_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Marks the tiles that hold a target: only those pay for a mask."""
+    row_tile = tl.program_id(0)
+    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(y + row, mask=row < N, other=-1)
+    # in a row of flags of the program's own: rows that share a tile store the same value
+    tile = flags + row_tile.to(tl.int64) * flags_stride + label // BLOCK_C
+    tl.store(tile, tl.full((BLOCK_N,), 1, tl.int8), mask=label >= 0)
+
+
+@triton.jit(
+    do_not_specialize=["N", "D", "D_TILES", "columns", "w_stride_c", "w_stride_d"],
+)
+def finish_rows_kernel(
+    x,  # (N, D_TILES * TILE_D)
+    w,  # (C, D) of any type and strides
+    y,  # (N,) int64, -1: no target here
+    x_inv,  # (N,)
+    w_inv,  # (C,)
+    partials,  # (4, columns, N), see statistics_kernel
+    lse,  # (N,), and so on
+    d,
+    w_norm,
+    logit_sum,  # or None
+    logit_max,  # or None
+    N,
+    D,
+    D_TILES,
+    w_stride_c,
+    w_stride_d,
+    columns,
+    NORMALIZE_W: tl.constexpr,
+    MAX_PLANE: tl.constexpr,  # where the partial maxima of the logits are
+    TILE_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merges the partial statistics of a row in a fixed order, and takes <x_i, w_y>."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    plane = columns.to(tl.int64) * N
+    m = tl.full((BLOCK_N,), -1e30, tl.float32)
+    l = tl.zeros((BLOCK_N,), tl.float32)  # noqa: E741
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), -1e30, tl.float32)
+    for start in range(0, columns, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        there = (part < columns)[:, None] & (row < N)[None, :]
+        slot = partials + part.to(tl.int64)[:, None] * N + row[None, :]
+        part_m = tl.load(slot, mask=there, other=-1e30)
+        part_l = tl.load(slot + plane, mask=there, other=0.0)
+        higher = tl.maximum(m, tl.max(part_m, 0))
+        l = l * tl.exp2(m - higher)  # noqa: E741
+        l += tl.sum(part_l * tl.exp2(part_m - higher[None, :]), 0)  # noqa: E741
+        m = higher
+        if logit_sum is not None:
+            total += tl.sum(tl.load(slot + 2 * plane, mask=there, other=0.0), 0)
+        if logit_max is not None:
+            part_top = tl.load(slot + MAX_PLANE * plane, mask=there, other=-1e30)
+            top = tl.maximum(top, tl.max(part_top, 0))
+    none = l == 0  # no negatives
+    value = (m + tl.log2(tl.where(none, 1.0, l))) * LN2
+    tl.store(lse + row, tl.where(none, float("-inf"), value), mask=row < N)
+    if logit_sum is not None:
+        tl.store(logit_sum + row, total * LN2, mask=row < N)
+    if logit_max is not None:
+        tl.store(logit_max + row, tl.where(none, float("-inf"), top * LN2), mask=row < N)
+
+    label = tl.load(y + row, mask=row < N, other=-1)
+    owned = label >= 0
+    dot = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    x_row = x + row.to(tl.int64)[:, None] * (D_TILES * TILE_D)
+    w_row = w + label[:, None] * w_stride_c
+    for start in range(0, D, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        there = owned[:, None] & (k < D)
+        x_part = tl.load(x_row + k, mask=there, other=0.0)
+        w_part = tl.load(w_row + k.to(tl.int64) * w_stride_d, mask=there, other=0.0)
+        dot += x_part.to(tl.float32) * w_part.to(x_part.dtype).to(tl.float32)
+    q = tl.load(w_inv + label, mask=owned, other=1.0)
+    cosine = tl.sum(dot, 1) * tl.load(x_inv + row, mask=row < N, other=1.0)
+    if NORMALIZE_W:
+        cosine *= q
+    tl.store(d + row, cosine, mask=row < N)
+    tl.store(w_norm + row, tl.where(owned, 1 / q, 0.0), mask=row < N)
+
+
+@triton.jit(do_not_specialize=["N", "D_TILES"])
+def target_kernel(
+    x,  # (N, D_TILES * TILE_D)
+    y,  # (N,) int64, -1: no target here
+    x_inv,  # (N,)
+    w_inv,  # (C,)
+    scale,  # ()
+    grad_target,  # (N,)
+    grad_w_norm,  # (N,) or None
+    coefficient,  # (N,): what w_y of a row gets into its dx
+    slot,  # (C,) int32, -1: the row whose gather holds the targets' part of a class's dw
+    gathered,  # (N, D_TILES * TILE_D) fp32
+    radial,  # (N,) or None: the gradient of |w_y|, in the same slots
+    N,
+    D_TILES,
+    NORMALIZE_W: tl.constexpr,
+    TILE_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The target column of G, in fp32, outside the GEMMs: one program per row and slice of D.
+
+    The first row of each class adds up those of all rows of the class, in their order.
+    """
+    row = tl.program_id(0)
+    label = tl.load(y + row)
+    q = tl.load(w_inv + label, mask=label >= 0, other=1.0) if NORMALIZE_W else 1.0
+    factor = tl.load(scale) * q
+    first_slice = tl.program_id(1) == 0
+    own = tl.load(grad_target + row) * tl.load(x_inv + row) * factor
+    tl.store(coefficient + row, own, mask=first_slice)
+
+    earlier = 0
+    for start in range(0, row, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
+        same = (tl.load(y + k, mask=k < row, other=-1) == label) & (k < row)
+        earlier += tl.sum(same.to(tl.int32), 0)
+    if (label >= 0) & (earlier == 0):
+        width = D_TILES * TILE_D
+        col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        away = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(row // BLOCK_N * BLOCK_N, N, BLOCK_N):
+            k = start + tl.arange(0, BLOCK_N)
+            same = tl.load(y + k, mask=k < N, other=-1) == label
+            g = tl.load(grad_target + k, mask=same, other=0.0)
+            g *= tl.load(x_inv + k, mask=same, other=0.0) * factor
+            there = same[:, None] & (col < width)[None, :]
+            x_rows = tl.load(x + k.to(tl.int64)[:, None] * width + col[None, :], mask=there, other=0.0)
+            acc += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
+            if radial is not None:
+                away += tl.load(grad_w_norm + k, mask=same, other=0.0)
+        tl.store(gathered + row.to(tl.int64) * width + col, acc, mask=col < width)
+        tl.store(slot + label, row, mask=first_slice)
+        if radial is not None:
+            tl.store(radial + row, tl.sum(away, 0), mask=first_slice)
+
+
+@triton.jit(
+    do_not_specialize=["R", "D", "D_TILES", "table_stride_r", "table_stride_d"],
+)
+def project_kernel(
+    gradient,  # (R, D_TILES * TILE_D) fp32: that of the rows before normalisation is undone
+    rows,  # (R, D_TILES * TILE_D), in the compute type
+    inverse,  # (R,)
+    factor,  # (R,) or (): of the gradient, or None
+    index,  # (R,) row of the table, -1: none
+    table,  # (., D or more): rows that are added, rounded to the compute type unless fp32 is meant
+    coefficient,  # (R,) of the row added, or None
+    radial,  # by row of the table: gradient of the row's norm, or None
+    out,  # (R, D)
+    R,
+    D,
+    D_TILES,
+    table_stride_r,
+    table_stride_d,
+    inverse_limit,  # 1 / norm of a zero row
+    NORMALIZE: tl.constexpr,
+    FACTOR_STRIDE: tl.constexpr,
+    ROUND_TABLE: tl.constexpr,
+    EVEN_D: tl.constexpr,  # D = D_TILES * TILE_D
+    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient of a raw row from that along its unit row: without the radial part; 0 for a
+    zero row. Adds the target's share, and writes the result once, in its final type.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    there = row < R
+    width = D_TILES * TILE_D
+    base = row.to(tl.int64)[:, None] * width
+    inv = tl.load(inverse + row, mask=there, other=1.0)
+    scale = tl.full((BLOCK_R,), 1.0, tl.float32)
+    if factor is not None:
+        scale = tl.load(factor + row * FACTOR_STRIDE, mask=there, other=1.0)
+    picked = tl.load(index + row, mask=there, other=-1).to(tl.int64)
+    weight = tl.where(picked >= 0, 1.0, 0.0)
+    if coefficient is not None:
+        weight = tl.load(coefficient + row, mask=there, other=0.0)
+    picked_row = table + picked[:, None] * table_stride_r
+
+    along = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        if NORMALIZE:
+            d = start + tl.arange(0, BLOCK_D)[None, :]
+            g, v = _row_gradient(
+                gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width,
+                table_stride_d, ROUND_TABLE,
+            )  # fmt: skip
+            along += g * v
+    radius = -tl.sum(along, 1) * inv * inv
+    if radial is not None:
+        radius += tl.load(radial + picked, mask=picked >= 0, other=0.0) * inv
+    zero = inv >= inverse_limit
+    out_stride = D.to(tl.int64)
+    if EVEN_D:
+        out_stride = width.to(tl.int64)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        g, v = _row_gradient(
+            gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width,
+            table_stride_d, ROUND_TABLE,
+        )  # fmt: skip
+        if NORMALIZE or radial is not None:
+            g += tl.where(zero, 0.0, radius)[:, None] * v
+        if NORMALIZE:
+            g = tl.where(zero[:, None], 0.0, g)
+        kept = there[:, None] & (d < (width if EVEN_D else D))
+        target = out + row.to(tl.int64)[:, None] * out_stride + d
+        tl.store(target, g.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _row_gradient(
+    gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width, table_stride_d,
+    ROUND_TABLE: tl.constexpr,
+):  # fmt: skip
+    """A slice (BLOCK_R, BLOCK_D) of the gradient with the target's share, and of the rows."""
+    inside = there[:, None] & (d < width)
+    g = tl.load(gradient + base + d, mask=inside, other=0.0) * scale[:, None]
+    v = tl.load(rows + base + d, mask=inside, other=0.0)
+    added = (picked >= 0)[:, None] & (d < D)
+    t = tl.load(picked_row + d.to(tl.int64) * table_stride_d, mask=added, other=0.0)
+    t = t.to(v.dtype).to(tl.float32) if ROUND_TABLE else t.to(tl.float32)
+    return g + weight[:, None] * t, v.to(tl.float32)

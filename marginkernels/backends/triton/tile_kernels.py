@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The tile program: a rows x classes tile of logits, and its two epilogues.
+
+What: the forward sweep's softmax statistics and the backward sweep's G, each tile from x and w.
+Never materialised: the (N, C) logits, a normalised copy of w, a mask; only G, chunk by chunk.
+Fast because: tensor cores accumulate in fp32 and five instructions per logit are left after them.
+"""
+
+import triton
+import triton.language as tl
+
+# the exponentials are powers of two: 1 / ln 2 goes into the row factor, once per row
+LOG2E = tl.constexpr(1.4426950408889634)
+# below any logit in the domain, and finite: a row that has met no negative yet needs no special case
+NO_MAXIMUM = tl.constexpr(-1e30)
+
+_SIZES = ["N", "C", "D_TILES", "first_tile", "flags_stride"]
+
+
+@triton.jit
+def _dot(
+    x,  # (>= BLOCK_N, D_TILES * BLOCK_D), at the tile's first row
+    w,  # (>= BLOCK_C, D_TILES * BLOCK_D), at the tile's first class
+    row,  # (BLOCK_N,) rows of the tile
+    col,  # (BLOCK_C,) classes of the tile
+    D_TILES,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<x_i, w_j> (BLOCK_N, BLOCK_C) in fp32.
+
+    Rows are padded to a multiple of BLOCK_D by whoever calls, so that nothing in here is masked and
+    every copy is 16 bytes wide.
+    """
+    stride = D_TILES * BLOCK_D
+    d = tl.arange(0, BLOCK_D)
+    x_ptrs = x + row[:, None] * stride + d[None, :]
+    w_ptrs = w + col[None, :] * stride + d[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for _ in range(D_TILES):
+        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_D
+        w_ptrs += BLOCK_D
+    return acc
+
+
+@triton.jit
+def _row_factor(x_inv, scale, row, N):
+    """r_i / ln 2; 1 in rows that are not there, since a masked logit is -inf times this."""
+    return tl.load(x_inv + row, mask=row < N, other=1.0) * (tl.load(scale) * LOG2E)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
+def statistics_kernel(
+    x,  # (N, D_TILES * BLOCK_D)
+    w,  # (stop_tile - first_tile) * BLOCK_C classes x D_TILES * BLOCK_D
+    y,  # (N,) int64, -1: no target here
+    x_inv,  # (N,)
+    w_inv,  # (C,) and on to the end of the last tile
+    scale,  # ()
+    bias,  # (C,) and on to the end of the last tile, or None
+    flags,  # (row tiles, class tiles) int8: a target lies in the tile
+    partials,  # (4, columns, N): maximum and sum of exp2, sum, maximum of the logits, log2 units
+    tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
+    N,
+    C,
+    D_TILES,
+    first_tile,  # of class tiles: those of this launch
+    stop_tile,
+    flags_stride,
+    columns,  # programs per row tile
+    carry,  # not 0: go on from the partials of the launch before
+    tiles_stride,  # width of the saved tiles, in class tiles
+    inverse_limit,  # 1 / norm of a zero row
+    NORMALIZE_W: tl.constexpr,
+    SAVE_TILES: tl.constexpr,
+    WANT_SUM: tl.constexpr,
+    WANT_MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Softmax statistics over the negatives of one row tile and every ``columns``-th class tile."""
+    # row tiles vary fastest: programs that run together share their tile of w in L2
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    row_tile = tl.program_id(0) % row_tiles
+    column = tl.program_id(0) // row_tiles
+    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
+    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    r = _row_factor(x_inv, scale, row, N)
+    stride = D_TILES * BLOCK_D
+    x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
+
+    slot = partials + column.to(tl.int64) * N + row
+    plane = columns.to(tl.int64) * N
+    resume = (row < N) & (carry != 0)
+    if SAVE_TILES:
+        # both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
+        offset = tl.maximum(tl.load(scale) - 59.0, 0.0) * LOG2E
+        m = tl.zeros((BLOCK_N,), tl.float32) + offset
+    else:
+        m = tl.load(slot, mask=resume, other=NO_MAXIMUM)
+    l = tl.load(slot + plane, mask=resume, other=0.0)  # noqa: E741
+    if WANT_SUM:
+        total = tl.load(slot + 2 * plane, mask=resume, other=0.0)
+    if SAVE_TILES and WANT_MAX:
+        top = tl.load(slot + 3 * plane, mask=resume, other=NO_MAXIMUM)
+
+    for tile in range(first_tile + column, stop_tile, columns):
+        start = tile * BLOCK_C
+        col = start + tl.arange(0, BLOCK_C)
+        w_tile = w + ((tile - first_tile) * BLOCK_C).to(tl.int64) * stride
+        existing = tl.minimum(tl.arange(0, BLOCK_C), C - 1 - start)
+        v = _dot(x_tile, w_tile, in_tile, existing, D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION)
+        if NORMALIZE_W:
+            q = tl.load(w_inv + col)
+            v *= q[None, :]
+        rate = r[:, None]  # the logits are v * rate
+        if bias is not None:
+            v = v * rate + (tl.load(bias + col) * LOG2E)[None, :]
+            rate = 1.0
+        if WANT_SUM:
+            kept = v
+        flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
+        if (flagged != 0) | (start + BLOCK_C > C):
+            dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+            v = tl.where(dead, float("-inf"), v)
+            if WANT_SUM:
+                kept = tl.where(dead, 0.0, kept)
+        if WANT_SUM:
+            total += tl.sum(kept * rate, 1)
+        if SAVE_TILES:
+            p = tl.exp2(v * rate - offset)
+            if WANT_MAX:
+                top = tl.maximum(top, tl.max(v, 1) * r)
+            row64 = row.to(tl.int64)[:, None] * (tiles_stride * BLOCK_C)
+            q = tl.where(q < inverse_limit, q, 1.0)
+            stored = (p * q[None, :]).to(tiles.dtype.element_ty)
+            tl.store(tiles + row64 + col[None, :], stored, mask=(row < N)[:, None])
+        else:
+            # a constant factor may be taken out of the maximum, a row at a time
+            higher = tl.maximum(m, tl.max(v, 1) if bias is not None else tl.max(v, 1) * r)
+            p = tl.exp2(v * rate - higher[:, None])
+            l *= tl.exp2(m - higher)  # noqa: E741
+            m = higher
+        l += tl.sum(p, 1)  # noqa: E741
+
+    tl.store(slot, m, mask=row < N)
+    tl.store(slot + plane, l, mask=row < N)
+    if WANT_SUM:
+        tl.store(slot + 2 * plane, total, mask=row < N)
+    if SAVE_TILES and WANT_MAX:
+        tl.store(slot + 3 * plane, top, mask=row < N)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "g_tiles"])
+def gradient_kernel(
+    x,  # (N, D_TILES * BLOCK_D)
+    w,  # those classes of this launch, (., D_TILES * BLOCK_D)
+    y,  # (N,) int64, -1: no target here
+    x_inv,  # (N,)
+    w_inv,  # (C,) and on to the end of the last tile
+    scale,  # ()
+    bias,  # (C,) and on to the end of the last tile, or None
+    flags,  # (row tiles, class tiles) int8: a target lies in the tile
+    lse,  # (N,)
+    grad_lse,  # (N,)
+    grad_sum,  # (N,) or None
+    g_scale,  # () power of two, or None
+    g,  # (row tiles * BLOCK_N, g_tiles * BLOCK_C), in the compute type
+    dbias,  # (row tiles, g_tiles * BLOCK_C) sums over the rows of a tile, or None
+    dscale,  # (class tiles, row tiles) sums over a tile, or None
+    N,
+    C,
+    D_TILES,
+    first_tile,
+    flags_stride,
+    g_tiles,
+    inverse_limit,  # 1 / norm of a zero row
+    NORMALIZE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets."""
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    row_tile = tl.program_id(0) % row_tiles
+    tile = first_tile + tl.program_id(0) // row_tiles
+    start = tile * BLOCK_C
+    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = start + tl.arange(0, BLOCK_C)
+    in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
+    existing = tl.minimum(tl.arange(0, BLOCK_C), C - 1 - start)
+    stride = D_TILES * BLOCK_D
+    x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
+    w_tile = w + ((tile - first_tile) * BLOCK_C).to(tl.int64) * stride
+    v = _dot(x_tile, w_tile, in_tile, existing, D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION)
+
+    r = _row_factor(x_inv, scale, row, N)
+    # zero rows would claim all of fp16's range, for a gradient that is 0
+    inverse = tl.load(x_inv + row, mask=row < N, other=1.0)
+    fold = tl.where(inverse < inverse_limit, r * (1 / LOG2E), 1.0)
+    if g_scale is not None:
+        fold *= tl.load(g_scale)
+    a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
+    offset = tl.load(lse + row, mask=row < N, other=0.0) * LOG2E
+    # a row without negatives has lse = -inf, and no G either
+    offset = tl.where(offset == float("-inf"), 0.0, offset)
+
+    if NORMALIZE_W:
+        q = tl.load(w_inv + col)
+        v *= q[None, :]
+    if bias is not None:
+        logit = v * r[:, None] + (tl.load(bias + col) * LOG2E)[None, :]
+        p = tl.exp2(logit - offset[:, None])
+    else:
+        p = tl.exp2(v * r[:, None] - offset[:, None])
+    G = p * a[:, None]
+    if grad_sum is not None:
+        u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
+        G += u[:, None]
+    flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
+    if (flagged != 0) | (start + BLOCK_C > C):
+        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+        G = tl.where(dead, 0.0, G)
+
+    unfold = 1 / fold
+    g_col = col - first_tile * BLOCK_C
+    g_stride = (g_tiles * BLOCK_C).to(tl.int64)
+    if dbias is not None:
+        tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
+    if dscale is not None:
+        total = tl.sum(tl.sum(G * v, 1) * (r * unfold), 0)
+        tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total * (1 / LOG2E))
+    if NORMALIZE_W:
+        G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
+    g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
+    in_g = tl.arange(0, BLOCK_N)[:, None] * (g_tiles * BLOCK_C) + g_col[None, :]
+    tl.store(g_tile + in_g, G.to(g.dtype.element_ty))
