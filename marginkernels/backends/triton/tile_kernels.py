@@ -37,13 +37,13 @@ def _dot(
     """
     stride = D_TILES * BLOCK_D
     d = tl.arange(0, BLOCK_D)
-    x_ptrs = x + row[:, None] * stride + d[None, :]
-    w_ptrs = w + col[None, :] * stride + d[:, None]
+    x_offs = row[:, None] * stride + d[None, :]
+    w_offs = col[None, :] * stride + d[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for _ in range(D_TILES):
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D
+        acc = tl.dot(tl.load(x + x_offs), tl.load(w + w_offs), acc, input_precision=PRECISION)
+        x += BLOCK_D
+        w += BLOCK_D
     return acc
 
 
@@ -209,7 +209,8 @@ def gradient_kernel(
     if g_scale is not None:
         fold *= tl.load(g_scale)
     a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
-    offset = tl.load(lse + row, mask=row < N, other=0.0) * LOG2E
+    # padding rows repeat the last one: an infinite lse makes their G 0
+    offset = tl.load(lse + row, mask=row < N, other=float("inf")) * LOG2E
     # a row without negatives has lse = -inf, and no G either
     offset = tl.where(offset == float("-inf"), 0.0, offset)
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Facts read off compiled kernels: registers, spills, shared memory, instructions on the hot path."""
+
+import heapq
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+MMA = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
+ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
+# of each multiprocessor: bytes of shared memory, the most of one program, threads; compute unit of
+# the gfx942: registers count per SIMD unit there
+SHARED = {
+    "sm_80": (164 << 10, 163 << 10, 2048),
+    "sm_86": (100 << 10, 99 << 10, 1536),
+    "sm_89": (100 << 10, 99 << 10, 1536),
+    "sm_90": (228 << 10, 227 << 10, 2048),
+    "sm_100": (228 << 10, 227 << 10, 2048),
+    "sm_120": (100 << 10, 99 << 10, 1536),
+    "gfx942": (64 << 10, 64 << 10, 2048),
+}
+REGISTERS = 65536
+RESERVED_SHARED = 1 << 10  # per program, by CUDA
+
+
+@dataclass(frozen=True)
+class Facts:
+    registers: int  # per thread
+    spilled: int  # instructions that move registers to local memory and back; AMD: registers
+    shared: int  # bytes per program
+    threads: int
+    mma: int  # instructions in the whole kernel
+    async_copies: int
+    loop: int = 0  # instructions of the main loop
+    loop_mma: int = 0
+    epilogue: int = 0  # instructions per warp from the main loop to the next tile, or to the end
+
+    def occupancy(self, target: str) -> int:
+        """Programs that a multiprocessor can hold: registers, shared memory and threads allow it."""
+        shared, most, threads = SHARED[target]
+        if self.shared > most:
+            return 0
+        if target == "gfx942":
+            waves = 512 // _up(self.registers, 8) * 4  # four SIMD units
+            by_registers = waves * 64 // self.threads
+            return min(by_registers, shared // max(self.shared, 1), threads // self.threads)
+        warps = REGISTERS // (_up(self.registers, 8) * 32)
+        by_registers = warps * 32 // self.threads
+        return min(by_registers, shared // (self.shared + RESERVED_SHARED), threads // self.threads)
+
+
+def facts(compiled, target: str) -> Facts:
+    if target == "gfx942":
+        return _amd_facts(compiled)
+    sass = _tool("nvdisasm", "-c", compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    code = parse(sass)
+    text = [instruction.text for instruction in code]
+    loop, epilogue = hot_path(code, MMA[target])
+    return Facts(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spilled=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in text),
+        shared=compiled.metadata.shared,
+        threads=compiled.metadata.num_warps * 32,
+        mma=_count(text, MMA[target]),
+        async_copies=sum(bool(ASYNC_COPY.search(line)) for line in text),
+        loop=len(loop),
+        loop_mma=_count([instruction.text for instruction in loop], MMA[target]),
+        epilogue=epilogue,
+    )
+
+
+def _amd_facts(compiled) -> Facts:
+    text = compiled.asm["amdgcn"]
+    number = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    return Facts(
+        registers=number["vgpr_count"],
+        spilled=number["vgpr_spill_count"] + number["private_segment_fixed_size"],
+        shared=compiled.metadata.shared,
+        threads=compiled.metadata.num_warps * 64,
+        mma=len(re.findall(r"^\s+v_mfma", text, re.M)),
+        async_copies=0,
+    )
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+    jump: int | None  # address it may go on at
+    falls_through: bool
+
+
+def parse(sass: str) -> list[Instruction]:
+    """The instructions of the one kernel in nvdisasm's listing."""
+    listing, labels, pending = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            pending.append(label[1])
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            address = int(found[1], 16)
+            labels.update(dict.fromkeys(pending, address))
+            pending = []
+            listing.append((address, found[2]))
+    code = []
+    for address, text in listing:
+        predicated = text.startswith("@") and not text.startswith("@PT")
+        body = re.sub(r"^@\S+\s+", "", text)
+        jump, falls_through = None, True
+        if target := re.search(r"(?:BRA|BRX)\S*\s.*`\((\.L_x_\d+)\)", body):
+            jump = labels[target[1]]
+            # a branch may take its condition as an operand too
+            conditions = re.match(r"\S+\s+(\S+,\s*)?`", body)[1] or re.search(r"\bU?P\d", body)
+            falls_through = predicated or bool(conditions)
+        elif body.startswith("EXIT"):
+            falls_through = predicated
+        code.append(Instruction(address, text, jump, falls_through))
+    return code
+
+
+def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]:
+    """The innermost loop with matrix instructions, and the length of the shortest way from its end
+    to the next tile or the end of the kernel: that leaves out what only flagged tiles execute.
+    """
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    loops = [
+        (index[instruction.jump], i)
+        for i, instruction in enumerate(code)
+        if instruction.jump is not None and instruction.jump <= instruction.address
+    ]
+    loops = [
+        (start, stop)
+        for start, stop in loops
+        if any(re.search(rf"\b{mma}", instruction.text) for instruction in code[start : stop + 1])
+    ]
+    if not loops:
+        return [], 0
+    start, stop = min(loops, key=lambda loop: loop[1] - loop[0])
+    distance, queue = {stop + 1: 0}, [(0, stop + 1)]
+    while queue:
+        length, i = heapq.heappop(queue)
+        if length > distance[i]:
+            continue
+        if code[i].text.endswith("EXIT") or i < start:
+            return code[start : stop + 1], length
+        following = [i + 1] if code[i].falls_through else []
+        following += [] if code[i].jump is None else [index[code[i].jump]]
+        for j in following:
+            if not start <= j <= stop and length + 1 < distance.get(j, 1 << 30):
+                distance[j] = length + 1
+                heapq.heappush(queue, (length + 1, j))
+    return code[start : stop + 1], 0
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        result = subprocess.run([binary, option, file.name], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{name}: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout
+
+
+def _count(text: list[str], mnemonic: str) -> int:
+    return sum(bool(re.search(rf"\b{mnemonic}\b", line)) for line in text)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
