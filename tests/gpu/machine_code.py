@@ -46,6 +46,7 @@ class Facts:
     async_copies: int
     loop: int = 0  # instructions of the main loop
     loop_mma: int = 0
+    loop_flops: int = 0  # of all warps, in one turn of the main loop
     epilogue: int = 0  # instructions per warp from the main loop to the next tile, or to the end
 
     def occupancy(self, target: str) -> int:
@@ -79,8 +80,19 @@ def facts(compiled, target: str) -> Facts:
         async_copies=sum(bool(ASYNC_COPY.search(line)) for line in text),
         loop=len(loop),
         loop_mma=_count([instruction.text for instruction in loop], MMA[target]),
+        loop_flops=sum(_flops(i.text, compiled.metadata.num_warps) for i in loop),
         epilogue=epilogue,
     )
+
+
+def _flops(text: str, warps: int) -> int:
+    """Of a matrix instruction that every warp issues; 0 where its shape is not in its name."""
+    if shape := re.search(r"\bHMMA\.16816\b|\bHMMA\.1688\b", text):
+        return warps * 2 * 16 * 8 * (16 if shape[0].endswith("16816") else 8)
+    if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", text):
+        m, n, k = (int(size) for size in shape.groups())
+        return warps // 4 * 2 * m * n * k
+    return 0
 
 
 def _amd_facts(compiled) -> Facts:
