@@ -3,6 +3,7 @@
 """Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has."""
 
 import pytest
+import simulation
 import torch
 
 from marginkernels import backend_report
@@ -10,6 +11,14 @@ from marginkernels.backends import reasons
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = list(backend_report())
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--simulate",
+        choices=simulation.SIMULATORS,
+        help="also run the triton backend on the CPU, its launches executed by a simulator",
+    )
 
 
 @pytest.fixture(params=DEVICES)
@@ -20,10 +29,15 @@ def device(request):
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """A backend that can run on ``device``; skipped with its own reasons where it cannot."""
+    simulator = request.config.getoption("--simulate")
+    if simulator and (request.param, device) == ("triton", "cpu"):
+        with simulation.simulated(simulator):
+            yield request.param
+        return
     why_not = reasons(request.param, device)
     if why_not:
         pytest.skip(f"{request.param} on {device}: " + "; ".join(why_not))
-    return request.param
+    yield request.param
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def head_fwd(
     columns = _columns(sweep)
     partials = stat(4, columns, n)
 
-    for first, stop, w_chunk in sweep.chunks(sweep.chunk_tiles(c)):
+    for first, stop, w_chunk in sweep.chunks(sweep.chunk_tiles(len(w_inv))):
         sweep.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
         if n:
             statistics_kernel[(sweep.row_tiles * columns,)](
@@ -69,7 +69,7 @@ def head_fwd(
             sweep.x, w, y, x_inv, w_inv, partials, lse, target, w_norm,
             logit_sum if want_sum else None, logit_max if want_max else None,
             N=n, D=d, w_stride_c=w.stride(0), w_stride_d=w.stride(1), columns=columns,
-            NORMALIZE_W=normalize_w, MAX_PLANE=3 if save_tiles else 0,
+            NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None, MAX_PLANE=3 if save_tiles else 0,
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["R", "R_PADDED", "D_TILES"])
@@ -79,6 +80,7 @@ def finish_rows_kernel(
     w_stride_d,
     columns,
     NORMALIZE_W: tl.constexpr,
+    LOG2_UNITS: tl.constexpr,  # of the partials: logits in units of ln 2
     MAX_PLANE: tl.constexpr,  # where the partial maxima of the logits are
     TILE_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,6 +88,8 @@ def finish_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Merges the partial statistics of a row in a fixed order, and takes <x_i, w_y>."""
+    UNIT: tl.constexpr = LN2 if LOG2_UNITS else 1.0
+    TO_LOG2: tl.constexpr = 1.0 if LOG2_UNITS else LOG2E
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     plane = columns.to(tl.int64) * N
     m = tl.full((BLOCK_N,), -1e30, tl.float32)
@@ -99,8 +103,8 @@ def finish_rows_kernel(
         part_m = tl.load(slot, mask=there, other=-1e30)
         part_l = tl.load(slot + plane, mask=there, other=0.0)
         higher = tl.maximum(m, tl.max(part_m, 0))
-        l = l * tl.exp2(m - higher)  # noqa: E741
-        l += tl.sum(part_l * tl.exp2(part_m - higher[None, :]), 0)  # noqa: E741
+        l = l * tl.exp2((m - higher) * TO_LOG2)  # noqa: E741
+        l += tl.sum(part_l * tl.exp2((part_m - higher[None, :]) * TO_LOG2), 0)  # noqa: E741
         m = higher
         if logit_sum is not None:
             total += tl.sum(tl.load(slot + 2 * plane, mask=there, other=0.0), 0)
@@ -108,12 +112,12 @@ def finish_rows_kernel(
             part_top = tl.load(slot + MAX_PLANE * plane, mask=there, other=-1e30)
             top = tl.maximum(top, tl.max(part_top, 0))
     none = l == 0  # no negatives
-    value = (m + tl.log2(tl.where(none, 1.0, l))) * LN2
+    value = m * UNIT + tl.log2(tl.where(none, 1.0, l)) * LN2
     tl.store(lse + row, tl.where(none, float("-inf"), value), mask=row < N)
     if logit_sum is not None:
-        tl.store(logit_sum + row, total * LN2, mask=row < N)
+        tl.store(logit_sum + row, total * UNIT, mask=row < N)
     if logit_max is not None:
-        tl.store(logit_max + row, tl.where(none, float("-inf"), top * LN2), mask=row < N)
+        tl.store(logit_max + row, tl.where(none, float("-inf"), top * UNIT), mask=row < N)
 
     label = tl.load(y + row, mask=row < N, other=-1)
     owned = label >= 0

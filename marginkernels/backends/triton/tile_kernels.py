@@ -10,7 +10,6 @@ Fast because: tensor cores accumulate in fp32 and five instructions per logit ar
 import triton
 import triton.language as tl
 
-# the exponentials are powers of two: 1 / ln 2 goes into the row factor, once per row
 LOG2E = tl.constexpr(1.4426950408889634)
 # below any logit in the domain, and finite: a row that has met no negative yet needs no special case
 NO_MAXIMUM = tl.constexpr(-1e30)
@@ -49,8 +48,8 @@ def _dot(
 
 @triton.jit
 def _row_factor(x_inv, scale, row, N):
-    """r_i / ln 2; 1 in rows that are not there, since a masked logit is -inf times this."""
-    return tl.load(x_inv + row, mask=row < N, other=1.0) * (tl.load(scale) * LOG2E)
+    """r_i; positive in rows that are not there, since a masked logit is -inf times this."""
+    return tl.load(x_inv + row, mask=row < N, other=1.0) * tl.load(scale)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
@@ -63,7 +62,7 @@ def statistics_kernel(
     scale,  # ()
     bias,  # (C,) and on to the end of the last tile, or None
     flags,  # (row tiles, class tiles) int8: a target lies in the tile
-    partials,  # (4, columns, N): maximum and sum of exp2, sum, maximum of the logits, log2 units
+    partials,  # (4, columns, N): maximum and sum of exp, sum and maximum of the logits
     tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
     N,
     C,
@@ -72,7 +71,7 @@ def statistics_kernel(
     stop_tile,
     flags_stride,
     columns,  # programs per row tile
-    carry,  # not 0: go on from the partials of the launch before
+    carry,  # 1: go on from the partials of the launch before, 0: start
     tiles_stride,  # width of the saved tiles, in class tiles
     inverse_limit,  # 1 / norm of a zero row
     NORMALIZE_W: tl.constexpr,
@@ -84,7 +83,13 @@ def statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax statistics over the negatives of one row tile and every ``columns``-th class tile."""
+    """Softmax statistics over the negatives of one row tile and every ``columns``-th class tile.
+
+    Logits are in units of ln 2 where the row factor can take that in, so that an exponential is one
+    FFMA and one EX2; with a bias they are plain, which keeps the digits of a large one.
+    """
+    UNIT: tl.constexpr = LOG2E if bias is None else 1.0
+    TO_LOG2: tl.constexpr = 1.0 if bias is None else LOG2E
     # row tiles vary fastest: programs that run together share their tile of w in L2
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
@@ -92,13 +97,13 @@ def statistics_kernel(
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    r = _row_factor(x_inv, scale, row, N)
+    r = _row_factor(x_inv, scale, row, N) * UNIT
     stride = D_TILES * BLOCK_D
     x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
 
     slot = partials + column.to(tl.int64) * N + row
     plane = columns.to(tl.int64) * N
-    resume = (row < N) & (carry != 0)
+    resume = row < N * carry
     if SAVE_TILES:
         # both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
         offset = tl.maximum(tl.load(scale) - 59.0, 0.0) * LOG2E
@@ -122,7 +127,7 @@ def statistics_kernel(
             v *= q[None, :]
         rate = r[:, None]  # the logits are v * rate
         if bias is not None:
-            v = v * rate + (tl.load(bias + col) * LOG2E)[None, :]
+            v = v * rate + tl.load(bias + col)[None, :]
             rate = 1.0
         if WANT_SUM:
             kept = v
@@ -145,8 +150,8 @@ def statistics_kernel(
         else:
             # a constant factor may be taken out of the maximum, a row at a time
             higher = tl.maximum(m, tl.max(v, 1) if bias is not None else tl.max(v, 1) * r)
-            p = tl.exp2(v * rate - higher[:, None])
-            l *= tl.exp2(m - higher)  # noqa: E741
+            p = tl.exp2((v * rate - higher[:, None]) * TO_LOG2)
+            l *= tl.exp2((m - higher) * TO_LOG2)  # noqa: E741
             m = higher
         l += tl.sum(p, 1)  # noqa: E741
 
@@ -205,12 +210,12 @@ def gradient_kernel(
     r = _row_factor(x_inv, scale, row, N)
     # zero rows would claim all of fp16's range, for a gradient that is 0
     inverse = tl.load(x_inv + row, mask=row < N, other=1.0)
-    fold = tl.where(inverse < inverse_limit, r * (1 / LOG2E), 1.0)
+    fold = tl.where(inverse < inverse_limit, r, 1.0)
     if g_scale is not None:
         fold *= tl.load(g_scale)
     a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
     # padding rows repeat the last one: an infinite lse makes their G 0
-    offset = tl.load(lse + row, mask=row < N, other=float("inf")) * LOG2E
+    offset = tl.load(lse + row, mask=row < N, other=float("inf"))
     # a row without negatives has lse = -inf, and no G either
     offset = tl.where(offset == float("-inf"), 0.0, offset)
 
@@ -218,10 +223,10 @@ def gradient_kernel(
         q = tl.load(w_inv + col)
         v *= q[None, :]
     if bias is not None:
-        logit = v * r[:, None] + (tl.load(bias + col) * LOG2E)[None, :]
-        p = tl.exp2(logit - offset[:, None])
+        z = v * r[:, None] + tl.load(bias + col)[None, :]
+        p = tl.exp2((z - offset[:, None]) * LOG2E)
     else:
-        p = tl.exp2(v * r[:, None] - offset[:, None])
+        p = tl.exp2(v * (r * LOG2E)[:, None] - (offset * LOG2E)[:, None])
     G = p * a[:, None]
     if grad_sum is not None:
         u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
@@ -239,7 +244,7 @@ def gradient_kernel(
         tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
     if dscale is not None:
         total = tl.sum(tl.sum(G * v, 1) * (r * unfold), 0)
-        tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total * (1 / LOG2E))
+        tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total)
     if NORMALIZE_W:
         G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
     g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The Triton backend on CPU tensors: its own launchers, every launch executed by a simulator.
+
+ttsem        Triton's IR in numpy: finds accesses out of bounds and races between programs
+ptxsim       the PTX for sm_80: also finds races within a program and unfinished copies
+interpreter  Triton's own, which needs TRITON_INTERPRET=1 from the start of the process; fp32, fp16
+"""
+
+import contextlib
+import importlib
+import os
+
+import pytest
+import torch
+
+from marginkernels import backends
+
+SIMULATORS = ("ttsem", "ptxsim", "interpreter")
+
+
+def _require(simulator: str) -> None:
+    """Skips the test, with the reason, where the simulator cannot run."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if simulator == "interpreter":
+        if not interpreted:
+            pytest.skip("the process was not started with TRITON_INTERPRET=1")
+    elif interpreted:
+        pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler")
+    else:
+        pytest.importorskip(simulator, reason=f"the package {simulator} is not installed")
+
+
+@contextlib.contextmanager
+def simulated(simulator: str, **settings):
+    """``backend="triton"`` accepts CPU tensors inside this context."""
+    _require(simulator)
+    from marginkernels.backends.triton import launch
+
+    library = torch.library.Library("marginkernels", "IMPL")
+    for name in ("head_fwd", "head_bwd"):
+        library.impl(f"{name}_triton", _without_autocast(launch, name), "CPU")
+    with contextlib.ExitStack() as stack:
+        stack.callback(library._destroy)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(backends.triton, "unavailable_reasons", lambda *_: [])
+        stack.enter_context(_session(simulator, **settings))
+        yield
+
+
+def _session(simulator, **settings):
+    if simulator == "ttsem":
+        sanitize = importlib.import_module("ttsem.sanitize")
+        return sanitize.session(cc=80, cuda_is_cpu=False, **settings)
+    if simulator == "ptxsim":
+        adapter = importlib.import_module("ptxsim.triton_adapter")
+        return adapter.simulated_launches(checks="strict", **settings)
+    return contextlib.nullcontext()
+
+
+def _without_autocast(launch, name):
+    def call(x, *args, **settings):
+        with torch.autocast("cpu", enabled=False):
+            return getattr(launch, name)(x, *args, **settings)
+
+    return call

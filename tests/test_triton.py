@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The Triton backend without a GPU: executed by simulators, compiled for real targets.
+
+Here is one problem per regime. ``pytest --simulate ttsem -k triton`` runs every test of every
+backend on it too, in some ten minutes.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import test_hard_cases as hard
+import test_head as head
+import torch
+from problems import random_problem
+from simulation import simulated
+
+from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
+from marginkernels.backends import triton as backend
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+# shapes of test_head, each in one of its types and all types twice: a single number, one row, no
+# negatives, ragged tiles in every direction, several row tiles, saved tiles
+PROBLEMS = {
+    "1x1x1 fp32": ((1, 1, 1), (F32, F32, None), False),
+    "1x300x31 bf16": ((1, 300, 31), (BF16, BF16, None), False),
+    "5x1x16 fp16": ((5, 1, 16), (F16, F16, None), False),
+    "17x7x31 fp32, bf16 compute": ((17, 7, 31), (F32, F32, BF16), True),
+    "33x1025x500 bf16": ((33, 1025, 500), (BF16, BF16, None), False),
+    "70x300x513 fp32": ((70, 300, 513), (F32, F32, None), True),
+    "300x700x64 fp32, fp16 compute": ((300, 700, 64), (F32, F32, F16), False),
+    "9x257x1024 bf16, fp32 weights": ((9, 257, 1024), (BF16, F32, None), True),
+}  # fmt: skip
+HARD_CASES = {
+    "zero rows bf16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (BF16,)),
+    "zero rows fp16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (F16,)),
+    "duplicates": (hard.test_all_rows_of_one_class_and_duplicates, ()),
+    "easy rows": (hard.test_easy_rows_keep_relative_precision, (False,)),
+    "easy rows, saved tiles": (hard.test_easy_rows_keep_relative_precision, ("auto",)),
+    "cosines near -1": (hard.test_cosines_all_of_one_sign_at_large_scales, (-1, 256.0)),
+    "cosines near 1": (hard.test_cosines_all_of_one_sign_at_large_scales, (1, 72.9)),
+    "norms of 1e14": (hard.test_extreme_norms, (1e14, "both", F32)),
+    "no rows": (hard.test_smallest_problems, (0, 5)),
+    "large biases": (hard.test_large_biases, (1e4,)),
+    "learnable scale": (head.test_learnable_scale_and_bias_gradients, ()),
+    "gradients through norms": (head.test_gradients_flow_through_the_norms, ("none",)),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_ttsem_matches_fp64(name, poisoned):
+    shape, dtypes, save_tiles = PROBLEMS[name]
+    problem = random_problem(*shape, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ttsem"):
+        problem.check("triton", save_tiles=save_tiles)
+
+
+@pytest.mark.parametrize("name", HARD_CASES)
+def test_ttsem_passes_hard_cases(name, poisoned):
+    function, arguments = HARD_CASES[name]
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    fixtures = dict(backend="triton", device="cpu", poisoned=None)
+    with simulated("ttsem"):
+        function(*arguments, **{k: v for k, v in fixtures.items() if k in names})
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, None), (F32, F32, BF16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("normalize", ["both", "weight", "none"])
+def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, dtypes, poisoned):
+    scale = {"both": 16.0, "weight": 2.0, "none": 0.2}[normalize]
+    problem = random_problem(
+        37, 301, 48, dtypes=dtypes, bias=True, margin=CosFace(0.1), scale=scale,
+        normalize=normalize, label_smoothing=0.1,
+    )  # fmt: skip
+    with simulated("ttsem"):
+        problem.check("triton")
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, None), (F32, F32, F16)], ids=["bf16", "fp16"])
+def test_ptx_matches_fp64(dtypes, poisoned):
+    """What the GPU's assembler gets, with every check on: races and unfinished copies inside a
+    program, which the IR cannot show.
+    """
+    problem = random_problem(70, 150, 72, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ptxsim"):
+        problem.check("triton", save_tiles=False)
+
+
+@needs_triton
+def test_interpreter_agrees(request):
+    """Triton's own interpreter, in a process that starts with it; fp32 and fp16 only."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        command = [sys.executable, "-m", "pytest", "-q", "-x", f"{__file__}::{request.node.name}"]
+        result = subprocess.run(
+            command, env=dict(os.environ, TRITON_INTERPRET="1"), capture_output=True, text=True
+        )
+        assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-2000:]
+        return
+    for compute_dtype in (F32, F16):
+        problem = random_problem(
+            20, 150, 40, dtypes=(F32, F32, compute_dtype), margin=ArcFace(0.3), scale=32.0
+        )
+        with simulated("interpreter"):
+            problem.check("triton", save_tiles=compute_dtype == F32)
+
+
+def test_chunks_of_w_and_of_g_give_the_same_bits(monkeypatch):
+    """Rounded w, G and dw go through small buffers many times instead of once."""
+    from marginkernels.backends.triton import launch, sweep
+
+    problem = random_problem(
+        20, 700, 40, dtypes=(F32, F32, BF16), margin=ArcFace(0.3), scale=32.0, label_smoothing=0.1
+    )
+    with simulated("ttsem", races="off"):
+        whole = problem.solve_fused("triton")
+        monkeypatch.setattr(sweep, "W_CHUNK_BYTES", 128 * 64 * 2)
+        monkeypatch.setattr(launch, "DW_CHUNK_BYTES", 64 * 64 * 4)
+        chunked = problem.solve_fused("triton")
+    for name, a, b in zip(("loss", "dx", "dw"), whole, chunked, strict=True):
+        if name == "dw":  # no sum runs across a chunk
+            assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
+
+
+def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
+    from marginkernels.backends.triton import configs
+
+    problem = random_problem(20, 1100, 40, margin=ArcFace(0.3), scale=32.0)
+    solutions = []
+    for multiprocessors in (1, 7):
+        device = configs.Target("sm_80", multiprocessors)
+        monkeypatch.setattr(configs, "target", lambda _, device=device: device)
+        with simulated("ttsem"):
+            solutions.append(problem.solve_fused("triton"))
+    for a, b in zip(*solutions, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+def test_offsets_beyond_32_bits():
+    """The last rows of operands of more than 2^31 elements; only pages that are touched exist."""
+    adapter = pytest.importorskip("ptxsim.triton_adapter", reason="ptxsim is not installed")
+    from marginkernels.backends.triton.row_kernels import norm_kernel
+    from marginkernels.backends.triton.tile_kernels import statistics_kernel
+
+    n, c, d = 4, 2**22 + 128, 512
+    w = torch.empty(c, d, dtype=BF16)
+    w[-128:] = torch.randn(128, d)
+    q = torch.zeros(c)
+    common = dict(inverse_limit=1e12, num_warps=8)
+    last = c // 8 - 1
+    adapter.run(
+        norm_kernel, (c // 8,), w, q, c, c, d // 64, TILE_D=64, BLOCK_R=8, BLOCK_D=256,
+        ctas=range(last - 15, last + 1), **common,
+    )  # fmt: skip
+    torch.testing.assert_close(q[-128:], 1 / w[-128:].float().norm(dim=1))
+
+    x, y, tiles = torch.randn(n, d).to(BF16), torch.full((n,), -1), c // 128
+    partials = torch.zeros(4, tiles, n)
+    adapter.run(
+        statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None,
+        torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
+        tiles, 0, 0, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False, WANT_MAX=False,
+        PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3,
+        ctas=range(tiles - 1, tiles), **common,
+    )  # fmt: skip
+    logits = x.double() @ (w[-128:].double() * q[-128:, None].double()).T
+    maximum, total = partials[0, -1], partials[1, -1]
+    lse = (maximum + total.log2()).double() * torch.log(torch.tensor(2.0, dtype=F64))
+    torch.testing.assert_close(lse, logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
+def mutated(module, old, new, tmp_path):
+    """A kernel module with one piece of its text replaced."""
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1
+    path = tmp_path / "mutated_kernels.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutated_kernels", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+# all programs of a row tile write the same partials
+RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row"
+
+
+@pytest.mark.parametrize(
+    "kernel, old, new, complaint",
+    [
+        ("finish_rows", "cosine, mask=row < N)", "cosine)", "past the end"),
+        ("statistics", RACE[0], RACE[1], "both touch element"),
+        ("statistics", "d = tl.arange(0, BLOCK_D)", "d = 16 + tl.arange(0, BLOCK_D)", "the end"),
+    ],
+    ids=["missing mask", "race", "overrun"],
+)
+@needs_triton
+def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monkeypatch):
+    sanitize = pytest.importorskip("ttsem.sanitize", reason="ttsem is not installed")
+    from marginkernels.backends.triton import launch, row_kernels, tile_kernels
+
+    module = tile_kernels if kernel == "statistics" else row_kernels
+    mutant = getattr(mutated(module, old, new, tmp_path), f"{kernel}_kernel")
+    monkeypatch.setattr(launch, f"{kernel}_kernel", mutant)
+    problem = random_problem(70, 300, 64, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ttsem"), pytest.raises(sanitize.KernelFault, match=complaint):
+        problem.solve_fused("triton")
+
+
+@needs_triton
+def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
+    errors = pytest.importorskip("ptxsim.errors", reason="ptxsim is not installed")
+    from marginkernels.backends.triton import launch, tile_kernels
+
+    mutant = mutated(tile_kernels, *RACE, tmp_path)
+    monkeypatch.setattr(launch, "statistics_kernel", mutant.statistics_kernel)
+    problem = random_problem(20, 150, 64, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ptxsim"), pytest.raises(errors.SimError, match="different value"):
+        problem.solve_fused("triton")
+
+
+@needs_triton
+def test_compile_gate_passes_one_configuration_per_target():
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.compile_gate"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and " 0 failures" in result.stdout, result.stdout + result.stderr
+
+
+@needs_triton
+def test_compile_gate_fires():
+    from marginkernels.backends.triton.configs import Config
+
+    gate = pytest.importorskip("tests.gpu.compile_gate")
+    kernels = ("statistics_kernel",)
+    for kind, config, complaint in (
+        ("half", Config(128, 256, 64, 4, 3, 1), "spills"),
+        ("half", Config(64, 64, 64, 4, 3, 9), "9 planned"),
+        ("half", Config(64, 64, 64, 4, 1, 1), "no asynchronous copy"),
+        ("half", Config(64, 64, 8, 4, 3, 1), "does not compile"),
+        ("fp32", Config(64, 64, 16, 4, 3, 1), None),
+    ):
+        case = gate.Case("sm_80", kind, config, ("plain",), kernels)
+        (row,) = gate.check(case)
+        if complaint is None:
+            assert not row.problems
+            # code without matrix instructions, where they are expected
+            row = row._replace(
+                problems=gate.problems_of(case._replace(kind="tf32"), row.kernel, row.facts)
+            )
+            complaint = "no matrix instruction"
+        assert any(complaint in problem for problem in row.problems), gate.describe(row)
+
+
+@needs_triton
+def test_new_sizes_and_margins_compile_nothing():
+    from marginkernels.backends.triton.configs import TABLE
+
+    gate = pytest.importorskip("tests.gpu.compile_gate")
+    config = TABLE["sm_90"]["half"][0]
+    for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
+        kernels = set()
+        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
+            with gate.aot.recorded_launches("sm_90") as launches:
+                gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
+            kernels.add(frozenset((launch.kernel, launch.key) for launch in launches))
+        assert len(kernels) == 1
+
+
+@needs_triton
+def test_launches_are_few():
+    gate = pytest.importorskip("tests.gpu.compile_gate")
+    with gate.aot.recorded_launches("sm_90") as launches:
+        gate.run_launchers(dtype=BF16, n=300, c=1000)
+    counts = Counter(launch.kernel for launch in launches)
+    assert counts == dict(
+        norm_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1, target_kernel=1,
+        gradient_kernel=1, project_kernel=2,
+    )  # fmt: skip
+
+
+def test_reasons_name_everything_that_is_missing(monkeypatch):
+    monkeypatch.setattr(backend, "_triton_version", lambda: (3, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = "; ".join(backend.unavailable_reasons("cpu", F64))
+    assert all(part in text for part in ("cuda devices, not on cpu", "not in float64"))
+    assert "triton" in text
+    assert "torch finds no GPU" in backend.unavailable_reasons()
+    problem = random_problem(3, 4, 5, margin=ArcFace(0.3), scale=2.0)
+    with pytest.raises(RuntimeError, match="'triton' cannot run here"):
+        margin_cross_entropy(
+            problem.x, problem.w, problem.y, backend="triton", **problem.settings
+        )
+
+
+def test_triton_is_imported_only_when_it_is_used():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, marginkernels as m\n"
+        "assert m.backend_report()['triton']\n"
+        "m.margin_cross_entropy(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]),"
+        " margin=m.NSoftmax(), scale=2.0, backend='reference')\n"
+        "assert not any(name.startswith('triton.') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("save_tiles", [False, True])
+def test_fakes_agree_with_the_ops(save_tiles):
+    """Shapes, types and strides under torch.compile, and no input changed."""
+    x, w, y = torch.randn(5, 8), torch.randn(70, 8), torch.tensor([0, 69, 3, -1, 3])
+    functor = dict(transform="identity", row_parameter=None, constants=None)
+    sides = dict(normalize_x=True, normalize_w=True, compute_dtype=BF16, **functor)
+    forward = (x, w, y, torch.tensor(16.0), None)
+    wanted = dict(save_tiles=save_tiles, want_sum=False, want_max=True)
+    needs = dict(need_x=True, need_w=True, need_bias=False, need_scale=not save_tiles)
+    # the others ask for the device's properties, which the simulator does not have
+    checks = ("test_schema", "test_faketensor")
+    with simulated("ttsem"):
+        torch.library.opcheck(
+            ops.head_fwd("triton"), forward, sides | wanted, test_utils=checks
+        )
+        lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd("triton")(*forward, **sides, **wanted)
+        g = torch.randn(5)
+        backward = (*forward, lse, x_inv, w_inv, tiles, g, g, None, None)
+        torch.library.opcheck(ops.head_bwd("triton"), backward, sides | needs, test_utils=checks)
