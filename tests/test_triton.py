@@ -291,6 +291,31 @@ def test_launches_are_few():
     )  # fmt: skip
 
 
+@needs_triton
+def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
+    """Clock replaced: the second configuration is the fastest, and is found once, then read."""
+    from marginkernels.backends.triton import configs, tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_found", {})
+    calls, table = [], configs.TABLE["sm_80"]["half"]
+
+    def op(x, w, *, config=None, compute_dtype):
+        calls.append(config)
+
+    def clock(function):
+        function()
+        return 1.0 if calls[-1] == table[1] else 2.0
+
+    monkeypatch.setattr("triton.testing.do_bench", clock)
+    x, w = torch.zeros(100, 8), torch.zeros(1000, 8)
+    assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
+    assert tuning.fastest(op, x[:70], w[:900], compute_dtype=BF16) == table[1]
+    monkeypatch.setattr(tuning, "_found", {})
+    assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
+    assert tuning.fastest(op, x, w[:100], compute_dtype=BF16) and len(calls) == 2 * len(table)
+
+
 def test_reasons_name_everything_that_is_missing(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: (3, 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -300,9 +325,7 @@ def test_reasons_name_everything_that_is_missing(monkeypatch):
     assert "torch finds no GPU" in backend.unavailable_reasons()
     problem = random_problem(3, 4, 5, margin=ArcFace(0.3), scale=2.0)
     with pytest.raises(RuntimeError, match="'triton' cannot run here"):
-        margin_cross_entropy(
-            problem.x, problem.w, problem.y, backend="triton", **problem.settings
-        )
+        margin_cross_entropy(problem.x, problem.w, problem.y, backend="triton", **problem.settings)
 
 
 def test_triton_is_imported_only_when_it_is_used():
@@ -328,9 +351,7 @@ def test_fakes_agree_with_the_ops(save_tiles):
     # the others ask for the device's properties, which the simulator does not have
     checks = ("test_schema", "test_faketensor")
     with simulated("ttsem"):
-        torch.library.opcheck(
-            ops.head_fwd("triton"), forward, sides | wanted, test_utils=checks
-        )
+        torch.library.opcheck(ops.head_fwd("triton"), forward, sides | wanted, test_utils=checks)
         lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd("triton")(*forward, **sides, **wanted)
         g = torch.randn(5)
         backward = (*forward, lse, x_inv, w_inv, tiles, g, g, None, None)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The ops in Triton, for CUDA and ROCm devices. Triton itself is imported at the first call."""
+"""The ops in Triton, for CUDA and ROCm devices. Triton itself is imported at the first call.
+
+With MARGINKERNELS_AUTOTUNE=1 the first call of a class of shapes times the configurations that fit.
+"""
 
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
 
 import torch
@@ -58,11 +62,14 @@ def _dotted(version: tuple[int, int]) -> str:
 
 def _on_device(name: str):
     def call(x, *args, **settings):
-        from . import launch
+        from . import launch, tuning
 
+        op = getattr(launch, name)
         # kernels go to the current device; an autocast around the call must not narrow the GEMMs
         with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
-            return getattr(launch, name)(x, *args, **settings)
+            if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
+                settings["config"] = tuning.fastest(op, x, *args, **settings)
+            return op(x, *args, **settings)
 
     return call
 

@@ -16,20 +16,32 @@ class Config(NamedTuple):
     block_d: int  # features per step of the main loop
     num_warps: int
     num_stages: int
-    ctas: int  # programs that run together on a multiprocessor: registers and shared memory allow it
+    ctas: int  # programs that fit on a multiprocessor together
     min_rows: int = 0  # of the batch
 
 
-# by target and kind of arithmetic, largest batches first
+# no batch is that large: only tried where MARGINKERNELS_AUTOTUNE=1 asks for it
+TUNING_ONLY = 1 << 62
+
+# by target and kind of arithmetic: the first one whose min_rows the batch has is used. Large tiles,
+# one program to a multiprocessor, where smaller ones would be bound by L2.
 TABLE: dict[str, dict[str, list[Config]]] = {
     "sm_80": {
-        "half": [Config(128, 128, 64, 8, 3, 1, 65), Config(64, 64, 64, 4, 3, 3)],
+        "half": [
+            Config(128, 64, 64, 4, 3, 2, TUNING_ONLY),
+            Config(128, 128, 64, 8, 3, 1, 65),
+            Config(64, 64, 64, 4, 3, 3),
+        ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+        "fp32": [Config(64, 64, 16, 4, 3, 3)],
     },
     "sm_86": {
-        "half": [Config(128, 128, 32, 8, 3, 1, 65), Config(64, 64, 64, 4, 3, 2)],
-        "tf32": [Config(128, 64, 32, 4, 3, 1)],
+        "half": [
+            Config(128, 64, 32, 4, 3, 2, TUNING_ONLY),
+            Config(128, 128, 32, 8, 3, 1, 65),
+            Config(64, 64, 64, 4, 3, 3),
+        ],
+        "tf32": [Config(128, 64, 32, 4, 3, 2)],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_90": {
@@ -42,17 +54,29 @@ TABLE: dict[str, dict[str, list[Config]]] = {
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_100": {
-        "half": [Config(128, 128, 64, 8, 3, 1)],
+        "half": [
+            Config(128, 64, 64, 4, 3, 2, TUNING_ONLY),
+            Config(128, 128, 64, 8, 3, 1, 65),
+            Config(64, 128, 64, 4, 3, 2),
+        ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_120": {
-        "half": [Config(128, 128, 32, 8, 3, 1, 65), Config(64, 128, 64, 4, 2, 2)],
-        "tf32": [Config(128, 64, 32, 4, 3, 1)],
+        "half": [
+            Config(128, 64, 64, 4, 3, 2, TUNING_ONLY),
+            Config(128, 128, 32, 8, 3, 1, 65),
+            Config(64, 128, 64, 4, 2, 2),
+        ],
+        "tf32": [Config(128, 64, 32, 4, 3, 2)],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "gfx942": {
-        "half": [Config(128, 128, 64, 8, 2, 1)],
+        "half": [
+            Config(128, 64, 64, 4, 2, 2, TUNING_ONLY),
+            Config(128, 128, 64, 8, 2, 1, 65),
+            Config(64, 64, 64, 4, 2, 2),
+        ],
         "fp32": [Config(64, 64, 16, 4, 2, 2)],
     },
 }
@@ -85,5 +109,5 @@ def kind(compute_dtype: torch.dtype, target_name: str) -> str:
 
 
 def choose(target_name: str, kind: str, rows: int) -> Config:
-    """The configuration for a batch of ``rows``: of the same for all batches in a range of sizes."""
+    """The configuration for a batch of ``rows``; one for a range of sizes, so few are compiled."""
     return next(config for config in TABLE[target_name][kind] if rows >= config.min_rows)

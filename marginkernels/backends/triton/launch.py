@@ -87,9 +87,7 @@ def head_bwd(
     y, lse, x_inv, w_inv, grad_lse, grad_target = (
         t.contiguous() for t in (y, lse, x_inv, w_inv, grad_lse, grad_target)
     )
-    grad_w_norm, grad_sum = (
-        None if t is None else t.contiguous() for t in (grad_w_norm, grad_sum)
-    )
+    grad_w_norm, grad_sum = (None if t is None else t.contiguous() for t in (grad_w_norm, grad_sum))
 
     def stat(*size):
         return x.new_empty(size, dtype=torch.float32)

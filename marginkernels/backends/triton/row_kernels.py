@@ -7,6 +7,9 @@ Never materialised: normalised rows, one-hot labels, a second copy of dw.
 Fast because: each row of x, w and dw is read or written once per sweep, by one program.
 """
 
+# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials
+# ruff: noqa: E741, N803, N806
+
 import triton
 import triton.language as tl
 
@@ -93,7 +96,7 @@ def finish_rows_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     plane = columns.to(tl.int64) * N
     m = tl.full((BLOCK_N,), -1e30, tl.float32)
-    l = tl.zeros((BLOCK_N,), tl.float32)  # noqa: E741
+    l = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.full((BLOCK_N,), -1e30, tl.float32)
     for start in range(0, columns, BLOCK_P):
@@ -103,8 +106,8 @@ def finish_rows_kernel(
         part_m = tl.load(slot, mask=there, other=-1e30)
         part_l = tl.load(slot + plane, mask=there, other=0.0)
         higher = tl.maximum(m, tl.max(part_m, 0))
-        l = l * tl.exp2((m - higher) * TO_LOG2)  # noqa: E741
-        l += tl.sum(part_l * tl.exp2((part_m - higher[None, :]) * TO_LOG2), 0)  # noqa: E741
+        l = l * tl.exp2((m - higher) * TO_LOG2)
+        l += tl.sum(part_l * tl.exp2((part_m - higher[None, :]) * TO_LOG2), 0)
         m = higher
         if logit_sum is not None:
             total += tl.sum(tl.load(slot + 2 * plane, mask=there, other=0.0), 0)
@@ -186,7 +189,9 @@ def target_kernel(
             g = tl.load(grad_target + k, mask=same, other=0.0)
             g *= tl.load(x_inv + k, mask=same, other=0.0) * factor
             there = same[:, None] & (col < width)[None, :]
-            x_rows = tl.load(x + k.to(tl.int64)[:, None] * width + col[None, :], mask=there, other=0.0)
+            x_rows = tl.load(
+                x + k.to(tl.int64)[:, None] * width + col[None, :], mask=there, other=0.0
+            )
             acc += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
             if radial is not None:
                 away += tl.load(grad_w_norm + k, mask=same, other=0.0)

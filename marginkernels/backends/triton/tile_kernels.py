@@ -7,6 +7,9 @@ Never materialised: the (N, C) logits, a normalised copy of w, a mask; only G, c
 Fast because: tensor cores accumulate in fp32 and five instructions per logit are left after them.
 """
 
+# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials
+# ruff: noqa: E741, N803, N806
+
 import triton
 import triton.language as tl
 
@@ -110,7 +113,7 @@ def statistics_kernel(
         m = tl.zeros((BLOCK_N,), tl.float32) + offset
     else:
         m = tl.load(slot, mask=resume, other=NO_MAXIMUM)
-    l = tl.load(slot + plane, mask=resume, other=0.0)  # noqa: E741
+    l = tl.load(slot + plane, mask=resume, other=0.0)
     if WANT_SUM:
         total = tl.load(slot + 2 * plane, mask=resume, other=0.0)
     if SAVE_TILES and WANT_MAX:
@@ -151,9 +154,9 @@ def statistics_kernel(
             # a constant factor may be taken out of the maximum, a row at a time
             higher = tl.maximum(m, tl.max(v, 1) if bias is not None else tl.max(v, 1) * r)
             p = tl.exp2((v * rate - higher[:, None]) * TO_LOG2)
-            l *= tl.exp2((m - higher) * TO_LOG2)  # noqa: E741
+            l *= tl.exp2((m - higher) * TO_LOG2)
             m = higher
-        l += tl.sum(p, 1)  # noqa: E741
+        l += tl.sum(p, 1)
 
     tl.store(slot, m, mask=row < N)
     tl.store(slot + plane, l, mask=row < N)
