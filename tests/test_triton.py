@@ -8,21 +8,20 @@ backend on it too, in some ten minutes.
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
 import test_hard_cases as hard
 import test_head as head
-import torch
-from problems import random_problem
-from simulation import simulated
-
 from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
+from problems import random_problem
+from simulation import simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(

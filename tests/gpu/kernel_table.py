@@ -66,7 +66,8 @@ def _table(header: str, rows: list[str]) -> list[str]:
 def _tile_row(row) -> str:
     config, found, target = row.case.config, row.facts, row.case.target
     name = {"half": "bf16", "tf32": "tf32", "fp32": "fp32"}[row.case.kind]
-    tile = f"{config.block_n}x{config.block_c}x{config.block_d}, {config.num_warps}w {config.num_stages}s"
+    tile = f"{config.block_n}x{config.block_c}x{config.block_d}"
+    tile += f", {config.num_warps}w {config.num_stages}s"
     itemsize = 2 if name == "bf16" else 4
     area = config.block_n * config.block_c
     read = (config.block_n + config.block_c) * D * itemsize / area

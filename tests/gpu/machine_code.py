@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Facts read off compiled kernels: registers, spills, shared memory, instructions on the hot path."""
+"""Facts read off compiled kernels: registers, spills, shared memory, the hot path."""
 
 import heapq
 import re
@@ -50,7 +50,7 @@ class Facts:
     epilogue: int = 0  # instructions per warp from the main loop to the next tile, or to the end
 
     def occupancy(self, target: str) -> int:
-        """Programs that a multiprocessor can hold: registers, shared memory and threads allow it."""
+        """Programs that a multiprocessor can hold, by registers, shared memory and threads."""
         shared, most, threads = SHARED[target]
         if self.shared > most:
             return 0

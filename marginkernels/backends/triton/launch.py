@@ -100,7 +100,8 @@ def head_bwd(
         return dx, dw.zero_(), dbias.zero_(), dscale.zero_()
 
     targets = _targets(sweep, y, x_inv, w_inv, scale, grad_target, grad_w_norm, normalize_w)
-    chunk_tiles = sweep.chunk_tiles(G_CHUNK_BYTES // (n * compute_dtype.itemsize))
+    g_rows = sweep.row_tiles * sweep.config.block_n
+    chunk_tiles = sweep.chunk_tiles(G_CHUNK_BYTES // (g_rows * compute_dtype.itemsize))
     if tiles.numel() > 0:
         source = SavedTiles(sweep, tiles, scale, lse, x_inv, grad_lse)
     else:

@@ -21,8 +21,8 @@ W_CHUNK_BYTES = 32 << 20
 class Sweep:
     """One pass over the classes: the tiles, and the operands as the tile program reads them.
 
-    Rows are ``width`` numbers wide there, D up to a multiple of the tile's, zeros from D on: no load
-    in the main loop has a mask, and every row starts at a multiple of 16 bytes, whatever D is.
+    Rows are ``width`` numbers wide there, D up to a multiple of the tile's, zeros from D on. So no
+    load in the main loop has a mask, and every row starts at a multiple of 16 bytes for any D.
     """
 
     config: Config

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# below any logit in the domain, and finite: a row that has met no negative yet needs no special case
+# below any logit in the domain, and finite: a row that has met no negative is no special case
 NO_MAXIMUM = tl.constexpr(-1e30)
 
 _SIZES = ["N", "C", "D_TILES", "first_tile", "flags_stride"]
