@@ -3,9 +3,9 @@
 """Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has."""
 
 import pytest
-import simulation
 import torch
 
+import simulation
 from marginkernels import backend_report
 from marginkernels.backends import reasons
 
