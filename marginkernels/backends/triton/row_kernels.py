@@ -115,7 +115,7 @@ def finish_rows_kernel(
             part_top = tl.load(slot + MAX_PLANE * plane, mask=there, other=-1e30)
             top = tl.maximum(top, tl.max(part_top, 0))
     none = l == 0  # no negatives
-    value = m * UNIT + tl.log2(tl.where(none, 1.0, l)) * LN2
+    value = tl.fma(m, UNIT, tl.log2(tl.where(none, 1.0, l)) * LN2)
     tl.store(lse + row, tl.where(none, float("-inf"), value), mask=row < N)
     if logit_sum is not None:
         tl.store(logit_sum + row, total * UNIT, mask=row < N)

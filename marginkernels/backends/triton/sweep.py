@@ -13,6 +13,8 @@ from . import configs
 from .configs import Config
 from .row_kernels import flag_kernel, norm_kernel
 
+# a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
+MOST_CLASSES = 2**31 - 1024
 # a chunk of w rounded to the compute type
 W_CHUNK_BYTES = 32 << 20
 
@@ -43,6 +45,8 @@ class Sweep:
         norm_min: float,
         config: Config | None,
     ) -> "Sweep":
+        if len(w) >= MOST_CLASSES:
+            raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {len(w)}")
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
         config = config or configs.choose(target.name, kind, len(x))

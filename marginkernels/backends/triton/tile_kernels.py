@@ -229,7 +229,11 @@ def gradient_kernel(
         z = v * r[:, None] + tl.load(bias + col)[None, :]
         p = tl.exp2((z - offset[:, None]) * LOG2E)
     else:
-        p = tl.exp2(v * (r * LOG2E)[:, None] - (offset * LOG2E)[:, None])
+        # what rounding takes from the offset of a row, at s = 256 several digits, goes into a
+        shift = offset * LOG2E
+        rest = tl.where(row < N, tl.fma(offset, LOG2E, -shift), 0.0)
+        a *= tl.exp2(-rest)
+        p = tl.exp2(v * (r * LOG2E)[:, None] - shift[:, None])
     G = p * a[:, None]
     if grad_sum is not None:
         u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
