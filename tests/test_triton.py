@@ -28,23 +28,21 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 
-# shapes of test_head, each in one of its types and all types twice: a single number, one row, no
-# negatives, ragged tiles in every direction, several row tiles, saved tiles
+# the regimes of test_head, each in one of its types: a single number, one row, no negatives, ragged
+# tiles in every direction, several row tiles, saved tiles
 PROBLEMS = {
     "1x1x1 fp32": ((1, 1, 1), (F32, F32, None), False),
     "1x300x31 bf16": ((1, 300, 31), (BF16, BF16, None), False),
     "5x1x16 fp16": ((5, 1, 16), (F16, F16, None), False),
     "17x7x31 fp32, bf16 compute": ((17, 7, 31), (F32, F32, BF16), True),
-    "33x1025x500 bf16": ((33, 1025, 500), (BF16, BF16, None), False),
-    "70x300x513 fp32": ((70, 300, 513), (F32, F32, None), True),
-    "300x700x64 fp32, fp16 compute": ((300, 700, 64), (F32, F32, F16), False),
+    "33x525x500 bf16": ((33, 525, 500), (BF16, BF16, None), False),
+    "70x150x513 fp32": ((70, 150, 513), (F32, F32, None), True),
+    "150x300x64 fp32, fp16 compute": ((150, 300, 64), (F32, F32, F16), False),
     "9x257x1024 bf16, fp32 weights": ((9, 257, 1024), (BF16, F32, None), True),
-}  # fmt: skip
+}
 HARD_CASES = {
-    "zero rows bf16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (BF16,)),
     "zero rows fp16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (F16,)),
     "duplicates": (hard.test_all_rows_of_one_class_and_duplicates, ()),
-    "easy rows": (hard.test_easy_rows_keep_relative_precision, (False,)),
     "easy rows, saved tiles": (hard.test_easy_rows_keep_relative_precision, ("auto",)),
     "cosines near -1": (hard.test_cosines_all_of_one_sign_at_large_scales, (-1, 256.0)),
     "cosines near 1": (hard.test_cosines_all_of_one_sign_at_large_scales, (1, 72.9)),
@@ -73,12 +71,13 @@ def test_ttsem_passes_hard_cases(name, poisoned):
         function(*arguments, **{k: v for k, v in fixtures.items() if k in names})
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32, None), (F32, F32, BF16)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("normalize", ["both", "weight", "none"])
-def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, dtypes, poisoned):
+@pytest.mark.parametrize(
+    "normalize, compute_dtype", [("both", BF16), ("weight", F32), ("none", BF16)]
+)
+def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, compute_dtype, poisoned):
     scale = {"both": 16.0, "weight": 2.0, "none": 0.2}[normalize]
     problem = random_problem(
-        37, 301, 48, dtypes=dtypes, bias=True, margin=CosFace(0.1), scale=scale,
+        37, 301, 48, dtypes=(F32, F32, compute_dtype), bias=True, margin=CosFace(0.1), scale=scale,
         normalize=normalize, label_smoothing=0.1,
     )  # fmt: skip
     with simulated("ttsem"):
@@ -90,7 +89,7 @@ def test_ptx_matches_fp64(dtypes, poisoned):
     """What the GPU's assembler gets, with every check on: races and unfinished copies inside a
     program, which the IR cannot show.
     """
-    problem = random_problem(70, 150, 72, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
+    problem = random_problem(20, 150, 72, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
     with simulated("ptxsim"):
         problem.check("triton", save_tiles=False)
 

@@ -70,7 +70,8 @@ def cases(everything: bool) -> list[Case]:
     for target in aot.GPU_TARGETS:
         kinds = configs.TABLE[aot.table_name(target)]
         if not everything:
-            found.append(Case(target, "half", kinds["half"][0], ("plain",), TILE_KERNELS))
+            config = configs.choose(aot.table_name(target), "half", 1024)
+            found.append(Case(target, "half", config, ("plain",), TILE_KERNELS))
             continue
         for kind, table in kinds.items():
             names = [
