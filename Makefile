@@ -7,6 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# executes Triton kernels on the CPU; says that it needs a later Python than it does
+TTSEM := ttsem==0.1.0
 CXX ?= g++
 
 BIN := $(abspath $(VENV))/bin
@@ -14,7 +16,7 @@ export PATH := $(BIN):$(PATH)  # for ninja
 COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: test demo bench lint format sanitize clean FORCE
+.PHONY: test demo bench gpu compile-gate lint format sanitize clean FORCE
 
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -24,6 +26,14 @@ demo: build/extension
 
 bench: build/extension
 	$(BIN)/python -m benchmarks.head $(BENCH_ARGS)
+
+# on a machine with a GPU, with TORCH a CUDA build: tests, benchmark and kernel times in one report
+gpu: build/extension
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+# every Triton kernel for every target
+compile-gate: $(VENV)/package
+	$(BIN)/python -m tests.gpu.compile_gate --all
 
 lint: $(VENV)/package
 	ruff check .
@@ -55,6 +65,7 @@ build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package
 
 $(VENV)/package: pyproject.toml $(VENV)/torch
 	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[test,demo,dev]'
+	pip install -q --no-deps --ignore-requires-python $(TTSEM)
 	touch $@
 
 # first, because the package alone would bring the newest release

@@ -3,7 +3,7 @@
 """The Triton backend without a GPU: executed by simulators, compiled for real targets.
 
 Here is one problem per regime. ``pytest --simulate ttsem -k triton`` runs every test of every
-backend on it too, in some ten minutes.
+backend on it too, which takes its time.
 """
 
 import importlib.util
