@@ -18,10 +18,12 @@
 
 namespace mk {
 
-// Integers as wide as T's lanes. Vector types have a specialisation beside their definition.
+// What T's own operators cannot say. Vector types have a specialisation beside their definition.
 template <class T>
-struct Bits {
-    using type = int32_t;
+struct Lanes {
+    using Bits = int32_t;  // integers as wide as the lanes
+
+    static MK_HOST_DEVICE T sqrt(T x) { return __builtin_sqrtf(x); }
 };
 
 template <class To, class From>
@@ -38,7 +40,7 @@ MK_HOST_DEVICE To bit_cast(const From& from) {
 // Cephes' expf (S. L. Moshier), n goes into the exponent bits.
 template <class T>
 MK_HOST_DEVICE T exp(T x) {
-    using I = typename Bits<T>::type;
+    using I = typename Lanes<T>::Bits;
     const T lowest = -87.0F - T{};
     const auto in_range = x >= lowest;
     const T clamped = in_range ? x : lowest;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in
-// their place, and from G the stripe's part of dx and the final dw of its classes. The target's
-// gradient is added outside the products, in fp32.
+// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in their
+// place, and from G the stripe's part of dx and the final dw of its classes. The target's gradient
+// is added outside the products, in fp32.
 
 #pragma once
 
@@ -17,27 +17,31 @@ void make_gradient(const Sweep& s, int64_t row, int64_t column, int64_t count,
                    const Scratch& scratch, Bias bias) {
     const vfloat a = load(s.a + row);
     const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
-    for_logits(s, row, column, count, scratch, bias, [&](int64_t j, float* at, vfloat z) {
-        store(at, a * mk::exp(z - lse) * scratch.q[j]);
-    });
+    for_logits(s, mk::Identity(), row, column, count, scratch, bias,
+               [&](int64_t j, float* at, vfloat z, vfloat) {
+                   store(at, a * mk::exp(z - lse) * scratch.q[j]);
+               });
 }
 
-// The same where more is asked than dx and dw of a plain cross-entropy. Returns the sum of G z.
-vfloat make_gradient_and_sums(const Sweep& s, int64_t row, int64_t column, int64_t count,
-                              const Scratch& scratch, Bias bias) {
+// The same where more is asked than dx and dw of a plain cross-entropy. Returns the sum of G z over
+// the vector of rows, before the slope is in G.
+template <class T>
+float make_gradient_and_sums(const Sweep& s, T transform, int64_t row, int64_t column,
+                             int64_t count, const Scratch& scratch, Bias bias) {
     const vfloat a = load(s.a + row);
     const vfloat u = s.u == nullptr ? vfloat{} : load(s.u + row);
     const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
     vfloat weighted = {};
-    for_logits(s, row, column, count, scratch, bias, [&](int64_t j, float* at, vfloat z) {
-        const vfloat g = z > kNoLogit ? a * mk::exp(z - lse) + u : vfloat{};
-        const vfloat unbiased = z > kNoLogit ? z - bias[j] : vfloat{};
-        weighted = g * unbiased + weighted;
-        float* dbias = scratch.dbias + j * kLanes;
-        store(dbias, load(dbias) + g);
-        store(at, g * scratch.q[j]);
-    });
-    return weighted;
+    for_logits(s, transform, row, column, count, scratch, bias,
+               [&](int64_t j, float* at, vfloat z, vfloat slope) {
+                   const vfloat g = z > kNoLogit ? a * mk::exp(z - lse) + u : vfloat{};
+                   const vfloat unbiased = z > kNoLogit ? z - bias[j] : vfloat{};
+                   weighted = g * unbiased + weighted;
+                   float* dbias = scratch.dbias + j * kLanes;
+                   store(dbias, load(dbias) + g);
+                   store(at, g * slope * scratch.q[j]);
+               });
+    return sum(weighted);
 }
 
 // G of the block as the products take it: as rows (class, row of x) and as columns.
@@ -107,7 +111,8 @@ template <class Op>
 void backward(const Sweep& s, int64_t stripe, void* memory) {
     Scratch scratch;
     lay_out(s, true, memory, scratch);
-    const bool sums = s.u != nullptr || s.need_bias || s.need_scale;
+    const bool plain = s.u == nullptr && !s.need_bias && !s.need_scale &&
+                       s.transform == Transform::kIdentity;
     float* dx = s.dx_partial + stripe * s.n * s.padded_d;
     bool started = false;
     double weighted = 0;
@@ -116,7 +121,7 @@ void backward(const Sweep& s, int64_t stripe, void* memory) {
         read_classes<Op>(s, first, count, false, scratch);
         Panels classes = {};
         if (s.need_x) classes = pack_classes<Op>(s, count, scratch);
-        if (sums) memset(scratch.dbias, 0, count * kLanes * sizeof(float));
+        if (!plain) memset(scratch.dbias, 0, count * kLanes * sizeof(float));
         for (int64_t begin = 0; begin < s.padded_n; begin += kBlockRows) {
             const int64_t rows = smaller(kBlockRows, s.padded_n - begin);
             const int64_t end = smaller(begin + rows, s.n);
@@ -127,14 +132,15 @@ void backward(const Sweep& s, int64_t stripe, void* memory) {
                 for_targets(s, begin, end, first, count, [&](int64_t i, int64_t j) {
                     scratch.logits[j * kLogitsStride + i - begin] = -INFINITY;
                 });
-                for (int64_t column = 0; column < rows; column += kLanes) {
-                    if (!sums) {
+                if (plain)
+                    for (int64_t column = 0; column < rows; column += kLanes)
                         make_gradient(s, begin + column, column, count, scratch, bias);
-                        continue;
-                    }
-                    weighted += sum(
-                        make_gradient_and_sums(s, begin + column, column, count, scratch, bias));
-                }
+                else
+                    with_transform(s.transform, [&](auto transform) {
+                        for (int64_t column = 0; column < rows; column += kLanes)
+                            weighted += make_gradient_and_sums(s, transform, begin + column, column,
+                                                               count, scratch, bias);
+                    });
             }
             const Gradient g = format_gradient<Op>(rows, count, scratch);
             if (s.need_x)

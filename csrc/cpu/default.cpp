@@ -3,6 +3,10 @@
 
 // For any processor: SSE2 on x86-64, which every one has, and NEON on aarch64.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 

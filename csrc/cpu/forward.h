@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "../transforms.h"
 #include "sweeps.h"
 
 namespace marginkernels {
@@ -15,6 +16,11 @@ namespace {
 
 // below every logit, and finite: -inf - (-inf) would be NaN where a row has no negative yet
 constexpr float kNoLogit = -1e30F;
+
+template <class T>
+constexpr bool is_identity = false;
+template <>
+constexpr bool is_identity<mk::Identity> = true;
 
 struct Bias {
     const float* values;  // of the block, or null
@@ -35,8 +41,7 @@ void start_statistics(const Sweep& s, int64_t stripe) {
 }
 
 // Notes what the targets in this block are and takes them out of it. Their products are summed once
-// more: in many lanes, not one after another, because an easy row's loss has the error of its
-// target.
+// more: in many lanes, not one after another, because an easy row's loss has the error of its target.
 void take_targets(const Sweep& s, int64_t begin, int64_t rows, int64_t first, int64_t count,
                   const Scratch& scratch) {
     for_targets(s, begin, smaller(begin + rows, s.n), first, count, [&](int64_t i, int64_t j) {
@@ -47,41 +52,75 @@ void take_targets(const Sweep& s, int64_t begin, int64_t rows, int64_t first, in
     });
 }
 
-// A vector of rows: z of all classes of the block, in turn.
-template <class F>
-MK_HOST_DEVICE void for_logits(const Sweep& s, int64_t row, int64_t column, int64_t count,
+// A vector of rows: z of all classes of the block in turn, and the slope of the transform there.
+template <class T, class F>
+MK_HOST_DEVICE void for_logits(const Sweep& s, T, int64_t row, int64_t column, int64_t count,
                                const Scratch& scratch, Bias bias, const F& f) {
     const vfloat scale = load(s.row_scale + row);
+    const vfloat parameter = load(s.parameter + row);
     for (int64_t j = 0; j < count; ++j) {
         float* at = scratch.logits + j * kLogitsStride + column;
-        f(j, at, load(at) * scratch.q[j] * scale + bias[j]);
+        const vfloat z = load(at) * scratch.q[j] * scale + bias[j];
+        if constexpr (is_identity<T>) {
+            f(j, at, z, splat(1));
+        } else {
+            const auto made = T::apply(z * (1.0F / s.scale), parameter, s.constants);
+            // what was taken out stays out
+            f(j, at, z > kNoLogit ? s.scale * made.value : z, made.slope);
+        }
     }
 }
 
-// Adds a vector of rows of the block to the stripe's statistics.
-void add_statistics(const Sweep& s, int64_t stripe, int64_t row, int64_t column, int64_t count,
-                    const Scratch& scratch, Bias bias) {
-    const int64_t at = stripe * s.padded_n + row;
+// f(functor) for the transform of the call
+template <class F>
+MK_HOST_DEVICE void with_transform(Transform transform, const F& f) {
+    switch (transform) {
+        case Transform::kIdentity: return f(mk::Identity());
+        case Transform::kAirFace: return f(mk::AirFace());
+        case Transform::kInterclassFilter: return f(mk::InterclassFilter());
+        case Transform::kMVSoftmax: return f(mk::MVSoftmax());
+        case Transform::kCurricular: return f(mk::Curricular());
+        case Transform::kArcNegative: return f(mk::ArcNegative());
+    }
+}
+
+// The largest of the logits themselves, whatever a transform makes of them.
+vfloat largest_logit(const Sweep& s, int64_t row, int64_t column, int64_t count,
+                     const Scratch& scratch, Bias bias) {
     vfloat largest = splat(kNoLogit);
-    if (!s.fixed_offset || s.want_max)
-        for_logits(s, row, column, count, scratch, bias,
-                   [&](int64_t, float*, vfloat z) { largest = max(z, largest); });
-    if (s.want_max) store(s.stripe_logit_max + at, max(largest, load(s.stripe_logit_max + at)));
+    for_logits(s, mk::Identity(), row, column, count, scratch, bias,
+               [&](int64_t, float*, vfloat z, vfloat) { largest = max(z, largest); });
+    return largest;
+}
+
+// Adds a vector of rows of the block to the stripe's statistics.
+template <class T>
+void add_statistics(const Sweep& s, T transform, int64_t stripe, int64_t row, int64_t column,
+                    int64_t count, const Scratch& scratch, Bias bias) {
+    const int64_t at = stripe * s.padded_n + row;
+    if (s.want_max) {
+        const vfloat largest = largest_logit(s, row, column, count, scratch, bias);
+        store(s.stripe_logit_max + at, max(largest, load(s.stripe_logit_max + at)));
+    }
     if (s.want_sum) {
         vfloat total = {};
-        for_logits(s, row, column, count, scratch, bias,
-                   [&](int64_t, float*, vfloat z) { total += z > kNoLogit ? z : vfloat{}; });
+        for_logits(s, transform, row, column, count, scratch, bias,
+                   [&](int64_t, float*, vfloat z, vfloat) { total += z > kNoLogit ? z : vfloat{}; });
         for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
     }
     const vfloat previous = load(s.stripe_max + at);
-    const vfloat limit = s.fixed_offset ? previous : max(largest, previous);
+    vfloat limit = previous;
+    if (!s.fixed_offset)
+        for_logits(s, transform, row, column, count, scratch, bias,
+                   [&](int64_t, float*, vfloat z, vfloat) { limit = max(z, limit); });
     vfloat total = {};
     const bool keep = s.tiles != nullptr;
-    for_logits(s, row, column, count, scratch, bias, [&](int64_t j, float* to, vfloat z) {
-        const vfloat e = mk::exp(z - limit);
-        total += e;
-        if (keep) store(to, e * scratch.q[j]);
-    });
+    for_logits(s, transform, row, column, count, scratch, bias,
+               [&](int64_t j, float* to, vfloat z, vfloat) {
+                   const vfloat e = mk::exp(z - limit);
+                   total += e;
+                   if (keep) store(to, e * scratch.q[j]);
+               });
     const vfloat shrink = mk::exp(previous - limit);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
         double& sum = s.stripe_sum[at + lane];
@@ -115,9 +154,11 @@ void forward(const Sweep& s, int64_t stripe, void* memory) {
             const int64_t rows = smaller(kBlockRows, s.padded_n - begin);
             multiply_logits<Op>(s, begin, rows, count, scratch);
             take_targets(s, begin, rows, first, count, scratch);
-            for (int64_t column = 0; column < rows; column += kLanes)
-                add_statistics(s, stripe, begin + column, column, count, scratch,
-                               bias_of(s, first));
+            with_transform(s.transform, [&](auto transform) {
+                for (int64_t column = 0; column < rows; column += kLanes)
+                    add_statistics(s, transform, stripe, begin + column, column, count, scratch,
+                                   bias_of(s, first));
+            });
             if (s.tiles != nullptr) keep_tiles(s, begin, rows, first, count, scratch);
         }
     });

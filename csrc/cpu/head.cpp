@@ -56,9 +56,17 @@ int64_t classes_per_block(int64_t padded_d, const Kernels& kernels) {
     return std::clamp(fitting / kStep * kStep, 4 * kStep, kernels.block_classes);
 }
 
+// a copy with zeros up to the padded length
+std::vector<float> padded(const float* values, int64_t n, int64_t padded_n) {
+    std::vector<float> copy(padded_n, 0.0F);
+    if (values != nullptr) std::copy(values, values + n, copy.begin());
+    return copy;
+}
+
 // What both sweeps need of x, and how the classes are cut. Owns what it points ``s`` to.
 struct Prepared {
     std::unique_ptr<float[], Free> rows, panel_data, scale;
+    std::vector<float> parameter;
 
     Prepared(Sweep& s, const Kernels& kernels, const Parallel& parallel) {
         s.padded_n = round_up_to(s.n, kTileColumns);
@@ -77,6 +85,8 @@ struct Prepared {
         s.x_rows = rows.get();
         s.x_panels = panel_data.get();
         s.row_scale = scale.get();
+        parameter = padded(s.row_parameter, s.n, s.padded_n);
+        s.parameter = parameter.data();
         for_each(parallel, panels(s.padded_n, kernels), 0,
                  [&](int64_t p, void*) { kernels.prepare_rows(s, p); });
     }
@@ -91,13 +101,6 @@ float merged_lse(const Sweep& s, int64_t i) {
     for (int64_t at = i; at < s.stripes * s.padded_n; at += s.padded_n)
         total += s.stripe_sum[at] * std::exp(double(s.stripe_max[at]) - largest);
     return total > 0 ? largest + std::log(total) : -std::numeric_limits<double>::infinity();
-}
-
-// a copy with zeros up to the padded length
-std::vector<float> padded(const float* values, int64_t n, int64_t padded_n) {
-    std::vector<float> copy(padded_n, 0.0F);
-    if (values != nullptr) std::copy(values, values + n, copy.begin());
-    return copy;
 }
 
 }  // namespace

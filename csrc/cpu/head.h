@@ -30,6 +30,7 @@ inline float fixed_offset(float scale) {
 
 inline bool has_fixed_offset(const Sweep& s) {
     return s.normalize_x && s.normalize_w && s.bias == nullptr &&
+           s.transform == Transform::kIdentity &&
            s.scale + fixed_offset(s.scale) < kLargestExponent;
 }
 

@@ -120,6 +120,20 @@ MK_HOST_DEVICE vhalf to_fp16(vfloat v) {
 }  // namespace marginkernels
 
 template <>
-struct mk::Bits<marginkernels::vfloat> {
-    using type = marginkernels::vint;
+struct mk::Lanes<marginkernels::vfloat> {
+    using Bits = marginkernels::vint;
+
+    static MK_HOST_DEVICE marginkernels::vfloat sqrt(marginkernels::vfloat x) {
+#if defined(MK_EMULATE) || !defined(__x86_64__)
+        for (int i = 0; i < marginkernels::kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+        return x;
+#elif MK_VECTOR_BYTES == 16
+        return marginkernels::vfloat(_mm_sqrt_ps(__m128(x)));
+#elif MK_VECTOR_BYTES == 32
+        return marginkernels::vfloat(_mm256_sqrt_ps(__m256(x)));
+#else
+        // the unmasked form warns of an uninitialised value in GCC 12
+        return marginkernels::vfloat(_mm512_maskz_sqrt_ps(0xffff, __m512(x)));
+#endif
+    }
 };
