@@ -2,8 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // Negative transforms: what a loss makes of the cosine of a row and a class that is not its target.
-// The logit is z = scale * value, and slope is d value / d cosine. marginkernels/transforms.py has the
-// same in PyTorch, with the papers; tests/test_transforms.py compares them.
+// The logit is z = scale * value, and slope is d value / d cosine. marginkernels/transforms.py has
+// the same in PyTorch, with the papers; tests/test_transforms.py compares them.
 
 #pragma once
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in their
-// place, and from G the stripe's part of dx and the final dw of its classes. The target's gradient
-// is added outside the products, in fp32.
+// The backward sweep of one stripe: logits again (or the exponentials that forward kept), G in
+// their place, and from G the stripe's part of dx and the final dw of its classes. The target's
+// gradient is added outside the products, in fp32.
 
 #pragma once
 
@@ -111,8 +111,8 @@ template <class Op>
 void backward(const Sweep& s, int64_t stripe, void* memory) {
     Scratch scratch;
     lay_out(s, true, memory, scratch);
-    const bool plain = s.u == nullptr && !s.need_bias && !s.need_scale &&
-                       s.transform == Transform::kIdentity;
+    const bool plain =
+        s.u == nullptr && !s.need_bias && !s.need_scale && s.transform == Transform::kIdentity;
     float* dx = s.dx_partial + stripe * s.n * s.padded_d;
     bool started = false;
     double weighted = 0;

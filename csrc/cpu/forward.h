@@ -41,7 +41,8 @@ void start_statistics(const Sweep& s, int64_t stripe) {
 }
 
 // Notes what the targets in this block are and takes them out of it. Their products are summed once
-// more: in many lanes, not one after another, because an easy row's loss has the error of its target.
+// more: in many lanes, not one after another, because an easy row's loss has the error of its
+// target.
 void take_targets(const Sweep& s, int64_t begin, int64_t rows, int64_t first, int64_t count,
                   const Scratch& scratch) {
     for_targets(s, begin, smaller(begin + rows, s.n), first, count, [&](int64_t i, int64_t j) {
@@ -104,8 +105,9 @@ void add_statistics(const Sweep& s, T transform, int64_t stripe, int64_t row, in
     }
     if (s.want_sum) {
         vfloat total = {};
-        for_logits(s, transform, row, column, count, scratch, bias,
-                   [&](int64_t, float*, vfloat z, vfloat) { total += z > kNoLogit ? z : vfloat{}; });
+        for_logits(
+            s, transform, row, column, count, scratch, bias,
+            [&](int64_t, float*, vfloat z, vfloat) { total += z > kNoLogit ? z : vfloat{}; });
         for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
     }
     const vfloat previous = load(s.stripe_max + at);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// marginkernels::head_fwd_native and head_bwd_native for CPU tensors; marginkernels/ops.py has their
-// schemas and says what they compute.
+// marginkernels::head_fwd_native and head_bwd_native for CPU tensors; marginkernels/ops.py has
+// their schemas and says what they compute.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -48,8 +48,8 @@ OptionalTensor contiguous(const OptionalTensor& t) {
     return t.has_value() ? OptionalTensor(t->contiguous()) : t;
 }
 
-// A new tensor whose first touch, inside the sweep, faults in 2 MiB at a time where Linux lets it: in
-// 4 KiB pages that costs as much as a third of the sweep.
+// A new tensor whose first touch, inside the sweep, faults in 2 MiB at a time where Linux lets it:
+// in 4 KiB pages that costs as much as a third of the sweep.
 Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
     Tensor t = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
@@ -114,8 +114,8 @@ Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& 
                const OptionalTensor& row_parameter, const OptionalTensor& constants) {
     TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1),
                       "w: expected (C, D) for x (N, D) = ", x.sizes(), ", got ", w.sizes());
-    TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0), "y: expected (N,) for x (N, D) = ",
-                      x.sizes(), ", got ", y.sizes());
+    TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0),
+                      "y: expected (N,) for x (N, D) = ", x.sizes(), ", got ", y.sizes());
     Sweep s = {};
     s.x = rows_of(x, "x");
     s.w = rows_of(w, "w");
@@ -133,31 +133,30 @@ Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
-    const Tensor& x_,      // (N, D)
-    const Tensor& w_,      // (C, D)
-    const Tensor& y_,      // (N,)
-    const Tensor& scale,   // ()
+    const Tensor& x_,             // (N, D)
+    const Tensor& w_,             // (C, D)
+    const Tensor& y_,             // (N,)
+    const Tensor& scale,          // ()
     const OptionalTensor& bias_,  // (C,)
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
     bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter_,
     const OptionalTensor& constants) {
     const Tensor x = with_dense_rows(x_), w = with_dense_rows(w_), y = y_.contiguous();
     const OptionalTensor bias = contiguous(bias_), row_parameter = contiguous(row_parameter_);
-    Sweep s =
-        sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
-                 row_parameter, constants);
+    Sweep s = sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
+                       row_parameter, constants);
     TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(s) && s.compute != Type::kFloat16),
                       "save_tiles: needs both sides normalised, no bias, a scale below 73 and "
-                      "float32 or bfloat16, got scale ", s.scale, " and ", compute_dtype);
+                      "float32 or bfloat16, got scale ",
+                      s.scale, " and ", compute_dtype);
     const auto options = x.options().dtype(at::kFloat);
     const auto per_row = [&](bool wanted) { return at::empty({wanted ? s.n : 0}, options); };
     const Tensor lse = per_row(true), d = per_row(true), w_norm = per_row(true);
     const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
     const Tensor x_inv = per_row(true), w_inv = at::empty({s.c}, options);
-    const Tensor tiles =
-        save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, kTileColumns)},
-                                         options.dtype(compute_dtype))
-                   : at::empty({0}, options);
+    const Tensor tiles = save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, kTileColumns)},
+                                                          options.dtype(compute_dtype))
+                                    : at::empty({0}, options);
     s.x_inv = x_inv.mutable_data_ptr<float>();
     s.w_inv = w_inv.mutable_data_ptr<float>();
     s.tiles = save_tiles ? tiles.mutable_data_ptr() : nullptr;
@@ -173,12 +172,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
-    const Tensor& x_,      // (N, D)
-    const Tensor& w_,      // (C, D)
-    const Tensor& y_,      // (N,)
-    const Tensor& scale,   // ()
+    const Tensor& x_,             // (N, D)
+    const Tensor& w_,             // (C, D)
+    const Tensor& y_,             // (N,)
+    const Tensor& scale,          // ()
     const OptionalTensor& bias_,  // (C,)
-    const Tensor& lse_,    // (N,)
+    const Tensor& lse_,           // (N,)
     const Tensor& x_inv, const Tensor& w_inv_, const Tensor& tiles,
     const Tensor& grad_lse_,     // (N,)
     const Tensor& grad_target_,  // (N,)
@@ -192,16 +191,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const OptionalTensor bias = contiguous(bias_), grad_w_norm = contiguous(grad_w_norm_),
                          grad_sum = contiguous(grad_sum_),
                          row_parameter = contiguous(row_parameter_);
-    Sweep s =
-        sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
-                 row_parameter, constants);
+    Sweep s = sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
+                       row_parameter, constants);
     const auto options = x.options().dtype(at::kFloat);
     const Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
-    const Tensor dw =
-        empty_in_huge_pages(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
+    const Tensor dw = empty_in_huge_pages(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
     const Tensor dbias = at::empty({need_bias ? s.c : 0}, options);
-    const Tensor dscale =
-        need_scale ? at::zeros({}, options) : at::empty({0}, options);
+    const Tensor dscale = need_scale ? at::zeros({}, options) : at::empty({0}, options);
     if (s.n == 0) return {dx, dw.zero_(), dbias.zero_(), dscale};
     // prepare_rows measures x again
     const Tensor x_inv_again = at::empty({s.n}, options);
@@ -218,8 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     s.dw = dw.mutable_data_ptr();
     s.dbias = dbias.mutable_data_ptr<float>();
     const double scale_gradient = backward(
-        s,
-        {lse.const_data_ptr<float>(), grad_lse.const_data_ptr<float>(), pointer(grad_sum)},
+        s, {lse.const_data_ptr<float>(), grad_lse.const_data_ptr<float>(), pointer(grad_sum)},
         at_parallel());
     if (need_scale) dscale.fill_(scale_gradient);
     return {dx, dw, dbias, dscale};

@@ -23,7 +23,14 @@ struct Rows {
 };
 
 // of the negatives' cosines; csrc/transforms.h
-enum class Transform { kIdentity, kAirFace, kInterclassFilter, kMVSoftmax, kCurricular, kArcNegative };
+enum class Transform {
+    kIdentity,
+    kAirFace,
+    kInterclassFilter,
+    kMVSoftmax,
+    kCurricular,
+    kArcNegative
+};
 
 // saved tiles have their rows padded to a multiple of this, whatever the vectors are
 constexpr int64_t kTileColumns = 16;
@@ -35,9 +42,9 @@ inline float norm_min(Type compute) {
 
 struct Sweep {
     // the call
-    Rows x;            // (N, D)
-    Rows w;            // (C, D)
-    const int64_t* y;  // (N,) class, -1: none here
+    Rows x;             // (N, D)
+    Rows w;             // (C, D)
+    const int64_t* y;   // (N,) class, -1: none here
     const float* bias;  // (C,) or null
     float scale;
     bool normalize_x, normalize_w;
@@ -54,12 +61,12 @@ struct Sweep {
     int64_t stripes;
 
     // what every class block needs of x; see prepare_rows
-    float* x_inv;       // (N,) 1 / |x_i|, or 1
-    float* x_rows;      // (padded_n, padded_d) as rounded, zeros around
-    float* x_panels;    // operand of the logits
-    float* row_scale;   // (padded_n,) r_i
-    float* parameter;   // (padded_n,) row_parameter, zeros beyond it
-    float* w_inv;       // (C,) 1 / |w_j|
+    float* x_inv;      // (N,) 1 / |x_i|, or 1
+    float* x_rows;     // (padded_n, padded_d) as rounded, zeros around
+    float* x_panels;   // operand of the logits
+    float* row_scale;  // (padded_n,) r_i
+    float* parameter;  // (padded_n,) row_parameter, zeros beyond it
+    float* w_inv;      // (C,) 1 / |w_j|
 
     // exp(z - offset) needs no running maximum
     bool fixed_offset;
@@ -67,7 +74,7 @@ struct Sweep {
     void* tiles;  // (C, padded_n) exp(z - offset) q_j in the compute type, or null
 
     // forward
-    float *d_out, *w_norm;     // (N,)
+    float *d_out, *w_norm;  // (N,)
     bool want_sum, want_max;
     float* stripe_max;         // (stripes, padded_n) largest logit, or the offset
     double* stripe_sum;        // (stripes, padded_n) sum of exp(z - maximum)
@@ -76,16 +83,16 @@ struct Sweep {
 
     // backward
     bool need_x, need_w, need_bias, need_scale;
-    const float *a, *u, *lse;    // (padded_n,) dL/dlse, dL/dS or null, lse
-    const float* target;         // (N,) dL/d(s d)
-    const float* grad_w_norm;    // (N,) or null
-    const float* row_weight;     // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack it, or 1
-    float* gradient_panels;      // row_weight_i r_i x_i, operand of dw
-    float* dx_partial;           // (stripes, N, padded_d)
-    void* dx;                    // (N, D) in x's type
-    void* dw;                    // (C, D) in w's type
-    float* dbias;                // (C,)
-    double* stripe_dscale;       // (stripes,)
+    const float *a, *u, *lse;  // (padded_n,) dL/dlse, dL/dS or null, lse
+    const float* target;       // (N,) dL/d(s d)
+    const float* grad_w_norm;  // (N,) or null
+    const float* row_weight;  // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack it, or 1
+    float* gradient_panels;   // row_weight_i r_i x_i, operand of dw
+    float* dx_partial;        // (stripes, N, padded_d)
+    void* dx;                 // (N, D) in x's type
+    void* dw;                 // (C, D) in w's type
+    float* dbias;             // (C,)
+    double* stripe_dscale;    // (stripes,)
 };
 
 struct Kernels {
