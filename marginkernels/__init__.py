@@ -4,24 +4,65 @@
 
 from .backends import backend_report
 from .functional import HeadStats, margin_cross_entropy
-from .margins import AMSoftmax, ArcFace, CombinedMargin, CosFace, Margin, NSoftmax, Rows, SphereFace
+from .margins import (
+    AdaFace,
+    AdaMSoftmax,
+    AirFace,
+    AMSoftmax,
+    ArcFace,
+    ArcNegFace,
+    ASoftmax,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    InterClassFilter,
+    LSoftmax,
+    MagFace,
+    Margin,
+    MVSoftmax,
+    NSoftmax,
+    Rows,
+    SphereFace,
+    X2Softmax,
+    margins_from_counts,
+)
 from .modules import MarginSoftmaxHead
+from .scales import AdaCos
+from .schedules import MarginSchedule
+from .triplet import TripletLoss
 from .validation import set_device_checks
 from .version import __version__
 
 __all__ = [
     "AMSoftmax",
+    "ASoftmax",
+    "AdaCos",
+    "AdaFace",
+    "AdaMSoftmax",
+    "AirFace",
     "ArcFace",
+    "ArcNegFace",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
+    "ElasticFace",
     "HeadStats",
+    "InterClassFilter",
+    "LSoftmax",
+    "MVSoftmax",
+    "MagFace",
     "Margin",
+    "MarginSchedule",
     "MarginSoftmaxHead",
     "NSoftmax",
     "Rows",
     "SphereFace",
+    "TripletLoss",
+    "X2Softmax",
     "__version__",
     "backend_report",
     "margin_cross_entropy",
+    "margins_from_counts",
     "set_device_checks",
 ]

@@ -8,9 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 
-# no negative transform: f(z) = z
-_IDENTITY = dict(transform="identity", row_parameter=None, constants=None)
-
 
 class HeadFunction(torch.autograd.Function):
     """(x, w, bias, scale) -> lse, d, w_norm, logit_sum, logit_max, (N,) or (0,), as in ``ops``.
@@ -35,18 +32,25 @@ class HeadFunction(torch.autograd.Function):
         want_sum: bool,
         want_max: bool,
         check: bool,
+        transform: str,
+        row_parameter: Tensor | None,  # (N,)
+        constants: Tensor | None,  # (K,)
     ) -> tuple[Tensor, ...]:
-        sides = dict(normalize_x=normalize_x, normalize_w=normalize_w, compute_dtype=compute_dtype)
+        settings = dict(
+            normalize_x=normalize_x, normalize_w=normalize_w, compute_dtype=compute_dtype,
+            transform=transform,
+        )  # fmt: skip
+        operands = dict(row_parameter=row_parameter, constants=constants)
         lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
             x, w, y, scale, bias,
-            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **sides, **_IDENTITY,
+            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **settings, **operands,
         )  # fmt: skip
         if check:
             what = f"w: expected finite rows of norm at most {ops.NORM_MAX:g}"
             # w_inv is rounded
             lse = ops.checked(lse, 1 / w_inv, 0, 1.01 * ops.NORM_MAX, what)
-        ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles)
-        ctx.backend, ctx.sides, ctx.want_sum = backend, sides, want_sum
+        ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles, *operands.values())
+        ctx.backend, ctx.settings, ctx.want_sum = backend, settings, want_sum
         ctx.mark_non_differentiable(logit_max)
         ctx.set_materialize_grads(False)
         return lse, d, w_norm, logit_sum, logit_max
@@ -54,7 +58,7 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_lse, grad_d, grad_w_norm, grad_sum, _):
-        x, w, bias, scale, y, lse, x_inv, w_inv, tiles = ctx.saved_tensors
+        x, w, bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = ctx.saved_tensors
         need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
         zeros = torch.zeros_like(lse)
         dx, dw, dbias, dscale = ops.head_bwd(ctx.backend)(
@@ -65,12 +69,12 @@ class HeadFunction(torch.autograd.Function):
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
             grad_sum if ctx.want_sum else None,
             need_x=need_x, need_w=need_w, need_bias=need_bias, need_scale=need_scale,
-            **ctx.sides, **_IDENTITY,
+            row_parameter=row_parameter, constants=constants, **ctx.settings,
         )  # fmt: skip
         return (
             dx if need_x else None,
             dw if need_w else None,
             dbias if need_bias else None,
             dscale if need_scale else None,
-            *[None] * 9,
+            *[None] * 12,
         )

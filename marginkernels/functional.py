@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import backends, ops, validation
 from .autograd import HeadFunction
 from .margins import Rows
+from .transforms import IDENTITY, Transform
 
 _AUTO_TILES_BYTES = 256 << 20
 
@@ -35,6 +36,8 @@ def margin_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     sample_weight: Tensor | None = None,
     row_margin: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -53,7 +56,8 @@ def margin_cross_entropy(
 
     computed in one sweep over the classes forward and one backward. The target is left out of the
     softmax sum by its index, and the loss is -logsigmoid(z_y - lse of the others): exact also where
-    the loss is near 0.
+    the loss is near 0. Losses that change the other classes' logits too, as CurricularFace, have
+    their formula in :mod:`marginkernels.margins`; they need ``normalize="both"`` and no bias.
 
     Args:
         x: embeddings (N, D); float16, bfloat16, float32 or float64. N may be 0.
@@ -62,7 +66,7 @@ def margin_cross_entropy(
         margin: a module of :mod:`marginkernels.margins`, or any ``nn.Module`` with
             ``forward(c, rows) -> t``.
         scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
-            gives one of these.
+            gives one of these, as :class:`AdaCos`.
         bias: (C,), added to the logits after the margin, or None.
         normalize: "both" x and w are normalised, only the "weight", or "none"; logits of
             un-normalised sides keep the norms: the target logit is scale * |x| * |w_y| * t.
@@ -71,14 +75,17 @@ def margin_cross_entropy(
         ignore_index: label of rows that take no part. Their x must still be finite.
         label_smoothing: epsilon in [0, 1): targets (1 - eps) + eps / C, others eps / C, as
             F.cross_entropy.
+        z_loss: adds z_loss times the square of the log-sum-exp of all logits to each row's loss.
+        focal_gamma: multiplies each row's cross-entropy by (1 - p_y)^gamma, p_y the target's
+            probability: the focal loss (arXiv:1708.02002).
         sample_weight: (N,) weights >= 0, or None.
         row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
         compute_dtype: the type that x and w are rounded to; accumulation and statistics are fp32
             (fp64 for float64). None: autocast's where that is on, else x's; float64 if x or w is.
         save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
             save backward a quarter of its work. "auto" keeps at most 256 MiB. True needs both sides
-            normalised, no bias, no smoothing, a number below 73 as scale, float32 or bfloat16 and a
-            backend that can.
+            normalised, no bias, no smoothing, a margin that leaves the other classes alone, a
+            number below 73 as scale, float32 or bfloat16 and a backend that can.
         backend: "auto" (the best that runs here) or a name of :func:`marginkernels.backend_report`.
         return_stats: also return :class:`HeadStats`, from the same sweep.
 
@@ -92,16 +99,21 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
+    observer = scale if getattr(scale, "adapts", False) else None
     scale = scale() if isinstance(scale, nn.Module) else scale
     validation.check_settings(
-        normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
-    )
+        normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
+        save_tiles,
+    )  # fmt: skip
     validation.check_operands(x, w, y, bias, sample_weight, row_margin)
     validation.check_scale(scale)
     validation.check_margin(margin, row_margin, w.shape[0], w.device)
+    validation.check_cosines(margin, observer, normalize, bias)
     compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
     backend = backends.select(backend, x.device.type, compute_dtype)
-    obstacles = _tile_obstacles(bias, scale, normalize, label_smoothing, compute_dtype, backend)
+    obstacles = _tile_obstacles(
+        bias, margin, scale, normalize, label_smoothing, compute_dtype, backend
+    )
     keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
@@ -111,28 +123,47 @@ def margin_cross_entropy(
         label = ops.checked_labels(y, w.shape[0], ignore_index)
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
+    rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept)
     label = torch.where(kept, label, -1)
-    if not isinstance(scale, Tensor):
-        # times one: torch.tensor(scale) and torch.full would compile a graph for each value
-        scale = torch.ones((), dtype=stats_dtype, device=x.device) * scale
-    scale = scale.to(x.device, stats_dtype)
     bias = None if bias is None else bias.to(stats_dtype)
 
-    lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
-        x, w, bias, scale, label, backend, normalize == "both", normalize != "none", compute_dtype,
-        keep_tiles, label_smoothing > 0, return_stats, check,
-    )  # fmt: skip
+    def sweep(
+        scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
+    ):
+        return HeadFunction.apply(
+            x, w, bias, scale, label, backend, normalize == "both", normalize != "none",
+            compute_dtype, save_tiles, want_sum, want_max, check, *transform,
+        )  # fmt: skip
 
-    rows = Rows(label.clamp_min(0), x_norm, torch.where(kept, w_norm, 1.0), row_margin)
+    if observer is not None and not observer.delayed:
+        with torch.no_grad():
+            lse, d, *_ = sweep(_scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False)
+        observer.observe(lse, d, kept)
+        scale = observer()
+    scale = _scale_tensor(scale, x, stats_dtype)
+    transform = _transform(margin, x, w, rows, compute_dtype)
+    lse, d, w_norm, logit_sum, logit_max = sweep(
+        scale, transform, keep_tiles, label_smoothing > 0, return_stats
+    )
+    if observer is not None and observer.delayed:
+        observer.observe(lse.detach(), d.detach(), kept)
+
+    rows = rows._replace(w_norm=torch.where(kept, w_norm, 1.0))
     norms = _unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
     t = _apply(margin, c, rows)
     bias_y = 0.0 if bias is None else bias[rows.label]
     z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = -F.logsigmoid(z_y - lse)
+    row_loss = cross_entropy = -F.logsigmoid(z_y - lse)
     if label_smoothing > 0:
         num_classes = w.shape[0]
         row_loss = row_loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
+    if focal_gamma > 0:
+        row_loss = row_loss * _focal_factor(cross_entropy, focal_gamma)
+    if z_loss > 0:
+        row_loss = row_loss + z_loss * (z_y + cross_entropy) ** 2
+    if hasattr(margin, "regularizer"):
+        row_loss = row_loss + margin.regularizer(rows)
     row_loss = torch.where(kept, row_loss, 0.0)
     loss = _reduce(row_loss, kept, sample_weight, reduction)
     if not return_stats:
@@ -155,7 +186,7 @@ def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> to
 
 
 def _tile_obstacles(
-    bias, scale, normalize, label_smoothing, compute_dtype, backend
+    bias, margin, scale, normalize, label_smoothing, compute_dtype, backend
 ) -> dict[str, bool]:
     """What forbids to keep exponentials, and whether it applies."""
     is_number = not isinstance(scale, Tensor)
@@ -163,6 +194,7 @@ def _tile_obstacles(
         f"normalize={normalize!r}": normalize != "both",
         "a bias": bias is not None,
         "label_smoothing": label_smoothing > 0,
+        f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
         "a scale that is no number": not is_number,
         # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
         "a scale of 73 or more": is_number and scale >= 73,
@@ -185,6 +217,45 @@ def _keep_tiles(
     height, width = ops.tiles_shape(backend, x.shape[0], w.shape[0])
     nbytes = height * width * compute_dtype.itemsize
     return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
+
+
+def _scale_tensor(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(scale, Tensor):
+        # times one: torch.tensor(scale) and torch.full would compile a graph for each value
+        scale = torch.ones((), dtype=dtype, device=x.device) * scale
+    return scale.to(x.device, dtype)
+
+
+@torch.no_grad()
+def _transform(
+    margin: nn.Module, x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype
+) -> Transform:
+    """What the margin makes of the negatives, its operands in the statistics dtype."""
+    if not hasattr(margin, "negatives"):
+        return IDENTITY
+    c = _target_cosine(x, w, rows, compute_dtype) if margin.needs_target_first else None
+    name, row_parameter, constants = margin.negatives(c, rows)
+    dtype = ops.statistics_dtype(compute_dtype)
+    if row_parameter is not None:
+        row_parameter = row_parameter.to(dtype)
+    if constants is not None:
+        # a copy: a constant may be a buffer, which moves before backward has read it
+        constants = constants.to(x.device, dtype, copy=True)
+    return Transform(name, row_parameter, constants)
+
+
+def _target_cosine(x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype) -> Tensor:
+    """c of each row and its class, (N,), of the rounded operands as in the sweep."""
+    dtype = ops.statistics_dtype(compute_dtype)
+    w_y = w[rows.label]
+    dot = (x.to(compute_dtype).to(dtype) * w_y.to(compute_dtype).to(dtype)).sum(1)
+    return dot / (rows.x_norm * _row_norm(w_y, compute_dtype))
+
+
+def _focal_factor(cross_entropy: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma from -log p, with a bounded slope at p = 1."""
+    tiny = torch.finfo(cross_entropy.dtype).tiny
+    return (-torch.expm1(-cross_entropy)).clamp_min(tiny) ** gamma
 
 
 def _row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,8 @@ class MarginSoftmaxHead(nn.Module):
     Args:
         embedding_size: D.
         num_classes: C.
-        margin, scale, normalize, reduction, ignore_index, label_smoothing, compute_dtype,
-        save_tiles, backend:
+        margin, scale, normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma,
+        compute_dtype, save_tiles, backend:
             see :func:`margin_cross_entropy`. ``margin`` and ``scale`` may be reassigned at any
             step; a ``scale`` that is an ``nn.Parameter`` or module is trained and saved with the
             head, a plain tensor is saved as a buffer.
@@ -50,6 +50,8 @@ class MarginSoftmaxHead(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        focal_gamma: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         save_tiles: str | bool = "auto",
         backend: str = "auto",
@@ -64,8 +66,9 @@ class MarginSoftmaxHead(nn.Module):
             validation.check_scale(scale)
         validation.check_margin(margin, None, num_classes)
         validation.check_settings(
-            normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
-        )
+            normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
+            save_tiles,
+        )  # fmt: skip
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.margin = margin
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
@@ -73,8 +76,8 @@ class MarginSoftmaxHead(nn.Module):
         else:
             self.scale = scale
         self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
-        self.label_smoothing, self.compute_dtype = label_smoothing, compute_dtype
-        self.save_tiles, self.backend = save_tiles, backend
+        self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
+        self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
         self.weight = nn.Parameter(
             torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         )
@@ -110,6 +113,8 @@ class MarginSoftmaxHead(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            focal_gamma=self.focal_gamma,
             sample_weight=sample_weight,
             row_margin=row_margin,
             compute_dtype=self.compute_dtype,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .margins import Margin, NSoftmax
+from .margins import InterClassFilter, Margin
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _device_checks = os.environ.get("MARGINKERNELS_CHECK", "0") == "1"
@@ -33,8 +33,9 @@ def checks_values(tensor: Tensor) -> bool:
 
 
 def check_settings(
-    normalize, reduction, ignore_index, label_smoothing, compute_dtype, save_tiles
-) -> None:
+    normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
+    save_tiles,
+) -> None:  # fmt: skip
     """What does not depend on the operands of a call."""
     _check_choice("normalize", normalize, ("both", "weight", "none"))
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -43,6 +44,9 @@ def check_settings(
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+    for name, value in (("z_loss", z_loss), ("focal_gamma", focal_gamma)):
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     if compute_dtype is not None and compute_dtype not in _FLOATING:
         raise ValueError(
             "compute_dtype: expected float16, bfloat16, float32, float64 or None, "
@@ -111,8 +115,9 @@ def check_margin(margin, row_margin, num_classes: int, device: torch.device | No
         raise TypeError(
             f"margin: expected an nn.Module such as ArcFace(0.5), got {type(margin).__name__}"
         )
-    if isinstance(margin, NSoftmax) and row_margin is not None:
-        raise ValueError("row_margin: expected None for NSoftmax, which has no margin")
+    margin = _inner(margin)
+    if row_margin is not None and not getattr(margin, "takes_row_margin", True):
+        raise ValueError(f"row_margin: expected None for {type(margin).__name__}, which has no m")
     if not isinstance(margin, Margin):
         return
     margin.check_type()
@@ -127,6 +132,24 @@ def check_margin(margin, row_margin, num_classes: int, device: torch.device | No
             raise ValueError(f"margin: expected a table on {device} as x, got {margin.m.device}")
 
 
+def check_cosines(margin, observer, normalize: str, bias) -> None:
+    """What looks at all cosines needs logits that are scale times a cosine."""
+    if observer is not None and hasattr(margin, "negatives"):
+        raise ValueError(
+            f"scale: expected one that does not adapt with {type(margin).__name__}, got "
+            f"{type(observer).__name__}"
+        )
+    needs = observer or (margin if hasattr(margin, "negatives") else None)
+    if needs is not None and normalize != "both":
+        raise ValueError(
+            f"normalize: expected 'both' with {type(needs).__name__}, got {normalize!r}"
+        )
+    if needs is not None and bias is not None:
+        raise ValueError(
+            f"bias: expected None with {type(needs).__name__}, got a tensor {tuple(bias.shape)}"
+        )
+
+
 def check_values(label, x_norm, scale, margin, row_margin, sample_weight) -> Tensor:
     """Copy of the valid labels that waits for the checks of all other values."""
     what = f"x: expected finite rows of norm at most {ops.NORM_MAX:g}"
@@ -138,12 +161,18 @@ def check_values(label, x_norm, scale, margin, row_margin, sample_weight) -> Ten
         what = "sample_weight: expected finite weights >= 0"
         high = torch.finfo(sample_weight.dtype).max
         label = _checked(label, sample_weight, 0, high, what)
+    margin = _inner(margin)
     if isinstance(margin, Margin):
         m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
         if isinstance(m, Tensor):
             what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval}"
             label = _checked(label, m, margin.interval.low, margin.interval.last, what)
     return label
+
+
+def _inner(margin):
+    """The margin that has the m."""
+    return margin.margin if isinstance(margin, InterClassFilter) else margin
 
 
 def _checked(label: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..transforms import TRANSFORMS
 
 
 def unavailable_reasons(
@@ -37,13 +38,17 @@ def _units(x, w, x_inv, w_inv, normalize_x, normalize_w):
     return ux, uw
 
 
-def _logits(ux, uw, y, scale, bias, transform):
-    """z before the bias (N, C), z, and the mask of the target column."""
-    if transform != "identity":
-        raise ValueError(f"transform: the reference backend knows 'identity', got {transform!r}")
-    unbiased = scale * (ux @ uw.T)
+def _logits(ux, uw, y, scale, bias, transform, row_parameter, constants):
+    """(N, C) each: dot products, z, the transform's value and slope, f(z), mask of the target."""
+    if transform not in TRANSFORMS:
+        raise ValueError(
+            f"transform: the reference backend knows {', '.join(TRANSFORMS)}, got {transform!r}"
+        )
+    product = ux @ uw.T
+    value, slope = TRANSFORMS[transform](product, row_parameter, constants)
+    z, f = (scale * t if bias is None else scale * t + bias for t in (product, value))
     is_target = torch.arange(len(uw), device=uw.device) == y[:, None]
-    return unbiased, unbiased if bias is None else unbiased + bias, is_target
+    return product, z, value, slope, f, is_target
 
 
 def head_fwd(
@@ -55,17 +60,18 @@ def head_fwd(
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     w_inv = _inverse_norm(w, compute_dtype)
     ux, uw = _units(x, w, x_inv, w_inv, normalize_x, normalize_w)
-    unbiased, z, is_target = _logits(ux, uw, y, scale, bias, transform)
-    negatives = z.masked_fill(is_target, -math.inf)
+    product, z, _, _, f, is_target = _logits(
+        ux, uw, y, scale, bias, transform, row_parameter, constants
+    )
     owned = y >= 0
     w_norm = torch.where(owned, 1 / w_inv[y.clamp_min(0)], 0.0)
     empty = x.new_empty(0)
     return (
-        negatives.logsumexp(1),
-        unbiased.masked_fill(~is_target, 0).sum(1) / scale,
+        f.masked_fill(is_target, -math.inf).logsumexp(1),
+        product.masked_fill(~is_target, 0).sum(1),
         w_norm,
-        z.masked_fill(is_target, 0).sum(1) if want_sum else empty,
-        negatives.amax(1) if want_max else empty.clone(),
+        f.masked_fill(is_target, 0).sum(1) if want_sum else empty,
+        z.masked_fill(is_target, -math.inf).amax(1) if want_max else empty.clone(),
         x_inv,
         w_inv,
         empty.clone(),
@@ -81,15 +87,17 @@ def head_bwd(
     x_dtype, w_dtype = x.dtype, w.dtype
     x, w = _rounded(x, compute_dtype), _rounded(w, compute_dtype)
     ux, uw = _units(x, w, x_inv, w_inv, normalize_x, normalize_w)
-    unbiased, z, is_target = _logits(ux, uw, y, scale, bias, transform)
-    g = grad_lse[:, None] * torch.exp(z - lse[:, None])
+    _, _, value, slope, f, is_target = _logits(
+        ux, uw, y, scale, bias, transform, row_parameter, constants
+    )
+    g = grad_lse[:, None] * torch.exp(f - lse[:, None])
     if grad_sum is not None:
         g = g + grad_sum[:, None]
-    g = g.masked_fill(is_target, 0)
+    g = g.masked_fill(is_target, 0)  # dL/df
     empty = x.new_empty(0)
     dbias = g.sum(0) if need_bias else empty
-    dscale = (g * unbiased).sum() / scale if need_scale else empty.clone()
-    g = torch.where(is_target, grad_target[:, None], g)
+    dscale = (g * value).sum() if need_scale else empty.clone()
+    g = torch.where(is_target, grad_target[:, None], g * slope)
     dx = dw = None
     if need_x:
         dx = scale * (g @ uw)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""L-Softmax and A-Softmax: multiplied angles, annealed from the softmax loss, norms kept."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor, nn
+
+from .base import Rows
+
+
+def _monotone_multiple(c: Tensor, m: int) -> Tensor:
+    """psi = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), as polynomials in c."""
+    previous, chebyshev = torch.ones_like(c), c  # cos(m theta) = T_m(c)
+    for _ in range(m - 1):
+        previous, chebyshev = chebyshev, 2 * c * chebyshev - previous
+    # compared with constants, not by floor(acos): the pieces meet there, so either side is right
+    k = sum((c < math.cos(j * math.pi / m)).to(c.dtype) for j in range(1, m))
+    return torch.where(torch.as_tensor(k % 2 == 0), chebyshev, -chebyshev) - 2 * k
+
+
+class _Annealed(nn.Module):
+    """t = (lambda c + psi(theta)) / (1 + lambda), lambda = max(low, base (1 + gamma i)^-power) at
+    the i-th forward in training mode; i is a buffer.
+    """
+
+    takes_row_margin = False
+
+    def __init__(self, m: int, base: float, gamma: float, power: float, low: float):
+        super().__init__()
+        if not isinstance(m, numbers.Integral) or m < 1:
+            raise ValueError(f"m: expected a positive integer, got {m!r}")
+        numbers_given = dict(base=base, gamma=gamma, power=power, low=low)
+        for name, number in numbers_given.items():
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
+        self.m = int(m)
+        self.base, self.gamma, self.power, self.low = map(float, (base, gamma, power, low))
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+
+    def annealing(self) -> Tensor:
+        """The present lambda, ()."""
+        decay = (1 + self.gamma * self.iteration.double()) ** -self.power
+        return (self.base * decay).clamp_min(self.low)
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        if self.training:
+            self.iteration += 1
+        weight = self.annealing().to(c.dtype)
+        return (weight * c + _monotone_multiple(c, self.m)) / (1 + weight)
+
+    def extra_repr(self) -> str:
+        return (
+            f"m={self.m}, base={self.base:g}, gamma={self.gamma:g}, power={self.power:g}, "
+            f"low={self.low:g}"
+        )
+
+
+class LSoftmax(_Annealed):
+    """t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: L-Softmax (Liu et al.,
+    2016, arXiv:1612.02295).
+
+    For ``normalize="none"``, scale 1, no bias: the target logit is |x| |w_y| t, the others are
+    w_j x, and gradients flow to both norms. lambda = max(low, base (1 + gamma i)^-power) falls
+    with the iteration i, which is saved with the module. Usual values: m = 2 to 4, and the
+    annealing of the authors' Caffe examples. pytorch-metric-learning's LargeMarginSoftmaxLoss has
+    no annealing: ``base=0, low=0``.
+
+    Args:
+        m: an integer >= 1, the multiple of the angle.
+        base, gamma, power, low: the annealing of lambda.
+    """
+
+    def __init__(
+        self,
+        m: int = 4,
+        *,
+        base: float = 1000.0,
+        gamma: float = 0.12,
+        power: float = 1.0,
+        low: float = 5.0,
+    ):
+        super().__init__(m, base, gamma, power, low)
+
+
+class ASoftmax(_Annealed):
+    """t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: A-Softmax, SphereFace as
+    published (Liu et al., 2017, arXiv:1704.08063).
+
+    For ``normalize="weight"``, scale 1, no bias: the target logit is |x| t, the others are |x| c_j,
+    and gradients flow to |x|. lambda as in :class:`LSoftmax`. Usual values: m = 4, lambda from 1000
+    (arcface-pytorch) or 1500 (sphereface_pytorch, gamma 0.1) down to 5. The gradient is that of
+    the loss; the authors' Caffe layer rescales it, and pytorch-metric-learning's SphereFaceLoss
+    does not anneal. :class:`SphereFace` is the form with normalised features.
+
+    Args:
+        m: an integer >= 1, the multiple of the angle.
+        base, gamma, power, low: the annealing of lambda.
+    """
+
+    def __init__(
+        self,
+        m: int = 4,
+        *,
+        base: float = 1000.0,
+        gamma: float = 0.12,
+        power: float = 1.0,
+        low: float = 5.0,
+    ):
+        super().__init__(m, base, gamma, power, low)

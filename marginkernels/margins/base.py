@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Margins: functions of a row's target cosine, in plain PyTorch on N numbers.
+
+A margin is an ``nn.Module`` with ``forward(c, rows) -> t``: from the cosine c_i = cos(theta_i) of
+row i and its target class to the t_i that takes its place, so that the target logit is scale t_i.
+No kernel knows a margin. All angles and margins are in radians.
+
+A margin may also have
+
+- ``negatives(c, rows) -> Transform``, what becomes of the cosines to the other classes (see
+  :mod:`marginkernels.transforms`). It is called before the sweep, without gradient; c is the
+  target's cosine if ``needs_target_first`` is set, else None.
+- ``regularizer(rows) -> Tensor`` () or (N,), added to the rows' losses.
+- state: registered buffers, changed in training mode only. c and rows are those of the whole batch,
+  over all processes, so statistics of them are global; ``rows.kept`` leaves out ignored rows.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# slopes of sin and acos are taken as if sin(theta) were at least this: bounded where they would be
+# infinite, at |c| = 1
+_SIN_MIN = 1e-4
+
+
+class Rows(NamedTuple):
+    """What a margin may look at besides the cosine; (N,) tensors."""
+
+    label: Tensor  # int64, valid class of each row (0 for rows that are ignored)
+    x_norm: Tensor  # |x_i|
+    w_norm: Tensor | None  # |w_y|; None before the sweep, in ``negatives``
+    row_margin: Tensor | None  # the margin that the call gave for each row
+    kept: Tensor | None = None  # bool, whether the row takes part; None: all do
+
+
+class Interval(NamedTuple):
+    """A range of numbers, either end open or closed."""
+
+    low: float
+    high: float
+    open_high: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+    @property
+    def last(self) -> float:
+        """The largest float inside."""
+        return math.nextafter(self.high, -math.inf) if self.open_high else self.high
+
+
+def _with_slope(value: Tensor, slope: Tensor, c: Tensor) -> Tensor:
+    """``value``, exactly, with the derivative ``slope`` with respect to ``c``."""
+    return value + slope * (c - c.detach())
+
+
+def safe_sin(c: Tensor) -> Tensor:
+    """The sine of the angle with cosine ``c``, exact; slope bounded at and beyond |c| = 1."""
+    cosine = c.detach()
+    value = ((1 - cosine) * (1 + cosine)).clamp_min(0).sqrt()
+    return _with_slope(value, -cosine / value.clamp_min(_SIN_MIN), c)
+
+
+def safe_acos(c: Tensor) -> Tensor:
+    """The angle with cosine ``c``, exact; its slope is bounded at and beyond |c| = 1."""
+    cosine = c.detach()
+    sine = ((1 - cosine) * (1 + cosine)).clamp_min(0).sqrt()
+    return _with_slope(torch.atan2(sine, cosine), -1 / sine.clamp_min(_SIN_MIN), c)
+
+
+class Margin(nn.Module):
+    """Base of the margins with one parameter ``m``: a float, 0-d tensor or table (num_classes,).
+
+    A number may be reassigned at any time (``margin.m = 0.4``); a tensor is registered, as a
+    parameter if it is an ``nn.Parameter``, so it moves, saves and trains with the head. A
+    ``row_margin`` in the call replaces ``m``. Subclasses set ``interval`` and define
+    ``target(c, m) -> t``.
+
+    ``gradient="exact"`` is the derivative of t; ``"straight_through"`` computes t without gradient
+    and lets dt/dc = 1, as insightface arcface_torch does since December 2022 (a learnable ``m``
+    gets its gradient either way).
+    """
+
+    interval = Interval(-math.inf, math.inf)
+
+    def __init__(self, m: float | Tensor, gradient: str = "exact"):
+        super().__init__()
+        if gradient not in ("exact", "straight_through"):
+            raise ValueError(f"gradient: expected 'exact' or 'straight_through', got {gradient!r}")
+        self.gradient = gradient
+        if isinstance(m, Tensor) and not isinstance(m, nn.Parameter):
+            self.register_buffer("m", m)
+        else:
+            self.m = m
+        self.check_type()
+        if not isinstance(m, Tensor) or m.device.type == "cpu":
+            self.check_range()
+
+    def check_type(self) -> None:
+        """Raises TypeError or ValueError unless ``m`` is a number or a tensor of a legal shape."""
+        expected = "m: expected a number, or a floating tensor () or (num_classes,)"
+        if not isinstance(self.m, Tensor):
+            if not isinstance(self.m, numbers.Real):
+                raise TypeError(f"{expected}, got {type(self.m).__name__}")
+        elif self.m.ndim > 1 or self.m.numel() == 0 or not self.m.is_floating_point():
+            raise ValueError(f"{expected}, got {self.m.dtype} {tuple(self.m.shape)}")
+
+    def check_range(self) -> None:
+        """Raises ValueError unless ``m`` lies in the margin's interval."""
+        if isinstance(self.m, Tensor):
+            low, high = (bound.item() for bound in self.m.detach().aminmax())
+        else:
+            low = high = self.m
+        if not (self.interval.low <= low and high <= self.interval.last):
+            wrong = high if self.interval.low <= low else low
+            raise ValueError(f"{type(self).__name__}: expected m in {self.interval}, got {wrong}")
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        m = self.of_rows(c, rows)
+        return self.with_gradient(lambda cosine: self.target(cosine, m), c)
+
+    def with_gradient(self, target: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
+        """``target(c)`` with the gradient that the margin was asked for."""
+        if self.gradient == "straight_through":
+            return target(c.detach()) + (c - c.detach())
+        return target(c)
+
+    def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
+        """The margin of each row, () or (N,), in c's type."""
+        if rows.row_margin is not None:
+            return rows.row_margin.to(c.dtype)
+        if isinstance(self.m, Tensor):
+            return (self.m if self.m.ndim == 0 else self.m[rows.label]).to(c.dtype)
+        # times one: torch.tensor(m) and torch.full would compile a graph for each value
+        return torch.ones((), dtype=torch.float64, device=c.device) * self.m
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        is_tensor = isinstance(self.m, Tensor)
+        m = f"m=<{tuple(self.m.shape)} tensor>" if is_tensor else f"m={self.m:g}"
+        return m if self.gradient == "exact" else f"{m}, gradient={self.gradient!r}"
+
+
+class NSoftmax(nn.Module):
+    """t = c, no margin: NormFace (Wang et al., 2017, arXiv:1704.06369).
+
+    Usual values: scale 20 to 64, or learnable. With ``normalize="none"`` and a bias it is the plain
+    softmax loss of a linear layer, with ``normalize="weight"`` SphereFace's "modified softmax".
+    pytorch-metric-learning's NormalizedSoftmaxLoss has a temperature, the inverse of the scale.
+    """
+
+    takes_row_margin = False
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        return c

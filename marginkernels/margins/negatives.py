@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Losses that change the other classes' logits too; see :mod:`marginkernels.transforms`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..transforms import Transform
+from .base import Interval, Margin, Rows, safe_acos
+from .statistics import masked_mean, move_average
+from .target import ArcFace, arc
+
+
+def _constants(like: Tensor, *numbers: float) -> Tensor:
+    """Numbers as a tensor (K,); filled on the device, where torch.tensor would copy and wait."""
+    return torch.cat([like.new_full((1,), number) for number in numbers])
+
+
+class AirFace(Margin):
+    """t = 1 - 2 (theta + m) / pi, others 1 - 2 theta_j / pi: Li-ArcFace, AirFace (Li et al., 2019,
+    arXiv:1907.12256).
+
+    Linear in the angle for every class, target or not, so it falls for all theta and needs no
+    branch. The slope 2 / (pi sin(theta)) is bounded at |c| = 1. Usual values: m = 0.4 (0.45 in the
+    paper's last experiments) with scale 64. Keras_insightface's AirFaceLoss changes the target
+    alone and is another loss.
+
+    Args:
+        m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
+    """
+
+    interval = Interval(0, math.pi, open_high=True)
+    needs_target_first = False
+
+    def __init__(self, m: float | Tensor = 0.4):
+        super().__init__(m)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        return 1 - 2 / math.pi * (safe_acos(c) + m)
+
+    def negatives(self, c: None, rows: Rows) -> Transform:
+        return Transform("airface")
+
+
+class InterClassFilter(nn.Module):
+    """t of the margin inside, others 0 where c_j > threshold: Partial FC's filter against mislabelled
+    classes (An et al., 2022, arXiv:2203.15565).
+
+    As in insightface arcface_torch a filtered class keeps a logit of 0, exp(0) = 1 in the softmax
+    sum, and gets no gradient; the target is exempt. Usual values: threshold 0.4 with CosFace or
+    ArcFace and scale 64.
+
+    Args:
+        margin: a margin without a transform of its own.
+        threshold: a cosine in [-1, 1].
+    """
+
+    needs_target_first = False
+
+    def __init__(self, margin: nn.Module, threshold: float = 0.4):
+        super().__init__()
+        if not isinstance(margin, nn.Module):
+            raise TypeError(f"margin: expected a margin, got {type(margin).__name__}")
+        if hasattr(margin, "negatives"):
+            raise ValueError(
+                f"margin: expected one that leaves the negatives alone, got {type(margin).__name__}"
+            )
+        if not -1 <= threshold <= 1:
+            raise ValueError(f"threshold: expected a cosine in [-1, 1], got {threshold}")
+        self.margin, self.threshold = margin, float(threshold)
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        return self.margin(c, rows)
+
+    def regularizer(self, rows: Rows) -> Tensor:
+        """That of the margin inside, or 0."""
+        inner = getattr(self.margin, "regularizer", None)
+        return rows.x_norm.new_zeros(()) if inner is None else inner(rows)
+
+    def negatives(self, c: None, rows: Rows) -> Transform:
+        return Transform("interclass_filter", None, _constants(rows.x_norm, self.threshold))
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold:g}"
+
+
+class MVSoftmax(Margin):
+    """t = c - m where c > m else c ("am"), cos(theta + m) where c > 0 else c ("arc"); others
+    (t + 1) c_j + t where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
+
+    A class is misclassified, a support vector, if its cosine exceeds c_y - m ("am") or
+    cos(theta_y + m) ("arc"). This is the paper's adaptive weight, exp(s t (c_j + 1)). Usual values:
+    m = 0.35 with "am", 0.5 with "arc", t = 0.2 (cavaface; FaceX-Zoo has 0.12), scale 32. The target
+    has the easy branch, without which training has been seen to diverge.
+
+    Args:
+        m: margin: a float, 0-d tensor or table (num_classes,).
+        kind: "am" or "arc".
+        t: how much misclassified classes are emphasised, a number >= 0.
+    """
+
+    interval = Interval(0, math.pi, open_high=True)
+    needs_target_first = True
+
+    def __init__(self, m: float | Tensor = 0.35, *, kind: str = "am", t: float = 0.2):
+        super().__init__(m)
+        if kind not in ("am", "arc"):
+            raise ValueError(f"kind: expected 'am' or 'arc', got {kind!r}")
+        if not 0 <= t < math.inf:
+            raise ValueError(f"t: expected a finite number >= 0, got {t}")
+        self.kind, self.t = kind, float(t)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        if self.kind == "am":
+            return torch.where(c > m, c - m, c)
+        return arc(c, m, "easy")
+
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
+        m = self.of_rows(c, rows)
+        threshold = c - m if self.kind == "am" else arc(c, m, "none")
+        return Transform("mv_softmax", threshold, _constants(c, self.t))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind!r}, t={self.t:g}"
+
+
+class CurricularFace(ArcFace):
+    """t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j > cos(theta_y + m):
+    CurricularFace (Huang et al., 2020, arXiv:2004.00288).
+
+    ``t``, a buffer from 0, is the moving average of the target cosines of the batch, and moves in
+    training mode before it is used: hard classes count for little while training starts and for
+    more later. Hard is what exceeds cos(theta_y + m) itself, not the value of the branch. Usual
+    values: m = 0.5, scale 64, alpha = 0.01 (TFace: 0.1).
+
+    Args:
+        m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
+        alpha: share of the new batch in t, in [0, 1].
+    """
+
+    needs_target_first = True
+
+    def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
+        super().__init__(m)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+        self.alpha = float(alpha)
+        self.register_buffer("t", torch.zeros(()))
+
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
+        if self.training:
+            mean, count = masked_mean(c, rows.kept)
+            move_average(self.t, mean, self.alpha, count > 0)
+        threshold = arc(c, self.of_rows(c, rows), "none")
+        return Transform("curricular", threshold, self.t.reshape(1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha:g}"
+
+
+class ArcNegFace(ArcFace):
+    """t = cos(theta + m) with the hard branch, others t_j c_j + t_j - 1,
+    t_j = alpha exp(-(c_j - t)^2 / sigma): ArcNegFace (Liu et al., 2019, arXiv:1909.00632).
+
+    Classes whose cosine is near the target's margined one are weighted up, far ones down; t_j is
+    taken as a constant in the gradient. Usual values: m = 0.5, scale 64, alpha = 1.2, sigma = 2, as
+    FaceX-Zoo has them.
+
+    Args:
+        m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
+        alpha, sigma: height and width of the weight, positive numbers.
+    """
+
+    needs_target_first = True
+
+    def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 1.2, sigma: float = 2.0):
+        super().__init__(m)
+        for name, number in (("alpha", alpha), ("sigma", sigma)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {number}")
+        self.alpha, self.sigma = float(alpha), float(sigma)
+
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
+        target = self.target(c, self.of_rows(c, rows))
+        return Transform("arc_negative", target, _constants(c, self.alpha, self.sigma))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha:g}, sigma={self.sigma:g}"

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Margins by class: tables from the class sizes, and learnable ones."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .base import Interval, Rows
+from .target import CosFace
+
+
+def margins_from_counts(
+    counts: Tensor, low: float = 0.05, high: float = 0.5, power: float = 0.25
+) -> Tensor:
+    """A table of margins (num_classes,): high for the rarest class, low for the most frequent.
+
+    n^-power, mapped linearly to [low, high], of the class sizes n >= 1; the values are those of the
+    landmark recognition solution of Ha et al. (2020, arXiv:2010.05350). If all sizes are equal all
+    margins are high. Give it to a margin: ``ArcFace(margins_from_counts(counts))``.
+
+    Args:
+        counts: (num_classes,), the number of training rows of each class, at least 1.
+    """
+    if not isinstance(counts, Tensor) or counts.ndim != 1 or counts.numel() == 0:
+        came = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+        raise ValueError(f"counts: expected a tensor (num_classes,), got {came}")
+    if bool((counts < 1).any()):
+        raise ValueError(f"counts: expected at least 1 row in each class, got {counts.min()}")
+    if not low <= high:
+        raise ValueError(f"low: expected low <= high, got low={low}, high={high}")
+    if not 0 < power < math.inf:
+        raise ValueError(f"power: expected a positive number, got {power}")
+    rarity = counts.double() ** -power
+    least, greatest = rarity.aminmax()
+    if least == greatest:
+        return torch.full_like(rarity, high, dtype=torch.float32)
+    return (low + (high - low) * (rarity - least) / (greatest - least)).float()
+
+
+class AdaMSoftmax(CosFace):
+    """t = c - m_y, m (num_classes,) learnable in [0, 1]: AdaM-Softmax of AdaptiveFace (Liu et al.,
+    CVPR 2019).
+
+    Adds the regulariser weight (1 - mean m), which makes the margins grow where the data let them
+    (FaceX-Zoo adds the same 1 so that it is never negative). m is projected onto [0, 1] at every
+    forward in training mode. Usual values: scale 30, weight 70; m starts from U(0.3, 0.4) as in
+    FaceX-Zoo.
+
+    Args:
+        num_classes: C.
+        weight: of the regulariser.
+    """
+
+    interval = Interval(-math.inf, math.inf)  # an optimizer's step may leave [0, 1] in between
+
+    def __init__(self, num_classes: int, *, weight: float = 70.0):
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a finite number >= 0, got {weight}")
+        super().__init__(nn.Parameter(torch.empty(num_classes).uniform_(0.3, 0.4)))
+        self.weight = float(weight)
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.m.clamp_(0, 1)
+        return super().forward(c, rows)
+
+    def regularizer(self, rows: Rows) -> Tensor:
+        """weight (1 - mean m), ()."""
+        return self.weight * (1 - self.m.mean())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={self.weight:g}"

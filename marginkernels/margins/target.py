@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Margins that see nothing but the target's cosine: CosFace, ArcFace, SphereFace, X2-Softmax."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Interval, Margin, safe_acos, safe_sin
+
+_BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
+
+
+def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
+    """cos(theta + m) by angle addition, and what ``branch`` says where theta > pi - m."""
+    cos_m, sin_m = torch.cos(m), torch.sin(m)
+    phi = c * cos_m - safe_sin(c) * sin_m
+    if branch == "none":
+        return phi
+    if branch == "easy":
+        return torch.where(c > 0, phi, c)
+    past = {"hard": c - m * sin_m, "keep": c, "continuous": c - 1 + cos_m}[branch]
+    return torch.where(c > -cos_m, phi, past)
+
+
+def _monotone_cos(a: Tensor) -> Tensor:
+    """(-1)^k cos(a) - 2k, k = floor(a / pi): the cosine, unfolded to fall for all a >= 0."""
+    k = torch.floor(a.detach() / math.pi)
+    return (1 - 2 * torch.remainder(k, 2)) * torch.cos(a) - 2 * k
+
+
+class CosFace(Margin):
+    """t = c - m, 0 <= m <= 2: CosFace (arXiv:1801.09414), also AM-Softmax (arXiv:1801.05599).
+
+    Usual values: m = 0.35 or 0.4 with scale 64 for faces, m = 0.2 with scale 30 for speakers.
+    """
+
+    interval = Interval(0, 2)
+
+    def __init__(self, m: float | Tensor = 0.4):
+        super().__init__(m)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        return c - m
+
+
+AMSoftmax = CosFace
+
+
+class ArcFace(Margin):
+    """t = cos(theta + m), 0 <= m < pi. ArcFace (Deng et al., 2019, arXiv:1801.07698).
+
+    cos(theta + m) rises again for theta > pi - m; ``branch`` says what t is there:
+
+    - "hard" (default): cos(theta) - m sin(m); the original MXNet ArcFace, pytorch-metric-learning,
+      mmpretrain
+    - "easy": the margin applies only where cos(theta) > 0, elsewhere t = c ("easy_margin" of many
+      trainers)
+    - "none": cos(theta + m) throughout; insightface arcface_torch, PaddlePaddle, OneFlow
+    - "keep": cos(theta), no margin; catalyst
+    - "continuous": cos(theta) - 1 - cos(pi - m), which meets cos(theta + m) at -1; wespeaker,
+      3D-Speaker
+
+    Args:
+        m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
+        branch: see above.
+        gradient: "exact", or "straight_through" as in today's arcface_torch; see :class:`Margin`.
+    """
+
+    interval = Interval(0, math.pi, open_high=True)
+
+    def __init__(
+        self, m: float | Tensor = 0.5, *, branch: str | None = None, gradient: str = "exact"
+    ):
+        super().__init__(m, gradient)
+        self.branch = "hard" if branch is None else branch
+        if self.branch not in _BRANCHES[:-1]:
+            raise ValueError(f"branch: expected one of {_BRANCHES[:-1]}, got {branch!r}")
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        return arc(c, m, self.branch)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, branch={self.branch!r}"
+
+
+class CombinedMargin(Margin):
+    """t = cos(m1 theta + m2) - m3: three margins in one, from the ArcFace paper (arXiv:1801.07698).
+
+    For m1 = 1 the branches are those of :class:`ArcFace` with m = m2. For m1 != 1 there are "none"
+    and "monotone", (-1)^k cos(a) - 2k with a = m1 theta + m2 and k = floor(a / pi), which falls on
+    all of [0, pi]. ``branch=None`` is "hard" for m1 = 1 and else "monotone". m3 is subtracted after
+    the branch. insightface's CombinedMarginLoss ignores m2 where m3 > 0; this one does not.
+
+    Args:
+        m1: multiplicative angular margin, a positive number.
+        m2: additive angular margin in radians, 0 <= m2 < pi: a float, 0-d tensor or table
+            (num_classes,); the ``m`` of the base class and what ``row_margin`` replaces.
+        m3: additive cosine margin, 0 <= m3 <= 2, a number.
+        branch: see above.
+        gradient: "exact" or "straight_through", see :class:`Margin`.
+    """
+
+    interval = Interval(0, math.pi, open_high=True)
+
+    def __init__(
+        self,
+        m1: float = 1.0,
+        m2: float | Tensor = 0.5,
+        m3: float = 0.0,
+        *,
+        branch: str | None = None,
+        gradient: str = "exact",
+    ):
+        super().__init__(m2, gradient)
+        if not 0 < m1 < math.inf:
+            raise ValueError(f"m1: expected a positive number, got {m1}")
+        if not 0 <= m3 <= 2:
+            raise ValueError(f"m3: expected a number in [0, 2], got {m3}")
+        allowed = _BRANCHES[:-1] if m1 == 1 else ("none", "monotone")
+        self.m1, self.m3 = float(m1), float(m3)
+        self.branch = ("hard" if m1 == 1 else "monotone") if branch is None else branch
+        if self.branch not in allowed:
+            raise ValueError(f"branch: expected one of {allowed} for m1={m1:g}, got {branch!r}")
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        if self.m1 == 1:
+            return arc(c, m, self.branch) - self.m3
+        a = self.m1 * safe_acos(c) + m
+        return (_monotone_cos(a) if self.branch == "monotone" else torch.cos(a)) - self.m3
+
+    def extra_repr(self) -> str:
+        return f"m1={self.m1:g}, {super().extra_repr()}, m3={self.m3:g}, branch={self.branch!r}"
+
+
+class SphereFace(Margin):
+    """t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: normalised SphereFace.
+
+    SphereFace (Liu et al., 2017, arXiv:1704.08063) in the feature-normalised form of SphereFace-R
+    (arXiv:2109.05565). Usual values: m = 1.35 with scale 64, m = 1.7 with scale 30. opensphere's
+    SphereFace-R has the straight-through gradient; its projection of w onto the sphere at every
+    step is left to the optimizer.
+    """
+
+    interval = Interval(1, math.inf, open_high=True)
+
+    def __init__(self, m: float | Tensor = 1.35, *, gradient: str = "exact"):
+        super().__init__(m, gradient)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        return _monotone_cos(m * safe_acos(c))
+
+
+class X2Softmax(Margin):
+    """t = a (theta - h)^2 + k: X2-Softmax (Xu et al., 2023, arXiv:2312.05281).
+
+    A parabola instead of the cosine: for a < 0 and h <= 0 it falls on all of [0, pi], and its
+    distance from the cosine, the margin, grows with the angle. k is the ``m`` of the base class:
+    what a table or ``row_margin`` replaces. Usual values: those of the training script published
+    with it, a = -0.9, h = 0, k = 0.65 with scale 64. Like that code this one has the
+    straight-through gradient by default; the exact one is infinite at theta = 0 unless h = 0, and
+    bounded here.
+
+    Args:
+        a: curvature, a negative number.
+        h: vertex in radians, a number <= 0.
+        k: height of the vertex: a float, 0-d tensor or table (num_classes,).
+        gradient: "straight_through" or "exact", see :class:`Margin`.
+    """
+
+    def __init__(
+        self,
+        a: float = -0.9,
+        h: float = 0.0,
+        k: float | Tensor = 0.65,
+        *,
+        gradient: str = "straight_through",
+    ):
+        super().__init__(k, gradient)
+        if not -math.inf < a < 0:
+            raise ValueError(f"a: expected a finite number < 0, got {a}")
+        if not -math.inf < h <= 0:
+            raise ValueError(f"h: expected a finite number <= 0, got {h}")
+        self.a, self.h = float(a), float(h)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        angle = safe_acos(c) - self.h
+        return self.a * angle * angle + m
+
+    def extra_repr(self) -> str:
+        return f"a={self.a:g}, h={self.h:g}, {super().extra_repr()}"

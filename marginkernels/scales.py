@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Scales that follow the data: AdaCos.
+
+A module given as ``scale=`` is called for the scale, a number or 0-d tensor. One that has
+``observe(lse, cosine, kept)`` also sees, in training mode, what the sweep found on the un-margined
+cosines of the whole batch: before the sweep that trains, from a sweep of its own, or with
+``delayed`` after it, from the same one. Its ``adapts`` says whether it wants to.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor, nn
+
+from .margins.statistics import masked_mean
+
+
+class AdaCos(nn.Module):
+    """AdaCos (Zhang et al., 2019, arXiv:1905.00292): a scale without a parameter, for
+    :class:`NSoftmax`.
+
+    Fixed: s = sqrt(2) ln(C - 1). Dynamic: s starts there and is set at each training step to
+
+        s = ln(B) / cos(min(pi / 4, median theta_y)),  B = mean_i sum_{j != y_i} exp(s c_ij)
+
+    with the previous s on the right, before the step uses it. That takes two sweeps forward;
+    ``delayed=True`` uses the previous s and needs one. ln(B) comes from the rows' log-sum-exp, so
+    that it does not overflow; the median of an even number of rows is the lower angle, as
+    torch.median's. Where ln(B) <= 0, which a few classes can bring about, s stays. s is a buffer:
+    saved, and frozen in eval mode; the authors' code and most others keep a plain attribute that
+    also moves in evaluation.
+
+    Args:
+        num_classes: C, at least 3.
+        dynamic: whether s moves.
+        delayed: whether s moves after the step instead of before.
+    """
+
+    def __init__(self, num_classes: int, *, dynamic: bool = True, delayed: bool = False):
+        super().__init__()
+        if not isinstance(num_classes, numbers.Integral) or num_classes < 3:
+            raise ValueError(f"num_classes: expected an integer of at least 3, got {num_classes!r}")
+        self.fixed_scale = math.sqrt(2) * math.log(num_classes - 1)
+        self.num_classes, self.dynamic, self.delayed = num_classes, bool(dynamic), bool(delayed)
+        if dynamic:
+            self.register_buffer("s", torch.tensor(self.fixed_scale))
+
+    def forward(self) -> float | Tensor:
+        # a copy, because autograd keeps it while the next step moves s
+        return self.s.clone() if self.dynamic else self.fixed_scale
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it wants to observe now."""
+        return self.dynamic and self.training
+
+    @torch.no_grad()
+    def observe(self, lse: Tensor, cosine: Tensor, kept: Tensor) -> None:
+        """Moves s.
+
+        Args:
+            lse: (N,), log sum exp(s c_ij) over the other classes, at the present s.
+            cosine: (N,), to the target class, without margin.
+            kept: (N,) bool, the rows that take part.
+        """
+        _, count = masked_mean(cosine, kept)
+        log_b = lse.masked_fill(~kept, -math.inf).logsumexp(0) - count.log()
+        # the lower median of the angles is the upper one of the cosines
+        falling = cosine.masked_fill(~kept, -math.inf).sort(descending=True).values
+        middle = ((count.long() - 1) // 2).clamp_min(0)
+        median = falling.gather(0, middle.reshape(1))[0] if len(falling) else cosine.new_ones(())
+        s = log_b / median.clamp_min(math.cos(math.pi / 4)).clamp_max(1)
+        usable = torch.isfinite(s) & (s > 0)
+        self.s.copy_(torch.where(usable, s.to(self.s.dtype), self.s))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_classes}, dynamic={self.dynamic}, delayed={self.delayed}"

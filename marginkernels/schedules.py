@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""A margin that grows while training runs."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .margins import Margin
+
+
+class MarginSchedule:
+    """Sets a margin's ``m`` by the step: ``initial`` up to ``start``, ``final`` from ``finish`` on,
+    and a ramp in between, as the schedulers of speaker verification toolkits (wespeaker) do.
+
+    With r = (step - start) / (finish - start) the ramp is initial + (final - initial) q, q = r for
+    "linear" and q = 1 - 1000^-r for "exponential", which rises fast first. Call :meth:`step` after
+    each training step, like that of a learning-rate scheduler; the state is saved with
+    ``state_dict()``.
+
+    Example::
+
+        schedule = MarginSchedule(head.margin, initial=0.0, final=0.5, start=1000, finish=20_000)
+
+    Args:
+        margin: with a number or 0-d tensor as ``m``; a tensor is filled in place.
+        initial, final: margins in the unit of ``m``.
+        start, finish: steps, 0 <= start < finish.
+        ramp: "exponential" or "linear".
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        *,
+        initial: float = 0.0,
+        final: float,
+        start: int = 0,
+        finish: int,
+        ramp: str = "exponential",
+    ):
+        if not isinstance(margin, Margin) or getattr(margin.m, "ndim", 0) > 0:
+            raise ValueError(
+                "margin: expected a margin with a number or 0-d tensor as m, got "
+                f"{type(margin).__name__}"
+            )
+        if ramp not in ("exponential", "linear"):
+            raise ValueError(f"ramp: expected 'exponential' or 'linear', got {ramp!r}")
+        if not 0 <= start < finish:
+            raise ValueError(f"start: expected 0 <= start < finish, got {start} and {finish}")
+        self.margin, self.initial, self.final = margin, float(initial), float(final)
+        self.start, self.finish, self.ramp = start, finish, ramp
+        self.current_step = 0
+        for m in (self.final, self.initial):  # a value out of range is noticed now, not in an hour
+            self._set(m)
+            margin.check_range()
+
+    def value(self) -> float:
+        """The margin at the current step."""
+        if self.current_step >= self.finish:
+            return self.final
+        ratio = max(0.0, (self.current_step - self.start) / (self.finish - self.start))
+        share = ratio if self.ramp == "linear" else 1 - math.exp(-ratio * math.log(1000))
+        return self.initial + (self.final - self.initial) * share
+
+    def step(self) -> None:
+        """Goes on by one step and sets the margin."""
+        self.current_step += 1
+        self._set(self.value())
+
+    def state_dict(self) -> dict[str, int]:
+        return {"current_step": self.current_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.current_step = state["current_step"]
+        self._set(self.value())
+
+    def _set(self, m: float) -> None:
+        if isinstance(self.margin.m, Tensor):
+            with torch.no_grad():
+                self.margin.m.fill_(m)
+        else:
+            self.margin.m = m

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Triplet loss over a batch, in blocks of rows: no (N, N) matrix outlives its block."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TripletLoss(nn.Module):
+    """mean [d(a, p) - d(a, n) + margin]_+, d = |.|^2 of unit vectors: the triplet loss of FaceNet
+    (Schroff et al., 2015, arXiv:1503.03832).
+
+    Which triplets of an anchor a, another row p of its class and a row n of another class count:
+
+    - "batch_hard": for each anchor the farthest p and the nearest n (Hermans et al., 2017,
+      arXiv:1703.07737, who do not square the distance);
+    - "semi_hard": for each anchor and each p the nearest n that is farther than p; where there is
+      none, the farthest n (as TensorFlow Addons; FaceNet's text leaves it open).
+
+    The mean is over these triplets, those without loss included (pytorch-metric-learning's is over
+    the others); 0 if there is none. Distances are computed a block of rows at a time in fp32, and
+    again in backward.
+
+    Args:
+        margin: FaceNet has 0.2, insightface 0.3.
+        mining: "batch_hard" or "semi_hard".
+        ignore_index: label of rows that take no part.
+        block_rows: anchors in a block; memory is a few times block_rows x N numbers.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        *,
+        mining: str = "batch_hard",
+        ignore_index: int = -100,
+        block_rows: int = 256,
+    ):
+        super().__init__()
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin: expected a finite number >= 0, got {margin}")
+        if mining not in ("batch_hard", "semi_hard"):
+            raise ValueError(f"mining: expected 'batch_hard' or 'semi_hard', got {mining!r}")
+        if block_rows < 1:
+            raise ValueError(f"block_rows: expected a positive integer, got {block_rows}")
+        self.margin, self.mining = float(margin), mining
+        self.ignore_index, self.block_rows = ignore_index, block_rows
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss () of embeddings (N, D), normalised here, with int64 labels (N,)."""
+        if embeddings.ndim != 2 or not embeddings.is_floating_point():
+            came = f"{embeddings.dtype} {tuple(embeddings.shape)}"
+            raise ValueError(f"embeddings: expected a floating tensor (N, D), got {came}")
+        if labels.dtype != torch.int64 or labels.shape != embeddings.shape[:1]:
+            came = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"labels: expected int64 ({len(embeddings)},), got {came}")
+        wide = torch.promote_types(embeddings.dtype, torch.float32)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            unit = F.normalize(embeddings.to(wide))
+            total, count = unit.sum() * 0, unit.new_zeros(())
+            for start in range(0, len(unit), self.block_rows):
+                rows = slice(start, start + self.block_rows)
+                # keeps its arguments alone, and computes the block again in backward
+                block_total, block_count = checkpoint(
+                    self._block, unit, labels, rows, use_reentrant=False
+                )
+                total, count = total + block_total, count + block_count
+        return total / count.clamp_min(1)
+
+    def _block(self, unit: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of the anchors in ``rows``, and the number of their triplets."""
+        distance = 2 - 2 * (unit[rows] @ unit.T)  # (B, N)
+        kept = labels != self.ignore_index
+        same = labels[rows, None] == labels
+        pairs = kept[rows, None] & kept
+        index = torch.arange(len(labels), device=labels.device)
+        positive = pairs & same & (index[rows, None] != index)
+        negative = pairs & ~same
+        if self.mining == "batch_hard":
+            valid = positive.any(1) & negative.any(1)
+            farthest = distance.masked_fill(~positive, -math.inf).amax(1)
+            nearest = distance.masked_fill(~negative, math.inf).amin(1)
+            difference = torch.where(valid, farthest, 0) - torch.where(valid, nearest, 0)
+        else:
+            valid = positive & negative.any(1, keepdim=True)
+            chosen = distance.gather(1, _semi_hard(distance.detach(), negative))
+            difference = distance - chosen
+        loss = torch.where(valid, F.relu(difference + self.margin), 0)
+        return loss.sum(), valid.sum().to(loss.dtype)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin:g}, mining={self.mining!r}"
+
+
+def _semi_hard(distance: Tensor, negative: Tensor) -> Tensor:
+    """For each anchor and column p the column of the nearest negative farther than p, else of the
+    farthest negative; (B, N).
+    """
+    ascending, columns = distance.masked_fill(~negative, math.inf).sort(1)
+    place = torch.searchsorted(ascending, distance, right=True)
+    last = (negative.sum(1, keepdim=True) - 1).clamp_min(0)
+    return columns.gather(1, place.minimum(last))
