@@ -99,8 +99,10 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
-    observer = scale if getattr(scale, "adapts", False) else None
-    scale = scale() if isinstance(scale, nn.Module) else scale
+    observer = None
+    if isinstance(scale, nn.Module):
+        observer = scale if getattr(scale, "adapts", False) else None
+        scale = scale()
     validation.check_settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
         save_tiles,

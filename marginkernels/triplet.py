@@ -60,7 +60,7 @@ class TripletLoss(nn.Module):
             raise ValueError(f"labels: expected int64 ({len(embeddings)},), got {came}")
         wide = torch.promote_types(embeddings.dtype, torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit = F.normalize(embeddings.to(wide))
+            unit = _unit_rows(embeddings.to(wide))
             total, count = unit.sum() * 0, unit.new_zeros(())
             for start in range(0, len(unit), self.block_rows):
                 rows = slice(start, start + self.block_rows)
@@ -94,6 +94,12 @@ class TripletLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"margin={self.margin:g}, mining={self.mining!r}"
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows of norm 1, with a gradient of 0 at zero rows."""
+    is_zero = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < 1e-12
+    return F.normalize(torch.where(is_zero, 0, x))
 
 
 def _semi_hard(distance: Tensor, negative: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class AirFace(Margin):
 
 
 class InterClassFilter(nn.Module):
-    """t of the margin inside, others 0 where c_j > threshold: Partial FC's filter against mislabelled
-    classes (An et al., 2022, arXiv:2203.15565).
+    """t of the margin inside, others 0 where c_j > threshold: Partial FC's filter against
+    mislabelled classes (An et al., 2022, arXiv:2203.15565).
 
     As in insightface arcface_torch a filtered class keeps a logit of 0, exp(0) = 1 in the softmax
     sum, and gets no gradient; the target is exempt. Usual values: threshold 0.4 with CosFace or

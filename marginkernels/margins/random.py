@@ -16,8 +16,8 @@ class ElasticFace(Margin):
     (Boutros et al., 2022, arXiv:2109.09416).
 
     ``plus=True`` is ElasticFace+: the margins drawn are dealt to the rows so that the smallest
-    cosine to its class gets the largest. The published code applies the sorting permutation where its
-    inverse is meant, which deals them at random with respect to the cosine; this follows the
+    cosine to its class gets the largest. The published code applies the sorting permutation where
+    its inverse is meant, which deals them at random with respect to the cosine; this follows the
     paper's text. In eval mode m_i = m. As published, "arc" is cos(theta + m) without a branch.
     Usual values: scale 64; m = 0.5 for "arc", 0.35 for "cos", std = 0.0125 (for "+" 0.0175 and
     0.025).

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Every loss beside its textbook definition: dense, naive, in the order of the papers' equations.
+
+A definition maps the cosines (N, C), labels and norms to what stands in their place before the
+scale (and the norms that are kept), and may add to the rows' losses.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import marginkernels as mk
+
+PI = math.pi
+
+
+def on_target(t):
+    """A definition that replaces the target's cosine by t(c_y, x_norm)."""
+
+    def definition(c, y, x_norm):
+        replaced = t(c.gather(1, y[:, None])[:, 0], x_norm)
+        return c.scatter(1, y[:, None], replaced[:, None]), 0.0
+
+    return definition
+
+
+def with_negatives(t, negatives):
+    """t(c_y) for the target, negatives(c, c_y) (N, C) for the others."""
+
+    def definition(c, y, x_norm):
+        c_y = c.gather(1, y[:, None])
+        return negatives(c, c_y).scatter(1, y[:, None], t(c_y)), 0.0
+
+    return definition
+
+
+def hard(c, m=0.5):
+    theta = torch.acos(c)
+    return torch.where(theta < PI - m, torch.cos(theta + m), c - m * math.sin(m))
+
+
+def easy(c, m=0.5):
+    return torch.where(c > 0, torch.cos(torch.acos(c) + m), c)
+
+
+def psi(c, m):
+    k = torch.floor(m * torch.acos(c) / PI).detach()
+    return (-1) ** k * torch.cos(m * torch.acos(c)) - 2 * k
+
+
+def annealed(m):
+    weight = max(5.0, 1000 / 1.12)  # the first iteration
+    return on_target(lambda c, _: (weight * c + psi(c, m)) / (1 + weight))
+
+
+def x2_softmax(c, _):
+    return (-0.9 * torch.acos(c) ** 2 + 0.65).detach() + c - c.detach()
+
+
+def adaface(c, x_norm):
+    n = x_norm.detach()
+    mean, std = 0.01 * n.mean() + 0.99 * 20, 0.01 * n.std() + 0.99 * 100
+    h = ((n - mean) / (std + 1e-3) * 0.333).clip(-1, 1)
+    return torch.cos((torch.acos(c) - 0.4 * h).clip(1e-3, PI - 1e-3)) - (0.4 + 0.4 * h)
+
+
+def magface(c, y, x_norm):
+    a = x_norm.clip(1.5, 4)
+    m = (0.8 - 0.45) / (4 - 1.5) * (a - 1.5) + 0.45
+    c, _ = on_target(lambda c_y, _: easy_rows(c_y, m))(c, y, x_norm)
+    return c, 35 * (a / 4**2 + 1 / a)
+
+
+def easy_rows(c, m):
+    return torch.where(c > 0, torch.cos(torch.acos(c) + m), c)
+
+
+def elastic(plus):
+    def t(c, _):
+        noise = torch.randn(len(c), generator=torch.Generator().manual_seed(5)).to(c.dtype)
+        if plus:
+            ranks = c.argsort(descending=True).tolist()
+            smallest_first = sorted(noise.tolist())
+            dealt = {row: margin for row, margin in zip(ranks, smallest_first, strict=True)}
+            noise = torch.tensor([dealt[i] for i in range(len(c))], dtype=c.dtype)
+        return torch.cos(torch.acos(c) + 0.5 + 0.0125 * noise)
+
+    return on_target(t)
+
+
+def elastic_margin(plus):
+    return mk.ElasticFace(plus=plus, generator=torch.Generator().manual_seed(5))
+
+
+def adam(c, y, x_norm):
+    m = TABLE.to(c)
+    return on_target(lambda c_y, _: c_y - m[y])(c, y, x_norm)[0], 70 * (1 - m.mean())
+
+
+def adam_margin():
+    margin = mk.AdaMSoftmax(len(TABLE))
+    with torch.no_grad():
+        margin.m.copy_(TABLE)
+    return margin
+
+
+def airface(c, y, x_norm):
+    theta = torch.acos(c)
+    return with_negatives(
+        lambda c_y: (PI - 2 * (torch.acos(c_y) + 0.4)) / PI, lambda *_: (PI - 2 * theta) / PI
+    )(c, y, x_norm)
+
+
+def curricular(c, c_y):
+    t = (0.01 * c_y.mean() + 0.99 * 0.0).detach()
+    threshold = torch.cos(torch.acos(c_y) + 0.5).detach()
+    return torch.where(c > threshold, c * (t + c), c)
+
+
+def arc_negative(c, c_y):
+    t = (1.2 * torch.exp(-((c - hard(c_y)) ** 2) / 2)).detach()
+    return t * c + t - 1
+
+
+@dataclass
+class Loss:
+    make: Callable[[], torch.nn.Module]  # a fresh margin
+    define: Callable
+    normalize: str = "both"
+    scale: float = 16.0
+
+
+C = 61
+TABLE = torch.linspace(0.1, 0.6, C, dtype=torch.float64).float()
+
+LOSSES = {
+    "softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c), "none", 0.5),
+    "modified softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c), "weight", 2.0),
+    "N-Softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c)),
+    "L-Softmax": Loss(lambda: mk.LSoftmax(3), annealed(3), "none", 1.0),
+    "L-Softmax without annealing": Loss(
+        lambda: mk.LSoftmax(2, base=0, low=0), on_target(lambda c, _: psi(c, 2)), "none", 1.0
+    ),
+    "A-Softmax": Loss(mk.ASoftmax, annealed(4), "weight", 1.0),
+    "SphereFace": Loss(lambda: mk.SphereFace(1.7), on_target(lambda c, _: psi(c, 1.7))),
+    "CosFace": Loss(mk.CosFace, on_target(lambda c, _: c - 0.4)),
+    "ArcFace": Loss(mk.ArcFace, on_target(lambda c, _: hard(c))),
+    "ArcFace easy": Loss(lambda: mk.ArcFace(branch="easy"), on_target(lambda c, _: easy(c))),
+    "combined": Loss(
+        lambda: mk.CombinedMargin(1.0, 0.3, 0.2), on_target(lambda c, _: hard(c, 0.3) - 0.2)
+    ),
+    "X2-Softmax": Loss(mk.X2Softmax, on_target(x2_softmax)),
+    "AdaFace": Loss(mk.AdaFace, on_target(adaface)),
+    "MagFace": Loss(lambda: mk.MagFace(1.5, 4.0), magface),
+    "ElasticFace": Loss(lambda: elastic_margin(False), elastic(False)),
+    "ElasticFace+": Loss(lambda: elastic_margin(True), elastic(True)),
+    "AdaM-Softmax": Loss(adam_margin, adam),
+    "AirFace": Loss(mk.AirFace, airface),
+    "inter-class filter": Loss(
+        lambda: mk.InterClassFilter(mk.ArcFace(), 0.3),
+        with_negatives(hard, lambda c, _: torch.where(c > 0.3, 0.0, c)),
+    ),
+    "MV-AM-Softmax": Loss(
+        lambda: mk.MVSoftmax(0.35, kind="am"),
+        with_negatives(
+            lambda c_y: torch.where(c_y > 0.35, c_y - 0.35, c_y),
+            lambda c, c_y: torch.where(c > (c_y - 0.35).detach(), 1.2 * c + 0.2, c),
+        ),
+    ),
+    "MV-Arc-Softmax": Loss(
+        lambda: mk.MVSoftmax(0.5, kind="arc", t=0.12),
+        with_negatives(
+            easy,
+            lambda c, c_y: torch.where(
+                c > torch.cos(torch.acos(c_y) + 0.5).detach(), 1.12 * c + 0.12, c
+            ),
+        ),
+    ),
+    "CurricularFace": Loss(mk.CurricularFace, with_negatives(hard, curricular)),
+    "ArcNegFace": Loss(mk.ArcNegFace, with_negatives(hard, arc_negative)),
+}
+
+
+def dense(loss, x, w, y, *, label_smoothing=0.0, sample_weight=None, z_loss=0.0, focal_gamma=0.0):
+    """The definition's losses of the rows (N,)."""
+    x_norm, w_norm = x.norm(dim=1), w.norm(dim=1)
+    c = (F.normalize(x) @ F.normalize(w).T).clamp(-1, 1)
+    t, extra = loss.define(c, y, x_norm)
+    kept = dict(both=1.0, weight=x_norm[:, None], none=x_norm[:, None] * w_norm)[loss.normalize]
+    logits = loss.scale * kept * t
+    rows = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+    p = logits.softmax(1).gather(1, y[:, None])[:, 0]
+    rows = rows * (1 - p) ** focal_gamma + z_loss * logits.logsumexp(1) ** 2 + extra
+    return rows if sample_weight is None else rows * sample_weight
+
+
+def fused(loss, x, w, y, **settings):
+    """The library's losses of the rows (N,)."""
+    margin = loss.make()
+    if x.dtype == torch.float64:
+        margin.double()  # or the buffers would round to fp32
+    return mk.margin_cross_entropy(
+        x, w, y, margin=margin, scale=loss.scale, normalize=loss.normalize, reduction="none",
+        **settings,
+    )  # fmt: skip
+
+
+def operands(n=40, d=8, dtype=torch.float64, seed=0):
+    """Rows from far beyond the margins' branch points to close to their class."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(C, d, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, C, (n,), generator=generator)
+    lean = torch.linspace(-2, 2, n, dtype=torch.float64)[:, None]
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64) + lean * w[y]
+    return x.to(dtype), w.to(dtype), y
+
+
+def solve(function, x, w):
+    """Row losses of function(x, w), and the gradients of an uneven sum of them."""
+    leaves = [t.detach().requires_grad_() for t in (x, w)]
+    rows = function(*leaves)
+    upstream = torch.linspace(0.5, 1.5, len(rows), dtype=rows.dtype)
+    return [rows.detach(), *torch.autograd.grad((rows * upstream).sum(), leaves)]

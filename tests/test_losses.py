@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Every loss against its dense definition (losses.py): values, gradients, ends, composition."""
+
+import pytest
+import torch
+
+from losses import LOSSES, C, dense, fused, operands, solve
+from marginkernels.testing import assert_within_budget
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+EACH = pytest.mark.parametrize("name", LOSSES)
+
+
+def settings_of(kind, n):
+    """What composes with every loss, one at a time and together."""
+    weights = torch.linspace(0.2, 2, n, dtype=F64)
+    each = dict(label_smoothing=0.1, sample_weight=weights, z_loss=1e-2, focal_gamma=2.0)
+    return {"alone": {}, "all": each}.get(kind, {kind: each.get(kind)})
+
+
+@pytest.mark.parametrize("kind", ["alone", "all"])
+@EACH
+def test_the_definition_in_fp64(name, kind):
+    x, w, y = operands()
+    loss, settings = LOSSES[name], settings_of(kind, len(x))
+    ours = solve(lambda x, w: fused(loss, x, w, y, backend="reference", **settings), x, w)
+    definition = solve(lambda x, w: dense(loss, x, w, y, **settings), x, w)
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["label_smoothing", "sample_weight", "z_loss", "focal_gamma"])
+@pytest.mark.parametrize("name", ["softmax", "ArcFace", "CurricularFace"])
+def test_composes_with(kind, name):
+    x, w, y = operands()
+    loss, settings = LOSSES[name], settings_of(kind, len(x))
+    ours = solve(lambda x, w: fused(loss, x, w, y, backend="reference", **settings), x, w)
+    definition = solve(lambda x, w: dense(loss, x, w, y, **settings), x, w)
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@EACH
+def test_backends_stay_in_the_definitions_budget(name, dtype, backend, device):
+    """The definition in the same type, the features in several orders, is the plain path."""
+    x, w, y = operands(d=96, dtype=dtype)
+    loss, settings = LOSSES[name], settings_of("all", len(x))
+    settings["sample_weight"] = settings["sample_weight"].float()
+    exact = solve(lambda x, w: dense(loss, x, w, y, **settings), x.double(), w.double())
+    draws = []
+    for _ in range(6):
+        order = torch.randperm(x.shape[1])
+        rows, dx, dw = solve(lambda x, w: plain(loss, x, w, y, settings), x[:, order], w[:, order])
+        draws.append([rows, dx[:, order.argsort()], dw[:, order.argsort()]])
+    x, w, y, settings["sample_weight"] = (
+        t.to(device) for t in (x, w, y, settings["sample_weight"])
+    )
+    ours = solve(lambda x, w: fused(loss, x, w, y, backend=backend, **settings), x, w)
+    for index, what in enumerate(("loss", "dx", "dw")):
+        assert_within_budget(what, ours[index].cpu(), [d[index] for d in draws], exact[index])
+
+
+def plain(loss, x, w, y, settings):
+    return dense(loss, x.float(), w.float(), y, **settings)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=["fp16", "bf16", "fp32", "fp64"])
+@EACH
+def test_finite_at_the_ends(name, dtype, backend, device):
+    """Features along and against their class, and along another: |c| = 1 on both sides."""
+    if dtype == F64 and backend != "reference":
+        pytest.skip(f"{backend} does not compute in fp64")
+    w = torch.randn(C, 24, device=device)
+    y = torch.arange(30, device=device)
+    x = torch.cat([2 * w[:10], -0.5 * w[10:20], w[40:50]])
+    settings = dict(backend=backend, label_smoothing=0.1, z_loss=1e-3, focal_gamma=0.5)
+    for value in solve(
+        lambda x, w: fused(LOSSES[name], x, w, y, **settings), x.to(dtype), w.to(dtype)
+    ):
+        assert value.isfinite().all()
+
+
+@EACH
+def test_ignored_rows_change_nothing(name):
+    x, w, y = operands()
+    loss = LOSSES[name]
+    if name.startswith("ElasticFace"):
+        pytest.skip("the margins drawn depend on the number of rows")
+    extended = torch.cat([x, torch.randn(7, x.shape[1], dtype=F64)])
+    labels = torch.cat([y, torch.full((7,), -100)])
+    with_them = solve(lambda x, w: fused(loss, x, w, labels, backend="reference"), extended, w)
+    without = solve(lambda x, w: fused(loss, x, w, y, backend="reference"), x, w)
+    torch.testing.assert_close(with_them[0], torch.cat([without[0], torch.zeros(7, dtype=F64)]))
+    assert (with_them[1][-7:] == 0).all()
+    # the upstream weights of `solve` differ between the two
+    for row in (0, 17, 39):
+        slope = [
+            torch.autograd.grad(
+                fused(loss, leaf, w, labels[: len(leaf)], backend="reference")[row], leaf
+            )[0][row]
+            for leaf in (extended.clone().requires_grad_(), x.clone().requires_grad_())
+        ]
+        torch.testing.assert_close(*slope)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""What losses remember moves in training, rests in evaluation and is saved; schedules, scales."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from losses import C, operands
+from marginkernels import (
+    AdaCos,
+    AdaFace,
+    AdaMSoftmax,
+    ArcFace,
+    ASoftmax,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    LSoftmax,
+    MagFace,
+    MarginSchedule,
+    MarginSoftmaxHead,
+    NSoftmax,
+    Rows,
+    margin_cross_entropy,
+    margins_from_counts,
+)
+
+F64 = torch.float64
+
+
+def seeded_elastic(**settings):
+    return ElasticFace(generator=torch.Generator().manual_seed(3), **settings)
+
+
+# a fresh head's settings
+STATEFUL = {
+    "L-Softmax": lambda: dict(margin=LSoftmax(3), scale=1.0, normalize="none"),
+    "A-Softmax": lambda: dict(margin=ASoftmax(4), scale=1.0, normalize="weight"),
+    "AdaFace": lambda: dict(margin=AdaFace(t_alpha=0.3), scale=16.0),
+    "CurricularFace": lambda: dict(margin=CurricularFace(alpha=0.3), scale=16.0),
+    "ElasticFace": lambda: dict(margin=seeded_elastic(std=0.1), scale=16.0),
+    "ElasticFace+": lambda: dict(margin=seeded_elastic(std=0.1, plus=True), scale=16.0),
+    "AdaCos": lambda: dict(margin=NSoftmax(), scale=AdaCos(C)),
+    "AdaCos delayed": lambda: dict(margin=NSoftmax(), scale=AdaCos(C, delayed=True)),
+}
+EACH = pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+
+
+def head_of(settings):
+    torch.manual_seed(1)
+    return MarginSoftmaxHead(8, C, backend="reference", **settings)
+
+
+def state_of(head):
+    return {k: v.clone() for k, v in head.state_dict().items() if k != "weight"}
+
+
+def batches():
+    return [operands(dtype=torch.float32, seed=seed)[::2] for seed in range(4)]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@EACH
+def test_state_moves_rests_and_is_saved(make):
+    head = head_of(make())
+    fresh = state_of(head)
+    for x, y in batches():
+        head(x, y)
+    trained = state_of(head)
+    assert trained.keys() and not same(fresh, trained)
+
+    head.eval()
+    first, second = (head(*batches()[0]) for _ in range(2))
+    assert torch.equal(first, second) and same(trained, state_of(head))
+
+    resumed = head_of(make())
+    resumed.load_state_dict(copy.deepcopy(head.state_dict()))
+    head.train()
+    for x, y in batches():
+        assert torch.equal(head(x, y), resumed(x, y))
+    assert same(state_of(head), state_of(resumed))
+
+
+@EACH
+def test_backward_after_the_next_forward(make):
+    """Accumulated losses: state that moves in between must not reach into the first one's graph."""
+    together, apart = head_of(make()), head_of(make())
+    (together(*batches()[0]) + together(*batches()[1])).backward()
+    for x, y in batches()[:2]:
+        apart(x, y).backward()
+    torch.testing.assert_close(together.weight.grad, apart.weight.grad)
+
+
+@EACH
+def test_ignored_rows_and_empty_batches_leave_statistics_alone(make):
+    with_them, without = head_of(make()), head_of(make())
+    if "margin.iteration" in state_of(with_them) or isinstance(with_them.margin, ElasticFace):
+        pytest.skip("it counts steps, or draws")
+    x, y = batches()[0]
+    more = torch.cat([x, 100 * torch.randn(9, 8)]), torch.cat([y, torch.full((9,), -100)])
+    with_them(*more), without(x, y)
+    for name, value in state_of(with_them).items():
+        torch.testing.assert_close(value, state_of(without)[name])
+    before = state_of(with_them)
+    with_them(more[0], torch.full_like(more[1], -100))
+    with_them(more[0][:0], more[1][:0])
+    assert same(before, state_of(with_them))
+
+
+@EACH
+def test_compiles_whole(make):
+    settings = make()
+    if isinstance(settings["margin"], ElasticFace):
+        settings["margin"].generator = None  # torch.compile knows the default generator only
+    head = head_of(settings)
+    plain = copy.deepcopy(head)
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    x, y = batches()[0]
+    losses = []
+    for function in (compiled, plain):
+        torch.manual_seed(7)
+        losses.append([function(x, y) for _ in range(2)])
+    torch.testing.assert_close(*losses)
+
+
+def test_curricular_t_is_the_average_of_the_target_cosines():
+    margin, (x, w, y) = CurricularFace(alpha=0.25).double(), operands()
+    cosine = torch.nn.functional.cosine_similarity(x, w[y])
+    for _ in range(2):
+        margin_cross_entropy(x, w, y, margin=margin, scale=16.0)
+    torch.testing.assert_close(margin.t, 0.25 * cosine.mean() * (1 + 0.75))
+
+
+def test_adaface_statistics():
+    margin, (x, w, y) = AdaFace(t_alpha=1.0).double(), operands()
+    margin_cross_entropy(x, w, y, margin=margin, scale=16.0)
+    norm = x.norm(dim=1)
+    torch.testing.assert_close(margin.batch_mean, norm.mean())
+    torch.testing.assert_close(margin.batch_std, norm.std())
+    before = margin.state_dict()["batch_std"].clone()
+    loss = margin_cross_entropy(x[:1], w, y[:1], margin=margin, scale=16.0)
+    assert loss.isfinite() and torch.equal(before, margin.batch_std)
+
+
+def test_annealing_falls_to_its_floor():
+    margin, (x, w, y) = ASoftmax(2, base=100, gamma=0.5, power=2, low=5), operands()
+    for step in range(1, 12):
+        margin_cross_entropy(x, w, y, margin=margin, scale=1.0, normalize="weight")
+        expected = max(5, 100 * (1 + 0.5 * step) ** -2)
+        assert margin.annealing().item() == pytest.approx(expected)
+    assert expected == 5
+
+
+def test_elastic_plus_deals_large_margins_to_small_cosines():
+    c = torch.linspace(0.9, -0.9, 50, dtype=F64)[torch.randperm(50)]
+    kept = torch.arange(50) % 5 != 0
+    label = torch.zeros(50, dtype=torch.int64)
+    margin = seeded_elastic(std=0.1, plus=True)
+    m = margin.of_rows(c, Rows(label, c, None, None, kept))
+    assert (m[kept][c[kept].argsort()].diff() <= 0).all()
+    assert (m[~kept] == 0.5).all() and m[kept].std() == pytest.approx(0.1, rel=0.4)
+
+
+def adacos_step(x, w, y, s):
+    """The paper's formula, in fp64 and without logarithms."""
+    c = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
+    target = torch.nn.functional.one_hot(y, len(w)).bool()
+    b = torch.exp(s * c).masked_fill(target, 0).sum(1).mean()
+    return math.log(b) / math.cos(min(math.pi / 4, torch.acos(c[target]).median().item()))
+
+
+@pytest.mark.parametrize("rows", [39, 40])
+@pytest.mark.parametrize("delayed", [False, True])
+def test_adacos_follows_the_paper(delayed, rows, backend, device):
+    x, w, y = (t[:rows] if i != 1 else t for i, t in enumerate(operands()))
+    scale, s = AdaCos(C, delayed=delayed).to(device), math.sqrt(2) * math.log(C - 1)
+    operands_ = [t.to(device) for t in (x.float(), w.float(), y)]
+    for _ in range(3):
+        before, s = s, adacos_step(x, w, y, s)
+        loss = margin_cross_entropy(*operands_, margin=NSoftmax(), scale=scale, backend=backend)
+        assert scale.s.item() == pytest.approx(s, rel=1e-5)
+        used = before if delayed else s
+        expected = margin_cross_entropy(x, w, y, margin=NSoftmax(), scale=used)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_adacos_does_not_overflow_and_keeps_a_scale_it_cannot_replace():
+    x, w, y = operands(dtype=torch.float32)
+    scale = AdaCos(C)
+    scale.s.fill_(5000.0)  # exp(5000 cos) is beyond fp64
+    margin_cross_entropy(x, w, y, margin=NSoftmax(), scale=scale)
+    assert scale.s.isfinite() and scale.s > 100
+    opposite = AdaCos(3)  # B < 1
+    before = opposite.s.clone()
+    w = torch.tensor([[1.0, 0], [-1, 0.01], [-1, -0.01]])
+    margin_cross_entropy(
+        w[:1], w, torch.zeros(1, dtype=torch.int64), margin=NSoftmax(), scale=opposite
+    )
+    assert torch.equal(before, opposite.s)
+
+
+def test_adacos_fixed_is_a_number():
+    assert AdaCos(1_000_001, dynamic=False)() == pytest.approx(19.538, abs=1e-3)
+    assert not AdaCos(10, dynamic=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(scale=AdaCos(C), normalize="weight"), ["normalize:", "both", "AdaCos"]),
+        (dict(scale=AdaCos(C), bias=torch.zeros(C)), ["bias:", "AdaCos"]),
+        (dict(scale=AdaCos(C), margin=CurricularFace()), ["scale:", "CurricularFace", "AdaCos"]),
+        (dict(margin=CurricularFace(), normalize="none"), ["normalize:", "CurricularFace"]),
+        (dict(margin=CurricularFace(), bias=torch.zeros(C)), ["bias:", "CurricularFace"]),
+        (dict(margin=CurricularFace(), save_tiles=True), ["save_tiles:", "CurricularFace"]),
+        (dict(margin=MagFace(), row_margin=torch.zeros(40)), ["row_margin:", "MagFace"]),
+        (dict(z_loss=-1.0), ["z_loss:", ">= 0", "-1.0"]),
+        (dict(focal_gamma=math.inf), ["focal_gamma:", "inf"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_refusals(settings, words):
+    x, w, y = operands(dtype=torch.float32)
+    with pytest.raises(ValueError) as refusal:
+        margin_cross_entropy(x, w, y, **(dict(margin=NSoftmax(), scale=16.0) | settings))
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_adam_margins_grow_and_stay_in_range(learnable):
+    x, w, y = operands(dtype=torch.float32)
+    margin = AdaMSoftmax(C, weight=70.0)
+    margin.m.requires_grad_(learnable)
+    loss = margin_cross_entropy(x, w, y, margin=margin, scale=16.0)
+    if learnable:
+        (slope,) = torch.autograd.grad(loss, margin.m)
+        unseen = torch.ones(C, dtype=torch.bool)
+        unseen[y] = False
+        torch.testing.assert_close(slope[unseen], torch.full((int(unseen.sum()),), -70 / C))
+    with torch.no_grad():
+        margin.m[:2] = torch.tensor([1.5, -0.5])
+    margin_cross_entropy(x, w, y, margin=margin, scale=16.0)
+    assert margin.m[:2].tolist() == [1.0, 0.0]
+
+
+def test_margins_from_counts():
+    m = margins_from_counts(torch.tensor([1, 16, 10_000]), low=0.05, high=0.5, power=0.25)
+    torch.testing.assert_close(m, torch.tensor([0.5, 0.05 + 0.45 * 0.4 / 0.9, 0.05]))
+    assert (margins_from_counts(torch.full((3,), 7)) == 0.5).all()
+    with pytest.raises(ValueError, match=r"counts: .*at least 1"):
+        margins_from_counts(torch.tensor([3, 0]))
+    ArcFace(m).check_range()
+
+
+@pytest.mark.parametrize("m", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("ramp", ["linear", "exponential"])
+def test_margin_schedule(ramp, m):
+    margin = ArcFace(m if isinstance(m, float) else m.clone())
+    schedule = MarginSchedule(margin, initial=0.1, final=0.5, start=3, finish=13, ramp=ramp)
+    values = [float(margin.m)]
+    for _ in range(15):
+        schedule.step()
+        values.append(float(margin.m))
+    assert values[:4] == pytest.approx([0.1] * 4) and values[13:] == pytest.approx([0.5] * 3)
+    assert all(a <= b for a, b in itertools.pairwise(values))
+    halfway = 0.3 if ramp == "linear" else 0.1 + 0.4 * (1 - 1000**-0.5)
+    assert values[8] == pytest.approx(halfway)
+    resumed = MarginSchedule(ArcFace(0.0), initial=0.1, final=0.5, start=3, finish=13, ramp=ramp)
+    schedule.current_step = 8
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.margin.m == pytest.approx(values[8])
+    with pytest.raises(ValueError, match="expected m in"):
+        MarginSchedule(CosFace(0.1), final=2.5, finish=10)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The negative transforms: their definitions, and every backend's against them, point by point."""
+
+import math
+
+import pytest
+import torch
+
+from marginkernels import ops
+from marginkernels.transforms import TRANSFORMS
+
+F64 = torch.float64
+THRESHOLD = 0.3
+EDGE = 1e-4  # beside a threshold, where fp32 is on the same side as fp64
+
+# row parameter, constants, and where the definition breaks
+OPERANDS = {
+    "identity": (None, None, []),
+    "airface": (None, None, []),
+    "interclass_filter": (None, [THRESHOLD], [THRESHOLD]),
+    "mv_softmax": (THRESHOLD, [0.2], [THRESHOLD]),
+    "curricular": (THRESHOLD, [0.37], [THRESHOLD]),
+    "arc_negative": (THRESHOLD, [1.2, 2.0], []),
+}
+
+
+def cosines(name):
+    """A grid over [-1, 1] with the ends, their neighbours and both sides of each break."""
+    breaks = OPERANDS[name][2]
+    points = torch.linspace(-1, 1, 401, dtype=F64)
+    points = points[[all(abs(p - b) > EDGE / 2 for b in breaks) for p in points.tolist()]]
+    near = [sign * (1 - e) for sign in (-1, 1) for e in (1e-7, 1e-6, 1e-4)]
+    near += [b + side * EDGE for b in breaks for side in (-1, 1)]
+    points = torch.cat([points, torch.tensor(near, dtype=F64)]).sort().values
+    return points.float().double()  # so that every type holds them
+
+
+def operands(name, n, dtype=F64):
+    parameter, constants, _ = OPERANDS[name]
+    if parameter is not None:
+        parameter = torch.full((n,), parameter, dtype=dtype)
+    return parameter, None if constants is None else torch.tensor(constants, dtype=dtype)
+
+
+def test_every_transform_is_tested():
+    assert list(OPERANDS) == list(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_slopes_are_the_derivatives(name):
+    c = cosines(name)[3:-3]  # without the ends, where the slope of an angle is bounded
+    parameter, constants = operands(name, len(c))
+    if name == "arc_negative":  # its weight is taken as a constant
+        weight = TRANSFORMS[name](c[:, None], parameter, constants)[1][:, 0]
+
+        def function(c):
+            return weight * c + weight - 1
+    else:
+
+        def function(c):
+            return TRANSFORMS[name](c[:, None], parameter, constants)[0][:, 0]
+
+    h = 1e-7 * (1 - c.abs())
+    numeric = (function(c + h) - function(c - h)) / (2 * h)
+    slope = TRANSFORMS[name](c[:, None], parameter, constants)[1][:, 0]
+    torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-5)
+
+
+def test_breaks_belong_to_the_easy_side():
+    """Classes exactly at a threshold are neither hard nor filtered."""
+    at = torch.tensor([[0.5]], dtype=F64)
+    half = torch.tensor([0.5], dtype=F64)
+    for name in ("interclass_filter", "mv_softmax", "curricular"):
+        value, slope = TRANSFORMS[name](at, half, half)
+        assert value.item() == 0.5 and slope.item() == 1
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_slopes_are_bounded_at_and_beyond_the_ends(name):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, F64):
+        c = torch.tensor([-1.002, -1.0, 1.0, 1.002], dtype=dtype)[:, None]
+        value, slope = TRANSFORMS[name](c, *operands(name, 4, dtype))
+        assert value.isfinite().all() and (slope.abs() <= 1e4).all()
+
+
+def sweep(backend, device, name, scale=2.0):
+    """f(z) / scale and f' of each cosine, read off the two ops: D = 1, one class, no target."""
+    c = cosines(name).float().to(device)
+    n = len(c)
+    x, w = c[:, None], torch.ones(1, 1, device=device)
+    y = torch.full((n,), -1, device=device)
+    parameter, constants = (
+        t if t is None else t.to(device) for t in operands(name, n, torch.float32)
+    )
+    common = dict(
+        normalize_x=False, normalize_w=False, compute_dtype=torch.float32, transform=name,
+        row_parameter=parameter, constants=constants,
+    )  # fmt: skip
+    s = torch.tensor(scale, device=device)
+    forward = (x, w, y, s, None), dict(save_tiles=False, want_sum=True, want_max=True, **common)
+    lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+        *forward[0], **forward[1]
+    )
+    nothing, one = torch.zeros(n, device=device), torch.ones(n, device=device)
+    backward = (
+        (x, w, y, s, None, lse, x_inv, w_inv, tiles, nothing, nothing, None, one),
+        dict(need_x=True, need_w=True, need_bias=False, need_scale=True, **common),
+    )
+    dx, dw, _, dscale = ops.head_bwd(backend)(*backward[0], **backward[1])
+    return (lse, logit_sum, logit_max, dx, dw, dscale), (forward, backward)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_backends_agree_with_the_definition(name, backend, device):
+    scale, c = 2.0, cosines(name)
+    try:
+        (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale)
+    except ValueError as unknown:
+        assert "transform:" in str(unknown)
+        pytest.skip(str(unknown))
+    value, slope = (t[:, 0] for t in TRANSFORMS[name](c[:, None], *operands(name, len(c))))
+    # a few units in the last place of fp32; the slope near |c| = 1 has the condition number of
+    # 1 / sqrt(1 - c^2) at the nearest cosine, which fp32 holds exactly
+    close = dict(rtol=2e-6, atol=2e-6, check_device=False, check_dtype=False)
+    torch.testing.assert_close(lse, scale * value, **close)
+    torch.testing.assert_close(logit_sum, scale * value, **close)
+    torch.testing.assert_close(logit_max, scale * c, **close)
+    torch.testing.assert_close(dx[:, 0], scale * slope, **close)
+    for total, terms in ((dw[0, 0], scale * slope * c), (dscale, value)):
+        error = (total.double().cpu() - terms.sum()).abs()
+        assert error <= 1e-6 * terms.abs().sum()
+
+
+@pytest.mark.parametrize("name", ["curricular", "arc_negative"])
+def test_opcheck_with_operands(name, backend, device):
+    try:
+        _, calls = sweep(backend, device, name)
+    except ValueError as unknown:
+        pytest.skip(str(unknown))
+    for op, (args, settings) in zip((ops.head_fwd, ops.head_bwd), calls, strict=True):
+        torch.library.opcheck(op(backend), args, settings)
+
+
+def test_an_unknown_transform_is_named(backend, device):
+    x, y = torch.rand(3, 2, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"transform: .*curricular.*'cubic'"):
+        ops.head_fwd(backend)(
+            x, x, y, torch.ones((), device=device), None, normalize_x=True, normalize_w=True,
+            compute_dtype=torch.float32, save_tiles=False, want_sum=False, want_max=False,
+            transform="cubic", row_parameter=None, constants=None,
+        )  # fmt: skip
+
+
+def test_airface_is_linear_in_the_angle():
+    theta = torch.linspace(0, math.pi, 101, dtype=F64)
+    value, _ = TRANSFORMS["airface"](torch.cos(theta)[:, None], None, None)
+    torch.testing.assert_close(value[:, 0], 1 - 2 * theta / math.pi, rtol=0, atol=1e-8)

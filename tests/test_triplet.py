@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The triplet loss against loops over all triplets."""
+
+import pytest
+import torch
+
+from marginkernels import TripletLoss
+
+
+def batch(n=37, classes=9, dtype=torch.float64):
+    x = torch.randn(n, 6, dtype=dtype)
+    return x, torch.randint(0, classes, (n,))
+
+
+def by_loops(x, y, margin, mining, ignore_index=-100):
+    unit = torch.nn.functional.normalize(x)
+    d = (unit[:, None] - unit).square().sum(-1)
+    losses = []
+    for a in range(len(x)):
+        if y[a] == ignore_index:
+            continue
+        positives = [p for p in range(len(x)) if y[p] == y[a] and p != a]
+        negatives = [n for n in range(len(x)) if y[n] not in (y[a], ignore_index)]
+        if not positives or not negatives:
+            continue
+        if mining == "batch_hard":
+            farthest = max(d[a, p] for p in positives)
+            losses.append(farthest - min(d[a, n] for n in negatives) + margin)
+            continue
+        for p in positives:
+            farther = [d[a, n] for n in negatives if d[a, n] > d[a, p]]
+            chosen = min(farther) if farther else max(d[a, n] for n in negatives)
+            losses.append(d[a, p] - chosen + margin)
+    if not losses:
+        return x.sum() * 0
+    return torch.stack(losses).clamp_min(0).mean()
+
+
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard"])
+@pytest.mark.parametrize("block_rows", [5, 64])
+@pytest.mark.parametrize("n, classes", [(37, 9), (37, 1), (12, 40), (1, 1)])
+def test_matches_loops(mining, block_rows, n, classes, device):
+    x, y = batch(n, classes)
+    y[::6] = -100
+    loss = TripletLoss(0.3, mining=mining, block_rows=block_rows)
+    x.requires_grad_()
+    expected = by_loops(x, y, 0.3, mining)
+    (slope,) = torch.autograd.grad(expected, x)
+    leaf = x.detach().to(device).requires_grad_()
+    ours = loss(leaf, y.to(device))
+    torch.testing.assert_close(ours.cpu(), expected)
+    (ours_slope,) = torch.autograd.grad(ours, leaf)
+    torch.testing.assert_close(ours_slope.cpu(), slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard"])
+def test_no_matrix_of_the_batch_is_kept(mining, device):
+    n, kept = 512, []
+    x, y = batch(n, 100, torch.float32)
+    x = x.to(device).requires_grad_()
+
+    def pack(tensor):
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = TripletLoss(mining=mining, block_rows=32)(x, y.to(device))
+    assert kept and max(kept) < 32 * n * 4
+    loss.backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard"])
+def test_equal_and_zero_embeddings_stay_finite(mining, dtype, device):
+    x = torch.ones(8, 4, dtype=dtype, device=device)
+    x[3] = 0
+    x.requires_grad_()
+    loss = TripletLoss(mining=mining)(x, torch.arange(8, device=device) // 2)
+    (slope,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite() and slope.isfinite().all()
+
+
+def test_refusals():
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"labels: expected int64 \(37,\)"):
+        TripletLoss()(x, y.int())
+    with pytest.raises(ValueError, match=r"mining: .*'hardest'"):
+        TripletLoss(mining="hardest")
