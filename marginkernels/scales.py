@@ -18,8 +18,8 @@ from .margins.statistics import masked_mean
 
 
 class AdaCos(nn.Module):
-    """AdaCos (Zhang et al., 2019, arXiv:1905.00292): a scale without a parameter, for
-    :class:`NSoftmax`.
+    """s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019, arXiv:1905.00292),
+    a scale for :class:`NSoftmax`.
 
     Fixed: s = sqrt(2) ln(C - 1). Dynamic: s starts there and is set at each training step to
 

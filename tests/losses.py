@@ -52,8 +52,7 @@ def psi(c, m):
     return (-1) ** k * torch.cos(m * torch.acos(c)) - 2 * k
 
 
-def annealed(m):
-    weight = max(5.0, 1000 / 1.12)  # the first iteration
+def annealed(m, weight):
     return on_target(lambda c, _: (weight * c + psi(c, m)) / (1 + weight))
 
 
@@ -87,7 +86,7 @@ def elastic(plus):
             smallest_first = sorted(noise.tolist())
             dealt = {row: margin for row, margin in zip(ranks, smallest_first, strict=True)}
             noise = torch.tensor([dealt[i] for i in range(len(c))], dtype=c.dtype)
-        return torch.cos(torch.acos(c) + 0.5 + 0.0125 * noise)
+        return torch.cos(torch.acos(c) + 0.5 + 0.05 * noise)
 
     return on_target(t)
 
@@ -141,11 +140,11 @@ LOSSES = {
     "softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c), "none", 0.5),
     "modified softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c), "weight", 2.0),
     "N-Softmax": Loss(mk.NSoftmax, on_target(lambda c, _: c)),
-    "L-Softmax": Loss(lambda: mk.LSoftmax(3), annealed(3), "none", 1.0),
+    "L-Softmax": Loss(lambda: mk.LSoftmax(3), annealed(3, 1000 * 1.000025**-35), "none", 1.0),
     "L-Softmax without annealing": Loss(
-        lambda: mk.LSoftmax(2, base=0, low=0), on_target(lambda c, _: psi(c, 2)), "none", 1.0
+        lambda: mk.LSoftmax(2, base=0), on_target(lambda c, _: psi(c, 2)), "none", 1.0
     ),
-    "A-Softmax": Loss(mk.ASoftmax, annealed(4), "weight", 1.0),
+    "A-Softmax": Loss(mk.ASoftmax, annealed(4, 1000 / 1.12), "weight", 1.0),
     "SphereFace": Loss(lambda: mk.SphereFace(1.7), on_target(lambda c, _: psi(c, 1.7))),
     "CosFace": Loss(mk.CosFace, on_target(lambda c, _: c - 0.4)),
     "ArcFace": Loss(mk.ArcFace, on_target(lambda c, _: hard(c))),

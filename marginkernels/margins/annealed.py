@@ -64,9 +64,9 @@ class LSoftmax(_Annealed):
 
     For ``normalize="none"``, scale 1, no bias: the target logit is |x| |w_y| t, the others are
     w_j x, and gradients flow to both norms. lambda = max(low, base (1 + gamma i)^-power) falls
-    with the iteration i, which is saved with the module. Usual values: m = 2 to 4, and the
-    annealing of the authors' Caffe examples. pytorch-metric-learning's LargeMarginSoftmaxLoss has
-    no annealing: ``base=0, low=0``.
+    with the iteration i, which is saved with the module. Usual values: m = 2 to 4, with the
+    annealing of the authors' Caffe example, the default. pytorch-metric-learning's
+    LargeMarginSoftmaxLoss has none: ``base=0``.
 
     Args:
         m: an integer >= 1, the multiple of the angle.
@@ -78,9 +78,9 @@ class LSoftmax(_Annealed):
         m: int = 4,
         *,
         base: float = 1000.0,
-        gamma: float = 0.12,
-        power: float = 1.0,
-        low: float = 5.0,
+        gamma: float = 2.5e-5,
+        power: float = 35.0,
+        low: float = 0.0,
     ):
         super().__init__(m, base, gamma, power, low)
 
@@ -91,7 +91,7 @@ class ASoftmax(_Annealed):
 
     For ``normalize="weight"``, scale 1, no bias: the target logit is |x| t, the others are |x| c_j,
     and gradients flow to |x|. lambda as in :class:`LSoftmax`. Usual values: m = 4, lambda from 1000
-    (arcface-pytorch) or 1500 (sphereface_pytorch, gamma 0.1) down to 5. The gradient is that of
+    (1500 with gamma 0.1 in sphereface_pytorch) down to 5. The gradient is that of
     the loss; the authors' Caffe layer rescales it, and pytorch-metric-learning's SphereFaceLoss
     does not anneal. :class:`SphereFace` is the form with normalised features.
 

@@ -23,8 +23,8 @@ class AirFace(Margin):
     arXiv:1907.12256).
 
     Linear in the angle for every class, target or not, so it falls for all theta and needs no
-    branch. The slope 2 / (pi sin(theta)) is bounded at |c| = 1. Usual values: m = 0.4 (0.45 in the
-    paper's last experiments) with scale 64. Keras_insightface's AirFaceLoss changes the target
+    branch. The slope 2 / (pi sin(theta)) is bounded at |c| = 1. Usual values: m = 0.4 as in the
+    paper or 0.45, scale 64. Keras_insightface's AirFaceLoss changes the target
     alone and is another loss.
 
     Args:

@@ -14,11 +14,12 @@ from .target import CosFace
 def margins_from_counts(
     counts: Tensor, low: float = 0.05, high: float = 0.5, power: float = 0.25
 ) -> Tensor:
-    """A table of margins (num_classes,): high for the rarest class, low for the most frequent.
+    """m_c = n_c^-power, mapped linearly to [low, high]: margins by class size (Ha et al., 2020,
+    arXiv:2010.05350).
 
-    n^-power, mapped linearly to [low, high], of the class sizes n >= 1; the values are those of the
-    landmark recognition solution of Ha et al. (2020, arXiv:2010.05350). If all sizes are equal all
-    margins are high. Give it to a margin: ``ArcFace(margins_from_counts(counts))``.
+    A table (num_classes,): high for the rarest class, low for the most frequent, all high where the
+    sizes are equal. Give it to a margin: ``ArcFace(margins_from_counts(counts))``. The authors'
+    landmark recognition has sub-centres too.
 
     Args:
         counts: (num_classes,), the number of training rows of each class, at least 1.

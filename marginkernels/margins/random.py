@@ -19,8 +19,8 @@ class ElasticFace(Margin):
     cosine to its class gets the largest. The published code applies the sorting permutation where
     its inverse is meant, which deals them at random with respect to the cosine; this follows the
     paper's text. In eval mode m_i = m. As published, "arc" is cos(theta + m) without a branch.
-    Usual values: scale 64; m = 0.5 for "arc", 0.35 for "cos", std = 0.0125 (for "+" 0.0175 and
-    0.025).
+    Usual values: scale 64; m = 0.5 for "arc" and 0.35 for "cos" with std = 0.05, for "+" 0.0175 and
+    0.025 (the configuration of the authors; the default of their class is 0.0125).
 
     Args:
         m: mean margin: a float, 0-d tensor or table (num_classes,).
@@ -37,7 +37,7 @@ class ElasticFace(Margin):
     def __init__(
         self,
         m: float | Tensor = 0.5,
-        std: float = 0.0125,
+        std: float = 0.05,
         *,
         kind: str = "arc",
         plus: bool = False,

@@ -31,7 +31,8 @@ def _monotone_cos(a: Tensor) -> Tensor:
 
 
 class CosFace(Margin):
-    """t = c - m, 0 <= m <= 2: CosFace (arXiv:1801.09414), also AM-Softmax (arXiv:1801.05599).
+    """t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also AM-Softmax
+    (Wang et al., 2018, arXiv:1801.05599).
 
     Usual values: m = 0.35 or 0.4 with scale 64 for faces, m = 0.2 with scale 30 for speakers.
     """
@@ -49,7 +50,7 @@ AMSoftmax = CosFace
 
 
 class ArcFace(Margin):
-    """t = cos(theta + m), 0 <= m < pi. ArcFace (Deng et al., 2019, arXiv:1801.07698).
+    """t = cos(theta + m), 0 <= m < pi: ArcFace (Deng et al., 2019, arXiv:1801.07698).
 
     cos(theta + m) rises again for theta > pi - m; ``branch`` says what t is there:
 
@@ -61,6 +62,8 @@ class ArcFace(Margin):
     - "keep": cos(theta), no margin; catalyst
     - "continuous": cos(theta) - 1 - cos(pi - m), which meets cos(theta + m) at -1; wespeaker,
       3D-Speaker
+
+    Usual values: m = 0.5 with scale 64 for faces, m = 0.2 with scale 32 for speakers.
 
     Args:
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
@@ -86,12 +89,13 @@ class ArcFace(Margin):
 
 
 class CombinedMargin(Margin):
-    """t = cos(m1 theta + m2) - m3: three margins in one, from the ArcFace paper (arXiv:1801.07698).
+    """t = cos(m1 theta + m2) - m3: three margins in one (Deng et al., 2019, arXiv:1801.07698).
 
     For m1 = 1 the branches are those of :class:`ArcFace` with m = m2. For m1 != 1 there are "none"
     and "monotone", (-1)^k cos(a) - 2k with a = m1 theta + m2 and k = floor(a / pi), which falls on
     all of [0, pi]. ``branch=None`` is "hard" for m1 = 1 and else "monotone". m3 is subtracted after
-    the branch. insightface's CombinedMarginLoss ignores m2 where m3 > 0; this one does not.
+    the branch. insightface's CombinedMarginLoss ignores m2 where m3 > 0; this one does not. Usual
+    values: (m1, m2, m3) = (1, 0.3, 0.2) or (0.9, 0.4, 0.15) with scale 64.
 
     Args:
         m1: multiplicative angular margin, a positive number.
@@ -135,12 +139,12 @@ class CombinedMargin(Margin):
 
 
 class SphereFace(Margin):
-    """t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: normalised SphereFace.
+    """t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: SphereFace-R, SphereFace
+    with normalised features (Liu et al., 2017 and 2021, arXiv:1704.08063, arXiv:2109.05565).
 
-    SphereFace (Liu et al., 2017, arXiv:1704.08063) in the feature-normalised form of SphereFace-R
-    (arXiv:2109.05565). Usual values: m = 1.35 with scale 64, m = 1.7 with scale 30. opensphere's
+    Usual values: m = 1.35 with scale 64, m = 1.7 with scale 30. opensphere's
     SphereFace-R has the straight-through gradient; its projection of w onto the sphere at every
-    step is left to the optimizer.
+    step is left to the optimizer. :class:`ASoftmax` is SphereFace as published, which keeps |x|.
     """
 
     interval = Interval(1, math.inf, open_high=True)
