@@ -156,14 +156,14 @@ def margin_cross_entropy(
     t = _apply(margin, c, rows)
     bias_y = 0.0 if bias is None else bias[rows.label]
     z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = cross_entropy = -F.logsigmoid(z_y - lse)
+    row_loss = nll = -F.logsigmoid(z_y - lse)
     if label_smoothing > 0:
         num_classes = w.shape[0]
         row_loss = row_loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
     if focal_gamma > 0:
-        row_loss = row_loss * _focal_factor(cross_entropy, focal_gamma)
+        row_loss = row_loss * _focal_factor(nll, focal_gamma)
     if z_loss > 0:
-        row_loss = row_loss + z_loss * (z_y + cross_entropy) ** 2
+        row_loss = row_loss + z_loss * (z_y + nll) ** 2  # the log-sum-exp with the target
     if hasattr(margin, "regularizer"):
         row_loss = row_loss + margin.regularizer(rows)
     row_loss = torch.where(kept, row_loss, 0.0)
@@ -235,10 +235,16 @@ def _transform(
     """What the margin makes of the negatives, its operands in the statistics dtype."""
     if not hasattr(margin, "negatives"):
         return IDENTITY
-    c = _target_cosine(x, w, rows, compute_dtype) if margin.needs_target_first else None
+    needs_c = getattr(margin, "needs_target_first", True)
+    c = _target_cosine(x, w, rows, compute_dtype) if needs_c else None
     name, row_parameter, constants = margin.negatives(c, rows)
     dtype = ops.statistics_dtype(compute_dtype)
     if row_parameter is not None:
+        if row_parameter.shape != rows.label.shape:
+            raise ValueError(
+                f"margin: expected {type(margin).__name__} to return a row_parameter "
+                f"{tuple(rows.label.shape)}, got {tuple(row_parameter.shape)}"
+            )
         row_parameter = row_parameter.to(dtype)
     if constants is not None:
         # a copy: a constant may be a buffer, which moves before backward has read it
@@ -254,10 +260,9 @@ def _target_cosine(x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype)
     return dot / (rows.x_norm * _row_norm(w_y, compute_dtype))
 
 
-def _focal_factor(cross_entropy: Tensor, gamma: float) -> Tensor:
-    """(1 - p)^gamma from -log p, with a bounded slope at p = 1."""
-    tiny = torch.finfo(cross_entropy.dtype).tiny
-    return (-torch.expm1(-cross_entropy)).clamp_min(tiny) ** gamma
+def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma from nll = -log p, with a bounded slope at p = 1."""
+    return (-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny) ** gamma
 
 
 def _row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -84,6 +84,7 @@ class MarginSoftmaxHead(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         )
+        validation.check_cosines(margin, scale, normalize, self.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

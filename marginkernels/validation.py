@@ -132,14 +132,16 @@ def check_margin(margin, row_margin, num_classes: int, device: torch.device | No
             raise ValueError(f"margin: expected a table on {device} as x, got {margin.m.device}")
 
 
-def check_cosines(margin, observer, normalize: str, bias) -> None:
+def check_cosines(margin, scale, normalize: str, bias) -> None:
     """What looks at all cosines needs logits that are scale times a cosine."""
-    if observer is not None and hasattr(margin, "negatives"):
+    adapts = isinstance(scale, torch.nn.Module) and getattr(scale, "adapts", False)
+    transforms = hasattr(margin, "negatives")
+    if adapts and transforms:
         raise ValueError(
             f"scale: expected one that does not adapt with {type(margin).__name__}, got "
-            f"{type(observer).__name__}"
+            f"{type(scale).__name__}"
         )
-    needs = observer or (margin if hasattr(margin, "negatives") else None)
+    needs = scale if adapts else margin if transforms else None
     if needs is not None and normalize != "both":
         raise ValueError(
             f"normalize: expected 'both' with {type(needs).__name__}, got {normalize!r}"

@@ -2,10 +2,13 @@
 # Copyright (c) 2026 The marginkernels authors
 """Every loss against its dense definition (losses.py): values, gradients, ends, composition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from losses import LOSSES, C, dense, fused, operands, solve
+from marginkernels import CurricularFace, MVSoftmax, NSoftmax, margin_cross_entropy
 from marginkernels.testing import assert_within_budget
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -103,3 +106,55 @@ def test_ignored_rows_change_nothing(name):
             for leaf in (extended.clone().requires_grad_(), x.clone().requires_grad_())
         ]
         torch.testing.assert_close(*slope)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["AirFace", "inter-class filter", "CurricularFace", "ArcNegFace"])
+def test_learnable_scale(name, label_smoothing, backend, device):
+    x, w, y = operands()
+
+    def slope(function, dtype, *where, **settings):
+        scale = torch.tensor(16.0, dtype=dtype, device=where[0] if where else None)
+        loss = replace(LOSSES[name], scale=scale.requires_grad_())
+        args = [t.to(*where) for t in (x.to(dtype), w.to(dtype), y)]
+        rows = function(loss, *args, label_smoothing=label_smoothing, **settings)
+        return torch.autograd.grad(rows.mean(), scale)[0].double().cpu()
+
+    exact = slope(dense, F64)
+    torch.testing.assert_close(slope(fused, F64, backend="reference"), exact)
+    ours = slope(fused, F32, device, backend=backend)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_are_of_the_cosines_not_of_their_transform(backend, device):
+    x, w, y = (t.to(device) for t in operands(dtype=F32))
+    settings = dict(scale=16.0, return_stats=True, backend=backend)
+    _, plain = margin_cross_entropy(x, w, y, margin=NSoftmax(), **settings)
+    _, stats = margin_cross_entropy(x, w, y, margin=CurricularFace(), **settings)
+    torch.testing.assert_close(stats.target_cosine, plain.target_cosine)
+    assert torch.equal(stats.correct, plain.correct) and 0 < stats.correct.sum() < len(y)
+
+
+@pytest.mark.parametrize("kind", [CurricularFace, MVSoftmax])
+def test_thresholds_follow_the_margins_of_classes_and_rows(kind, backend, device):
+    x, w, y = (t.to(device) for t in operands(dtype=F32))
+    table = torch.linspace(0.1, 0.6, C, device=device)
+    settings = dict(scale=16.0, reduction="none", backend=backend)
+    by_class = margin_cross_entropy(x, w, y, margin=kind(table), **settings)
+    by_row = margin_cross_entropy(x, w, y, margin=kind(0.0), row_margin=table[y], **settings)
+    assert torch.equal(by_class, by_row)
+    for row in (0, 20, 39):
+        one = margin_cross_entropy(x, w, y, margin=kind(table[y[row]].item()), **settings)
+        torch.testing.assert_close(one[row], by_class[row])
+
+
+@EACH
+def test_one_class_and_no_rows(name, backend, device):
+    """No negatives: the loss is 0, whatever the others would have become."""
+    w, y = torch.randn(C, 8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    x = torch.randn(3, 8, device=device)
+    if name not in ("MagFace", "AdaM-Softmax"):  # they regularise; and AdaM has a table
+        loss, dx, dw = solve(lambda x, w: fused(LOSSES[name], x, w, y, backend=backend), x, w[:1])
+        assert (loss == 0).all() and (dx == 0).all() and (dw == 0).all()
+    loss, dx, dw = solve(lambda x, w: fused(LOSSES[name], x, w, y[:0], backend=backend), x[:0], w)
+    assert loss.shape == (0,) and dx.shape == (0, 8) and (dw == 0).all()

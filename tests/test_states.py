@@ -233,6 +233,13 @@ def test_refusals(settings, words):
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
+def test_a_head_refuses_what_its_margin_cannot_do():
+    with pytest.raises(ValueError, match=r"normalize: .*CurricularFace"):
+        MarginSoftmaxHead(8, C, margin=CurricularFace(), scale=16.0, normalize="none")
+    with pytest.raises(ValueError, match=r"bias: .*CurricularFace"):
+        MarginSoftmaxHead(8, C, margin=CurricularFace(), scale=16.0, bias=True)
+
+
 @pytest.mark.parametrize("learnable", [False, True])
 def test_adam_margins_grow_and_stay_in_range(learnable):
     x, w, y = operands(dtype=torch.float32)

@@ -10,7 +10,7 @@ A margin may also have
 
 - ``negatives(c, rows) -> Transform``, what becomes of the cosines to the other classes (see
   :mod:`marginkernels.transforms`). It is called before the sweep, without gradient; c is the
-  target's cosine if ``needs_target_first`` is set, else None.
+  target's cosine, or None where ``needs_target_first = False``.
 - ``regularizer(rows) -> Tensor`` () or (N,), added to the rows' losses.
 - state: registered buffers, changed in training mode only. c and rows are those of the whole batch,
   over all processes, so statistics of them are global; ``rows.kept`` leaves out ignored rows.
