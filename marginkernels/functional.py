@@ -64,7 +64,7 @@ def margin_cross_entropy(
         w: class weights (C, D), row-major; any of the same dtypes, also another than x's.
         y: labels (N,), int64, in [0, C) or ``ignore_index``.
         margin: a module of :mod:`marginkernels.margins`, or any ``nn.Module`` with
-            ``forward(c, rows) -> t``.
+            ``forward(c, rows) -> t``; :mod:`marginkernels.margins.base` says what else it may have.
         scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
             gives one of these, as :class:`AdaCos`.
         bias: (C,), added to the logits after the margin, or None.
@@ -156,14 +156,7 @@ def margin_cross_entropy(
     t = _apply(margin, c, rows)
     bias_y = 0.0 if bias is None else bias[rows.label]
     z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = nll = -F.logsigmoid(z_y - lse)
-    if label_smoothing > 0:
-        num_classes = w.shape[0]
-        row_loss = row_loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
-    if focal_gamma > 0:
-        row_loss = row_loss * _focal_factor(nll, focal_gamma)
-    if z_loss > 0:
-        row_loss = row_loss + z_loss * (z_y + nll) ** 2  # the log-sum-exp with the target
+    row_loss = _row_loss(z_y, lse, logit_sum, w.shape[0], label_smoothing, focal_gamma, z_loss)
     if hasattr(margin, "regularizer"):
         row_loss = row_loss + margin.regularizer(rows)
     row_loss = torch.where(kept, row_loss, 0.0)
@@ -258,6 +251,26 @@ def _target_cosine(x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype)
     w_y = w[rows.label]
     dot = (x.to(compute_dtype).to(dtype) * w_y.to(compute_dtype).to(dtype)).sum(1)
     return dot / (rows.x_norm * _row_norm(w_y, compute_dtype))
+
+
+def _row_loss(
+    z_y: Tensor,
+    lse: Tensor,
+    logit_sum: Tensor,
+    num_classes: int,
+    label_smoothing: float,
+    focal_gamma: float,
+    z_loss: float,
+) -> Tensor:
+    """The loss of each row, (N,), from its target logit and the sums over the other classes."""
+    loss = nll = -F.logsigmoid(z_y - lse)
+    if label_smoothing > 0:
+        loss = loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
+    if focal_gamma > 0:
+        loss = loss * _focal_factor(nll, focal_gamma)
+    if z_loss > 0:
+        loss = loss + z_loss * (z_y + nll) ** 2  # the log-sum-exp over all classes
+    return loss
 
 
 def _focal_factor(nll: Tensor, gamma: float) -> Tensor:

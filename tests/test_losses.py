@@ -33,6 +33,17 @@ def test_the_definition_in_fp64(name, kind):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@EACH
+def test_the_definition_at_all_angles(name):
+    """In the plane, where targets and negatives come close to -1 and 1 too."""
+    x, w, y = operands(n=60, d=2)
+    loss = LOSSES[name]
+    ours = solve(lambda x, w: fused(loss, x, w, y, backend="reference"), x, w)
+    definition = solve(lambda x, w: dense(loss, x, w, y), x, w)
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["label_smoothing", "sample_weight", "z_loss", "focal_gamma"])
 @pytest.mark.parametrize("name", ["softmax", "ArcFace", "CurricularFace"])
 def test_composes_with(kind, name):

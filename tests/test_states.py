@@ -144,9 +144,21 @@ def test_adaface_statistics():
     norm = x.norm(dim=1)
     torch.testing.assert_close(margin.batch_mean, norm.mean())
     torch.testing.assert_close(margin.batch_std, norm.std())
-    before = margin.state_dict()["batch_std"].clone()
+    before = [b.clone() for b in margin.buffers()]
     loss = margin_cross_entropy(x[:1], w, y[:1], margin=margin, scale=16.0)
-    assert loss.isfinite() and torch.equal(before, margin.batch_std)
+    assert loss.isfinite() and all(map(torch.equal, before, margin.buffers()))
+
+
+@pytest.mark.parametrize("make", [CurricularFace, AdaFace, lambda: AdaCos(C)])
+def test_a_call_that_fails_spoils_no_state(make):
+    (x, w, y), module = operands(dtype=torch.float32), make()
+    is_scale = isinstance(module, AdaCos)
+    margin, scale = (NSoftmax(), module) if is_scale else (module, 16.0)
+    for bad in (torch.cat([x[:-1], x[-1:] * torch.nan]), None):
+        wrong = (x, w * torch.nan, y) if bad is None else (bad, w, y)
+        with pytest.raises(ValueError, match="finite"):
+            margin_cross_entropy(*wrong, margin=margin, scale=scale)
+    assert all(value.isfinite().all() for value in module.buffers())
 
 
 def test_annealing_falls_to_its_floor():
@@ -179,7 +191,8 @@ def adacos_step(x, w, y, s):
 @pytest.mark.parametrize("rows", [39, 40])
 @pytest.mark.parametrize("delayed", [False, True])
 def test_adacos_follows_the_paper(delayed, rows, backend, device):
-    x, w, y = (t[:rows] if i != 1 else t for i, t in enumerate(operands()))
+    x, w, y = operands(n=200)  # the last rows are within pi / 4 of their class
+    x, y = x[-rows:], y[-rows:]
     scale, s = AdaCos(C, delayed=delayed).to(device), math.sqrt(2) * math.log(C - 1)
     operands_ = [t.to(device) for t in (x.float(), w.float(), y)]
     for _ in range(3):

@@ -21,6 +21,9 @@ def masked_std(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def move_average(average: Tensor, value: Tensor, rate: float, usable: Tensor) -> None:
-    """average <- rate value + (1 - rate) average in place, where ``usable`` () holds."""
+    """average <- rate value + (1 - rate) average in place, where ``usable`` () holds.
+
+    A value that is not finite is left out too: the call will fail, what is remembered stays good.
+    """
     moved = rate * value.to(average.dtype) + (1 - rate) * average
-    average.copy_(torch.where(usable, moved, average))
+    average.copy_(torch.where(usable & moved.isfinite(), moved, average))
