@@ -169,3 +169,12 @@ def test_one_class_and_no_rows(name, backend, device):
         assert (loss == 0).all() and (dx == 0).all() and (dw == 0).all()
     loss, dx, dw = solve(lambda x, w: fused(LOSSES[name], x, w, y[:0], backend=backend), x[:0], w)
     assert loss.shape == (0,) and dx.shape == (0, 8) and (dw == 0).all()
+
+
+def test_focal_factor_of_a_certain_row(device):
+    """p = 1 exactly: the slope of (1 - p)^gamma is infinite there for gamma < 1."""
+    w = torch.eye(8, device=device)
+    y = torch.arange(8, device=device)
+    settings = dict(margin=NSoftmax(), scale=200.0, focal_gamma=0.5, reduction="none")
+    rows, dx, dw = solve(lambda x, w: margin_cross_entropy(x, w, y, **settings), 2 * w, w)
+    assert (rows == 0).all() and (dx == 0).all() and (dw == 0).all()
