@@ -77,15 +77,16 @@ struct NamedTransform {
     const char* name;
     Transform transform;
     int constants;
+    bool per_row;  // whether it takes a parameter of the row
 };
 
 constexpr NamedTransform kTransforms[] = {
-    {"identity", Transform::kIdentity, mk::Identity::kConstants},
-    {"airface", Transform::kAirFace, mk::AirFace::kConstants},
-    {"interclass_filter", Transform::kInterclassFilter, mk::InterclassFilter::kConstants},
-    {"mv_softmax", Transform::kMVSoftmax, mk::MVSoftmax::kConstants},
-    {"curricular", Transform::kCurricular, mk::Curricular::kConstants},
-    {"arc_negative", Transform::kArcNegative, mk::ArcNegative::kConstants},
+    {"identity", Transform::kIdentity, mk::Identity::kConstants, false},
+    {"airface", Transform::kAirFace, mk::AirFace::kConstants, false},
+    {"interclass_filter", Transform::kInterclassFilter, mk::InterclassFilter::kConstants, false},
+    {"mv_softmax", Transform::kMVSoftmax, mk::MVSoftmax::kConstants, true},
+    {"curricular", Transform::kCurricular, mk::Curricular::kConstants, true},
+    {"arc_negative", Transform::kArcNegative, mk::ArcNegative::kConstants, true},
 };
 
 void set_transform(Sweep& s, c10::string_view name, const OptionalTensor& row_parameter,
@@ -99,6 +100,11 @@ void set_transform(Sweep& s, c10::string_view name, const OptionalTensor& row_pa
                           " for the transform '", name, "', got ", given);
         TORCH_CHECK_VALUE(known.transform == Transform::kIdentity || s.bias == nullptr,
                           "bias: expected none with the transform '", name, "'");
+        TORCH_CHECK_VALUE(!row_parameter.has_value() || row_parameter->numel() == s.n,
+                          "row_parameter: expected (N,) = ", s.n, ", got ",
+                          row_parameter.has_value() ? row_parameter->sizes() : at::IntArrayRef());
+        TORCH_CHECK_VALUE(row_parameter.has_value() || !known.per_row,
+                          "row_parameter: expected (N,) for the transform '", name, "', got none");
         s.transform = known.transform;
         s.row_parameter = pointer(row_parameter);
         for (int64_t i = 0; i < given; ++i) s.constants[i] = (*constants)[i].item<float>();
