@@ -85,13 +85,22 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batches(
-    images: Tensor, labels: Tensor, batch_size: int, steps: int, generator: torch.Generator
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator,
+    together: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields ``steps`` augmented batches (inputs, labels), each epoch in a new order."""
+    """Yields ``steps`` augmented batches (inputs, labels), each epoch in a new order.
+
+    ``together`` neighbours are always drawn together: all images of a character with their number.
+    """
     batches_per_epoch = len(labels) // batch_size  # the few left over are others in each epoch
     for step in range(steps):
         at = step % batches_per_epoch
         if at == 0:
-            order = torch.randperm(len(labels), generator=generator)
+            groups = torch.randperm(len(labels) // together, generator=generator)
+            order = (groups[:, None] * together + torch.arange(together)).flatten()
         rows = order[at * batch_size : (at + 1) * batch_size]
         yield augment(images[rows], generator), labels[rows]

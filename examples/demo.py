@@ -12,7 +12,6 @@ handwritten designs that it never saw: do these two images show the same charact
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,17 +25,26 @@ import evaluate
 import measure
 import model
 import plots
+import training
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report, backends
 from marginkernels.testing import plain_margin_cross_entropy
 
 MARGIN = 0.2  # radians
 SCALE = 32.0
 BATCH_SIZE = 256
-# the class weights turn fast enough only with a larger step than the backbone can take
-BACKBONE_RATE, HEAD_RATE = 0.01, 0.1
-MAX_GRADIENT_NORM = 5.0
-WARM_UP = 100  # steps, at most a tenth of all
 CHECKPOINTS = 10
+
+
+class PlainHead(MarginSoftmaxHead):
+    """The same head in plain PyTorch, which holds the logits."""
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return plain_margin_cross_entropy(
+            embeddings, self.weight, labels, margin=self.margin, scale=self.scale
+        )
+
+
+HEADS = {"fused": MarginSoftmaxHead, "torch": PlainHead}
 
 
 class Trained(NamedTuple):
@@ -50,7 +58,7 @@ class Trained(NamedTuple):
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--head", choices=measure.HEADS, default="fused", help="trained with")
+    parser.add_argument("--head", choices=HEADS, default="fused", help="trained with")
     parser.add_argument("--backend", choices=("auto", *backend_report()), default="auto",
                         help="of the fused head")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=22)
@@ -61,80 +69,40 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rates: a short linear warm-up, then half a cosine down to 0."""
-    warm_up = min(WARM_UP, steps // 10)
-    return min(1, (step + 1) / (warm_up + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 def train(args: argparse.Namespace, split: data.Split, pairs: evaluate.Pairs) -> Trained:
     torch.manual_seed(args.seed)
     backbone = model.backbone().to(memory_format=torch.channels_last)
-    head = MarginSoftmaxHead(
+    head = HEADS[args.head](
         model.EMBEDDING_SIZE,
         split.num_classes,
         margin=ArcFace(MARGIN),
         scale=SCALE,
         backend=args.backend,
     )
-    optimizer = torch.optim.SGD(
-        [
-            {"params": backbone.parameters(), "lr": BACKBONE_RATE},
-            {"params": head.parameters(), "lr": HEAD_RATE},
-        ],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=1e-3,
-    )
     steps = args.steps or args.epochs * (len(split.labels) // BATCH_SIZE)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
-
-    before = judge(backbone, split, pairs)
+    before = evaluate.judge(backbone, split, pairs)
     history = plots.History([], [0], [before[0].accuracy])
     batches = data.batches(
         split.images, split.labels, BATCH_SIZE, steps, torch.Generator().manual_seed(args.seed)
     )
     started = time.perf_counter()
     paused = 0.0
-    bar = tqdm(batches, total=steps, unit="step", desc="training", mininterval=0.5)
-    for step, (images, labels) in enumerate(bar, start=1):
-        embeddings = model.run(backbone, images)
-        if args.head == "fused":
-            loss = head(embeddings, labels)
-        else:
-            loss = plain_margin_cross_entropy(
-                embeddings, head.weight, labels, margin=head.margin, scale=SCALE
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        for each in (backbone, head):
-            nn.utils.clip_grad_norm_(each.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        rates.step()
-        history.losses.append(loss.item())
+    losses = training.train(backbone, head, batches, steps)
+    bar = tqdm(losses, total=steps, unit="step", desc="training", mininterval=0.5)
+    for step, loss in enumerate(bar, start=1):
+        history.losses.append(loss)
         if step * CHECKPOINTS % steps < CHECKPOINTS:  # evenly spaced, the last step included
             pause = time.perf_counter()
             history.checkpoints.append(step)
-            history.accuracies.append(evaluate.ten_fold(*embed(backbone, split), pairs).accuracy)
+            embeddings = evaluate.embed_both(backbone, split)
+            history.accuracies.append(evaluate.ten_fold(*embeddings, pairs).accuracy)
             paused += time.perf_counter() - pause
         bar.set_postfix_str(
             f"loss {history.losses[-1]:.2f}, accuracy {100 * history.accuracies[-1]:.1f} %", False
         )
     seconds = time.perf_counter() - started - paused
-    results = plots.Results(history, before, judge(backbone, split, pairs))
+    results = plots.Results(history, before, evaluate.judge(backbone, split, pairs))
     return Trained(backbone, head, results, seconds)
-
-
-def embed(backbone: nn.Module, split: data.Split) -> tuple[Tensor, Tensor]:
-    """Embeddings of the gallery and of the probe images."""
-    return evaluate.embed(backbone, split.gallery), evaluate.embed(backbone, split.probe)
-
-
-def judge(
-    backbone: nn.Module, split: data.Split, pairs: evaluate.Pairs
-) -> tuple[evaluate.TenFold, evaluate.AllPairs]:
-    gallery, probe = embed(backbone, split)
-    return evaluate.ten_fold(gallery, probe, pairs), evaluate.all_pairs(gallery, probe)
 
 
 def head_operands(trained: Trained, split: data.Split) -> measure.Operands:

@@ -113,3 +113,13 @@ def all_pairs(gallery: Tensor, probe: Tensor) -> AllPairs:
         roc[(FAR_GRID - FAR).abs().argmin()].item(),
         (nearest == torch.arange(nearest.shape[-1])).double().mean().item(),
     )
+
+
+def embed_both(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+    """Embeddings of the gallery and of the probe images."""
+    return embed(model, split.gallery), embed(model, split.probe)
+
+
+def judge(model: nn.Module, split: Split, pairs: Pairs) -> tuple[TenFold, AllPairs]:
+    gallery, probe = embed_both(model, split)
+    return ten_fold(gallery, probe, pairs), all_pairs(gallery, probe)
