@@ -59,7 +59,8 @@ saw; all numbers are in percent.
 
 Nothing was tuned for any loss but the demo's ArcFace, whose scale is half and whose margin two
 fifths of what its authors use for faces: the losses with a scale of 64 in their papers have the
-same share of theirs. The others are as published. The triplet loss goes on from the network of
+same share of theirs. The others are as published, but AdaFace's averages of the norms move faster,
+because a short training has no time for 0.01. The triplet loss goes on from the network of
 {start}, with {triplet_steps} steps of {triplet_batch_size} images at a tenth of the learning rate.
 """
 
