@@ -213,7 +213,7 @@ def curve(axes: Axes, p: Tensor, label: str, bold: bool = False) -> None:
 
 def draw_circle(path: Path) -> None:
     """Embeddings of Softmax as they are; the others on the circle, where alone they count."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 5.1), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5.4), layout="constrained")
     toys, ink = circle.train(), circle.glyphs()[:, 0]
     for panel, (name, toy) in zip(axes, toys.items(), strict=True):
         is_normalised = name != next(iter(toys))
