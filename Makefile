@@ -16,13 +16,20 @@ export PATH := $(BIN):$(PATH)  # for ninja
 COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: test demo bench gpu compile-gate lint format sanitize clean FORCE
+.PHONY: test demo gallery study bench gpu compile-gate lint format sanitize clean FORCE
 
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 demo: build/extension
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+gallery: build/extension
+	$(BIN)/python examples/margin_gallery.py
+
+# hours on two cores; an interrupted one goes on where it stopped
+study: build/extension
+	$(BIN)/python examples/study.py $(STUDY_ARGS)
 
 bench: build/extension
 	$(BIN)/python -m benchmarks.head $(BENCH_ARGS)
