@@ -13,6 +13,8 @@ CXX ?= g++
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)  # for ninja
+# threads that spin while they wait starve a machine that others use too
+export OMP_WAIT_POLICY ?= passive
 COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 

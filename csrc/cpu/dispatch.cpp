@@ -37,8 +37,11 @@ std::vector<Capability> capabilities() {
     return all;
 }
 
-// The best one, or the best whose name is or begins with what was asked for: "avx512" includes the
-// bf16 products of the processors that have them.
+// "avx512" includes the bf16 products of the processors that have them.
+bool matches(const std::string& asked, const std::string& name) {
+    return asked.empty() || asked == name || (asked == "avx512" && name == "avx512_bf16");
+}
+
 Capability choose() {
     const std::vector<Capability> all = capabilities();
     const char* const variable = std::getenv("MARGINKERNELS_CPU");
@@ -47,7 +50,7 @@ Capability choose() {
     std::string names, problem = "unknown";
     for (const Capability& one : all) {
         names += (names.empty() ? "" : ", ") + std::string(one.name);
-        if (std::string(one.name).compare(0, asked.size(), asked) != 0) continue;
+        if (!matches(asked, one.name)) continue;
         problem = "which this processor lacks";
         if (one.here) best = &one;
     }
