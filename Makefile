@@ -13,13 +13,13 @@ CXX ?= g++
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)  # for ninja
-# threads that spin while they wait starve a machine that others use too
-export OMP_WAIT_POLICY ?= passive
 COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: test demo gallery study bench gpu compile-gate lint format sanitize clean FORCE
 
+# threads that spin while they wait starve a machine that others use too
+test: export OMP_WAIT_POLICY ?= passive
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
