@@ -11,6 +11,7 @@ asynchronous copies. No GPU is needed. The exit status is 1 if anything fails.
 """
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import traceback
@@ -139,6 +140,13 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
     return problems
 
 
+@functools.cache
+def facts_of(launch: aot.Launch, target: str) -> Facts:
+    """Most kernels along rows are the same in many variants."""
+    with aot.quiet():
+        return facts(aot.compile_launch(launch, target), target)
+
+
 def check(case: Case) -> list[Row]:
     """Compiles the kernels of a case and judges them; a failed compilation is a problem too."""
     rows = []
@@ -147,8 +155,7 @@ def check(case: Case) -> list[Row]:
             if case.kernels is not None and found.kernel not in case.kernels:
                 continue
             try:
-                with aot.quiet():
-                    code = facts(aot.compile_launch(found, case.target), case.target)
+                code = facts_of(found, case.target)
             except Exception:
                 last = traceback.format_exc().strip().splitlines()[-1]
                 rows.append(Row(case, variant, found.kernel, None, [f"does not compile: {last}"]))
