@@ -40,7 +40,7 @@ bench: build/extension
 gpu: build/extension
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
-# every Triton kernel for every target
+# the Triton kernels in every configuration for every target
 compile-gate: $(VENV)/package
 	$(BIN)/python -m tests.gpu.compile_gate --all
 
