@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The head inside PyTorch: ops, torch.compile, autocast, GradScaler, accumulation, saving."""
+"""The head inside PyTorch: autocast, GradScaler, accumulation, learnable settings, saving."""
 
 import copy
 import io
@@ -9,7 +9,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marginkernels import (
@@ -23,121 +22,7 @@ from marginkernels import (
     ops,
 )
 from marginkernels.testing import plain_margin_cross_entropy
-
-N, C, D = 12, 50, 8
-
-
-def make_head(backend, device, **settings):
-    settings = dict(dict(margin=ArcFace(0.3), scale=16.0), **settings)
-    return MarginSoftmaxHead(D, C, backend=backend, device=device, **settings)
-
-
-def batch(device, n=N, dtype=torch.float32):
-    return torch.randn(n, D, device=device, dtype=dtype), torch.randint(0, C, (n,), device=device)
-
-
-def op_arguments(backend, device, compute_dtype, save_tiles):
-    x, y = batch(device)
-    w, scale = torch.randn(C, D, device=device), torch.tensor(16.0, device=device)
-    y[3] = -1
-    sides = dict(normalize_x=True, normalize_w=True, compute_dtype=compute_dtype)
-    functor = dict(transform="identity", row_parameter=None, constants=None)
-    extra = not save_tiles
-    bias = torch.randn(C, device=device) if extra else None
-    fwd = (
-        (x, w, y, scale, bias),
-        dict(sides, save_tiles=save_tiles, want_sum=extra, want_max=extra, **functor),
-    )
-    lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd(backend)(*fwd[0], **fwd[1])
-    grads = [torch.randn(N, device=device) for _ in range(4)]
-    grads = grads if extra else [*grads[:2], None, None]
-    needs = dict(need_x=True, need_w=True, need_bias=extra, need_scale=extra)
-    return fwd, (
-        (x, w, y, scale, bias, lse, x_inv, w_inv, tiles, *grads),
-        dict(sides, **needs, **functor),
-    )
-
-
-@pytest.mark.parametrize("save_tiles", [False, True])
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(compute_dtype, save_tiles, backend, device):
-    if save_tiles and backend == "reference":
-        pytest.skip("the reference backend keeps no tiles")
-    fwd, bwd = op_arguments(backend, device, compute_dtype, save_tiles)
-    torch.library.opcheck(ops.head_fwd(backend), *fwd)
-    torch.library.opcheck(ops.head_bwd(backend), *bwd)
-
-
-def test_opcheck_of_the_checks(device):
-    y, value = torch.arange(4, device=device), torch.rand(3, device=device)
-    torch.library.opcheck(torch.ops.marginkernels.checked, (y, value, 0.0, 1.0, "value"))
-    torch.library.opcheck(torch.ops.marginkernels.checked_labels, (y, 4, -100))
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_compile_is_whole_and_does_not_recompile(plain, backend, device):
-    """For a new number of rows or a new value in a tensor, with every output of the sweep or few.
-
-    An output that is not asked for has no gradient, which a compiled graph hands over as zeros.
-    """
-    extras = {} if plain else dict(bias=True, label_smoothing=0.1, normalize="none")
-    margin, scale = ArcFace(torch.tensor(0.1)), torch.nn.Parameter(torch.tensor(1.0))
-    head = make_head(backend, device, margin=margin, scale=scale, **extras).to(device)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(x, y, head):
-        loss, stats = head(x, y, return_stats=True)
-        return loss, *stats
-
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    for i, n in enumerate([12, 9, 20, 33, 7]):
-        x, y = batch(device, n)
-        y[1] = head.ignore_index
-        head.margin.m.fill_(0.1 * i)
-        head.scale.data.fill_(1.0 + i)
-        results = []
-        for function in (compiled, step):
-            leaf = x.clone().requires_grad_()
-            loss, *stats = function(leaf, y, head)
-            gradients = torch.autograd.grad(loss, (leaf, *head.parameters()))
-            results.append([loss, *stats, *gradients])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count <= 2  # once for the first size, once for any size
-
-
-@pytest.mark.parametrize("attribute", ["scale", "m"])
-def test_compile_recompiles_at_most_once_for_a_number(attribute, backend, device):
-    head = make_head(backend, device)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x, y: head(x, y), backend=counter, fullgraph=True)
-    x, y = batch(device)
-    for i in range(5):
-        setattr(head if attribute == "scale" else head.margin, attribute, 0.5 + 0.25 * i)
-        torch.testing.assert_close(compiled(x, y), head(x, y))
-    assert counter.frame_count <= 2
-
-
-def test_compile_by_inductor(backend, device):
-    head = make_head(backend, device)
-    x, y = batch(device)
-    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    for leaf, function in zip(leaves, (head, torch.compile(head, fullgraph=True)), strict=True):
-        head.zero_grad()
-        function(leaf, y).backward()
-        leaf.weight_grad = head.weight.grad.clone()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
-    torch.testing.assert_close(leaves[0].weight_grad, leaves[1].weight_grad)
-
-
-def test_checks_survive_compilation(backend, device):
-    if device != "cpu":
-        pytest.skip("values on an accelerator are only checked on request")
-    head = torch.compile(make_head(backend, device), backend="aot_eager", fullgraph=True)
-    x, y = batch(device)
-    y[1] = C
-    with pytest.raises(Exception, match=f"got {C} in row 1"):
-        head(x, y)
+from small import C, D, N, batch, make_head
 
 
 def test_autocast_decides_the_compute_type(backend, device):
