@@ -92,9 +92,9 @@ class MVSoftmax(Margin):
 
     A class is misclassified, a support vector, if its cosine exceeds c_y - m ("am") or
     cos(theta_y + m) ("arc"). This is the paper's adaptive weight, exp(s t (c_j + 1)). Usual values:
-    m = 0.35 with "am", 0.5 with "arc", t = 0.2, scale 32, as in the authors' SV-X-Softmax (FaceX-Zoo
-    has t = 0.12). The target has the easy branch, without which training has been seen to diverge:
-    for "am" FaceX-Zoo's, c > m, where the authors' code has c > 0.
+    m = 0.35 with "am", 0.5 with "arc", t = 0.2, scale 32: those of the authors' SV-X-Softmax
+    (FaceX-Zoo has t = 0.12). The target has the easy branch, without which training has been seen
+    to diverge: for "am" FaceX-Zoo's, c > m, where the authors' code has c > 0.
 
     Args:
         m: margin: a float, 0-d tensor or table (num_classes,).
