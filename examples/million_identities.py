@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Trains a classifier of a million identities, and lets plain PyTorch try the same.
+
+Identities are synthetic: random centres, seen through noise. A small network embeds the views, the
+head has one row of 512 numbers per identity. Both heads take the same steps, each in its turn, and
+the plain one may use half as much memory again as this one did.
+
+    python examples/million_identities.py                                     # a million, 20 steps
+    python examples/million_identities.py --classes 10000 --steps 400 --repeat 0
+    python examples/million_identities.py --plot                              # docs/million.png
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import measure
+from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
+from marginkernels.testing import plain_margin_cross_entropy
+
+VIEW_SIZE, EMBEDDING_SIZE = 128, 512
+NOISE = 0.5  # standard deviation of a view around its centre, whose own is 1
+MARGIN, SCALE = 0.5, 64.0
+BACKBONE_RATE, HEAD_RATE = 0.003, 0.05
+HEADROOM = 1.5  # of address space, for the plain head
+INIT_BLOCK = 4096  # classes whose weights are drawn from one generator
+
+PLOT = Path(__file__).parents[1] / "docs" / "million.png"
+PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
+PLOT_LIMIT = 18.0  # GiB of address space, for either head
+BLUE, GREY, RED = "#1864ab", "#868e96", "#c92a2a"
+
+
+class PlainHead(MarginSoftmaxHead):
+    """The same head in plain PyTorch, which holds the logits."""
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return plain_margin_cross_entropy(
+            embeddings, self.weight, labels, margin=self.margin, scale=self.scale
+        )
+
+
+HEADS = {"fused": MarginSoftmaxHead, "plain": PlainHead}
+
+
+class Run(NamedTuple):
+    """What became of the steps of one head."""
+
+    losses: list[float]
+    seconds: float  # of a step: the median, without the first
+    peak_rss: list[int]  # bytes, of each rank
+    address_space: int  # bytes, the greatest extent, of all ranks together
+
+
+class Identities:
+    """Views of identities whose centres are computed when looked at: a million take no memory.
+
+    The centre of identity j are random Fourier features of the number j, cos(2 pi (a_k j + b_k)):
+    as good as independent from one identity to the next.
+    """
+
+    def __init__(self, num_classes: int, seed: int):
+        self.num_classes, self.seed = num_classes, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.a, self.b = torch.rand(2, VIEW_SIZE, generator=generator, dtype=torch.float64)
+
+    def centres(self, labels: Tensor) -> Tensor:
+        """(N, 128), each number of variance 1."""
+        turns = labels[:, None] * self.a + self.b
+        return (math.sqrt(2) * torch.cos(2 * math.pi * turns)).float()
+
+    def batch(self, index: int, size: int) -> tuple[Tensor, Tensor]:
+        """Views (size, 128) and labels (size,), the same for the same index."""
+        generator = torch.Generator().manual_seed(self.seed + 1 + index)
+        labels = torch.randint(self.num_classes, (size,), generator=generator)
+        noise = torch.randn(size, VIEW_SIZE, generator=generator)
+        return self.centres(labels) + NOISE * noise, labels
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--batch", type=int, default=256, help="rows, of all ranks together")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=2,
+                        help="so many batches in turn; 0: a new one in each step")  # fmt: skip
+    parser.add_argument("--backend", choices=("auto", *backend_report()), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain-steps", type=int, default=3,
+                        help="of the plain head, 0: leave it out")  # fmt: skip
+    parser.add_argument("--plot", action="store_true", help="draw docs/million.png instead")
+    parser.add_argument("--child", choices=HEADS, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
+    head = HEADS[kind](
+        EMBEDDING_SIZE, args.classes, margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend
+    )
+    initialise(head.weight.detach(), 0, args.seed)
+    return head
+
+
+def initialise(weight: Tensor, start: int, seed: int) -> None:
+    """The rows of classes from ``start`` on: N(0, 0.01^2), whoever holds them."""
+    stop = start + len(weight)
+    for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
+        generator = torch.Generator().manual_seed((seed << 32) + block)
+        rows = 0.01 * torch.randn(INIT_BLOCK, weight.shape[1], generator=generator)
+        first = block * INIT_BLOCK
+        low, high = max(start, first), min(stop, first + INIT_BLOCK)
+        weight[low - start : high - start] = rows[low - first : high - first]
+
+
+def train(kind: str, args: argparse.Namespace, steps: int, say=lambda line: None) -> Run:
+    """Takes the steps with a head, and measures them."""
+    torch.manual_seed(args.seed)
+    backbone = nn.Sequential(
+        nn.Linear(VIEW_SIZE, 1024), nn.ReLU(), nn.Linear(1024, EMBEDDING_SIZE, bias=False)
+    )
+    head = make_head(kind, args)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": backbone.parameters(), "lr": BACKBONE_RATE},
+            {"params": head.parameters(), "lr": HEAD_RATE},
+        ],
+        momentum=0.9,
+        fused=True,  # in place: no temporary of the size of the weights
+    )
+    identities = Identities(args.classes, args.seed)
+    losses, seconds = [], []
+    for step in range(steps):
+        views, labels = identities.batch(step % (args.repeat or steps), args.batch)
+        started = time.perf_counter()
+        loss = head(backbone(views), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+        say(f"step {step + 1:4}   loss {losses[-1]:7.3f}   {seconds[-1]:7.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Run(
+        losses,
+        statistics.median(seconds[1:] or seconds),
+        [peak],
+        1024 * measure.resident_kib("VmPeak"),
+    )
+
+
+def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run | str:
+    """:func:`train` in a fresh process under RLIMIT_AS, or why it came to nothing."""
+    command = [sys.executable, __file__, "--child", kind, "--limit", str(limit),
+               "--steps", str(steps)]  # fmt: skip
+    for name in ("classes", "batch", "repeat", "backend", "seed"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return Run(**json.loads(done.stdout))
+    # the allocator's own words, or the signal
+    lines = [line for line in done.stderr.splitlines() if "allocate" in line]
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def child(args: argparse.Namespace) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (args.limit, args.limit))
+    print(json.dumps(train(args.child, args, args.steps)._asdict()))
+
+
+def gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
+def print_summary(args: argparse.Namespace, fused: Run, plain: Run | str, limit: int) -> None:
+    shape = f"{args.classes:,} classes x {EMBEDDING_SIZE}, batch {args.batch}"
+    ranks = ", ".join(gib(peak) for peak in fused.peak_rss)
+    print(f"""
+{shape}; weights, their gradient and momentum alone: {gib(12 * args.classes * EMBEDDING_SIZE)}
+this head      loss {fused.losses[0]:.3f} -> {fused.losses[-1]:.3f} in {len(fused.losses)} steps, \
+{fused.seconds:.2f} s a step, peak RSS per rank {ranks}""")
+    allowed = f"under RLIMIT_AS = {gib(limit)}, {HEADROOM:g} times this head's address space"
+    if isinstance(plain, str):
+        print(f"plain PyTorch  out of memory {allowed}: {plain}")
+    else:
+        after = len(plain.losses)
+        print(
+            f"plain PyTorch  {plain.seconds:.2f} s a step, peak RSS {gib(plain.peak_rss[0])}, "
+            f"{allowed}\n               loss after {after} steps {plain.losses[-1]:.3f}, "
+            f"of this head {fused.losses[min(after, len(fused.losses)) - 1]:.3f}"
+        )
+
+
+def plot(args: argparse.Namespace) -> None:
+    """docs/million.png: time and memory of a step against classes, each run in its own process."""
+    results = {kind: {} for kind in HEADS}
+    for classes in PLOT_CLASSES:
+        for kind in HEADS:
+            shape = argparse.Namespace(**(vars(args) | {"classes": classes}))
+            steps = min(30, 3 + 300_000 // classes)
+            run = in_child(kind, shape, steps, int(PLOT_LIMIT * 2**30))
+            results[kind][classes] = run
+            print(f"{classes:>9,} {kind:>6}  ", end="")
+            print(run if isinstance(run, str) else f"{run.seconds:.3f} s  {gib(run.peak_rss[0])}")
+    draw(args, results)
+
+
+def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for kind, label, color in (("fused", "marginkernels", BLUE), ("plain", "plain PyTorch", GREY)):
+        runs = {c: run for c, run in results[kind].items() if isinstance(run, Run)}
+        style = dict(color=color, marker="o", markersize=4, linewidth=2, label=label)
+        left.plot(list(runs), [run.seconds for run in runs.values()], **style)
+        right.plot(list(runs), [run.peak_rss[0] / 2**30 for run in runs.values()], **style)
+        for classes in results[kind].keys() - runs.keys():
+            right.plot(classes, PLOT_LIMIT, "x", color=RED, markersize=9, markeredgewidth=2)
+            right.annotate(f"stopped at {PLOT_LIMIT:g} GiB", (classes, PLOT_LIMIT), (-8, 6),
+                           textcoords="offset points", ha="right", color=RED)  # fmt: skip
+    floor = [12 * c * EMBEDDING_SIZE / 2**30 for c in PLOT_CLASSES]
+    right.plot(PLOT_CLASSES, floor, ":", color="black", label="weights, gradient, momentum")
+    left.set(xscale="log", yscale="log", xlabel="identities", ylabel="seconds")
+    left.set_title(f"A training step, batch {args.batch}")
+    right.set(xscale="log", yscale="log", xlabel="identities", ylabel="GiB")
+    right.set_title("Peak resident memory of the process")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+    figure.savefig(PLOT, dpi=130)
+    print(f"wrote {PLOT}")
+
+
+def main() -> None:
+    args = arguments()
+    if args.child:
+        child(args)
+    elif args.plot:
+        plot(args)
+    else:
+        fused = train("fused", args, args.steps, print)
+        limit = int(HEADROOM * fused.address_space)
+        if args.plain_steps:
+            plain = in_child("plain", args, args.plain_steps, limit)
+            print_summary(args, fused, plain, limit)
+
+
+if __name__ == "__main__":
+    main()
