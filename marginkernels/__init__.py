@@ -3,6 +3,7 @@
 """Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
 
 from .backends import backend_report
+from .distributed import ClassShard
 from .functional import HeadStats, margin_cross_entropy
 from .margins import (
     AdaFace,
@@ -43,6 +44,7 @@ __all__ = [
     "AirFace",
     "ArcFace",
     "ArcNegFace",
+    "ClassShard",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, ops, validation
+from . import backends, ops, sampling, validation
 from .autograd import HeadFunction
+from .distributed import ClassShard, Exchange, Whole
 from .margins import Rows
 from .transforms import IDENTITY, Transform
 
@@ -17,7 +18,10 @@ _AUTO_TILES_BYTES = 256 << 20
 
 
 class HeadStats(NamedTuple):
-    """Detached statistics of the rows, (N,); those of ignored rows are 0 / False."""
+    """Detached statistics of the rows, (N,); those of ignored rows are 0 / False.
+
+    Of a sharded head, those of the whole batch, rank after rank.
+    """
 
     target_cosine: Tensor  # cosine to the target class, without margin
     correct: Tensor  # bool: the un-margined target logit exceeds every other
@@ -44,6 +48,10 @@ def margin_cross_entropy(
     save_tiles: str | bool = "auto",
     backend: str = "auto",
     return_stats: bool = False,
+    shard: ClassShard | None = None,
+    sample_rate: float = 1.0,
+    logq: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, HeadStats]:
     r"""Normalised linear layer, margin and softmax cross-entropy, without the (N, C) logits.
 
@@ -88,6 +96,18 @@ def margin_cross_entropy(
             number below 73 as scale, float32 or bfloat16 and a backend that can.
         backend: "auto" (the best that runs here) or a name of :func:`marginkernels.backend_report`.
         return_stats: also return :class:`HeadStats`, from the same sweep.
+        shard: which classes of how many ``w`` and ``bias`` hold, the others being held by other
+            ranks that make the same call: a :class:`ClassShard`. Then x, y, sample_weight and
+            row_margin are this rank's rows, y and a margin's table count the classes of all ranks,
+            the loss is that of all ranks' rows and the same on each ("none": of all rows, rank
+            after rank); dx is times the number of ranks unless the shard says otherwise.
+        sample_rate: the share of the classes (of each rank) that a step is computed on, in (0, 1]:
+            Partial FC (arXiv:2203.15565). The rows' own classes and as many others at random as
+            make it max(int(rate C), min(N, C)); all other classes have gradient 0.
+        logq: adds -log(pi) to the logits of the classes sampled at random, pi = (n - P) / (C - P)
+            for n sampled of C (on the rank), P of them the rows' own: the sum over the sample then
+            estimates that over all.
+        generator: of the sample, on x's device; None: torch's default one.
 
     Returns:
         The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
@@ -107,45 +127,63 @@ def margin_cross_entropy(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
         save_tiles,
     )  # fmt: skip
-    validation.check_operands(x, w, y, bias, sample_weight, row_margin)
+    num_classes = w.shape[0] if shard is None else shard.total
+    validation.check_operands(x, w, y, bias, sample_weight, row_margin, shard)
     validation.check_scale(scale)
-    validation.check_margin(margin, row_margin, w.shape[0], w.device)
-    validation.check_cosines(margin, observer, normalize, bias)
+    validation.check_margin(margin, row_margin, num_classes, w.device)
+    validation.check_cosines(margin, observer, normalize, bias is not None)
+    validation.check_sampling(sample_rate, logq, label_smoothing, margin, observer)
     compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
     backend = backends.select(backend, x.device.type, compute_dtype)
     obstacles = _tile_obstacles(
-        bias, margin, scale, normalize, label_smoothing, compute_dtype, backend
+        bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
     )
-    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
+
+    exchange = _exchange(shard, x, scale, margin, sample_weight, row_margin)
+    own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
+    x_norm = exchange.of_own_rows(_row_norm, own_x, x, compute_dtype)
+    noise = None if shard is None else _noise(margin, own_x)
+    sample_weight, row_margin, noise = (
+        None if given is None else exchange.rows(given)
+        for given in (sample_weight, row_margin, noise)
+    )
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    x_norm = _row_norm(x, compute_dtype)
     label, check = y, validation.checks_values(x)
     if check:
-        label = ops.checked_labels(y, w.shape[0], ignore_index)
+        label = ops.checked_labels(y, num_classes, ignore_index)
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
-    rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept)
-    label = torch.where(kept, label, -1)
+    rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept, noise)
+    label = exchange.held(torch.where(kept, label, -1))
     bias = None if bias is None else bias.to(stats_dtype)
+    if sample_rate < 1:
+        w, bias, label = sampling.sampled(w, bias, label, sample_rate, logq, generator, stats_dtype)
+    if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
+        w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
+    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
 
     def sweep(
         scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
     ):
-        return HeadFunction.apply(
+        lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
             x, w, bias, scale, label, backend, normalize == "both", normalize != "none",
             compute_dtype, save_tiles, want_sum, want_max, check, *transform,
         )  # fmt: skip
+        bias_y = () if bias is None else (torch.where(label >= 0, bias[label.clamp_min(0)], 0),)
+        return exchange.merge(label, lse, logit_sum, logit_max, d, w_norm, *bias_y)
 
     if observer is not None and not observer.delayed:
         with torch.no_grad():
-            lse, d, *_ = sweep(_scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False)
+            lse, _, _, d, *_ = sweep(
+                _scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False
+            )
         observer.observe(lse, d, kept)
         scale = observer()
     scale = _scale_tensor(scale, x, stats_dtype)
-    transform = _transform(margin, x, w, rows, compute_dtype)
-    lse, d, w_norm, logit_sum, logit_max = sweep(
-        scale, transform, keep_tiles, label_smoothing > 0, return_stats
+    transform = _transform(margin, x, w, label, rows, compute_dtype, exchange)
+    lse, logit_sum, logit_max, d, w_norm, *bias_y = sweep(
+        exchange.scale(scale), transform, keep_tiles, label_smoothing > 0, return_stats
     )
     if observer is not None and observer.delayed:
         observer.observe(lse.detach(), d.detach(), kept)
@@ -154,9 +192,9 @@ def margin_cross_entropy(
     norms = _unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
     t = _apply(margin, c, rows)
-    bias_y = 0.0 if bias is None else bias[rows.label]
+    bias_y = bias_y[0] if bias_y else 0.0
     z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = _row_loss(z_y, lse, logit_sum, w.shape[0], label_smoothing, focal_gamma, z_loss)
+    row_loss = _row_loss(z_y, lse, logit_sum, num_classes, label_smoothing, focal_gamma, z_loss)
     if hasattr(margin, "regularizer"):
         row_loss = row_loss + margin.regularizer(rows)
     row_loss = torch.where(kept, row_loss, 0.0)
@@ -165,6 +203,19 @@ def margin_cross_entropy(
         return loss
     correct = kept & (scale * d + bias_y > logit_max)
     return loss, HeadStats(torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach())
+
+
+def _exchange(shard, x, scale, margin, sample_weight, row_margin) -> Exchange | Whole:
+    if shard is None:
+        return Whole()
+    given = dict(sample_weight=sample_weight is not None, row_margin=row_margin is not None)
+    given["margin.training"] = margin.training
+    return Exchange(shard, x, scale, given)
+
+
+def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:
+    """What a margin draws for each row, where it does; by the row's own rank."""
+    return margin.draw(x) if hasattr(margin, "draw") and margin.training else None
 
 
 def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
@@ -181,13 +232,14 @@ def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> to
 
 
 def _tile_obstacles(
-    bias, margin, scale, normalize, label_smoothing, compute_dtype, backend
+    bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
 ) -> dict[str, bool]:
     """What forbids to keep exponentials, and whether it applies."""
     is_number = not isinstance(scale, Tensor)
     return {
         f"normalize={normalize!r}": normalize != "both",
         "a bias": bias is not None,
+        "logq": logq,
         "label_smoothing": label_smoothing > 0,
         f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
         "a scale that is no number": not is_number,
@@ -223,13 +275,15 @@ def _scale_tensor(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tenso
 
 @torch.no_grad()
 def _transform(
-    margin: nn.Module, x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype
+    margin: nn.Module, x: Tensor, w: Tensor, label: Tensor, rows: Rows, compute_dtype, exchange
 ) -> Transform:
     """What the margin makes of the negatives, its operands in the statistics dtype."""
     if not hasattr(margin, "negatives"):
         return IDENTITY
     needs_c = getattr(margin, "needs_target_first", True)
-    c = _target_cosine(x, w, rows, compute_dtype) if needs_c else None
+    c = None
+    if needs_c:
+        c = exchange.total(_target_cosine(x, w, label, rows.x_norm, compute_dtype))
     name, row_parameter, constants = margin.negatives(c, rows)
     dtype = ops.statistics_dtype(compute_dtype)
     if row_parameter is not None:
@@ -245,12 +299,14 @@ def _transform(
     return Transform(name, row_parameter, constants)
 
 
-def _target_cosine(x: Tensor, w: Tensor, rows: Rows, compute_dtype: torch.dtype) -> Tensor:
-    """c of each row and its class, (N,), of the rounded operands as in the sweep."""
+def _target_cosine(x: Tensor, w: Tensor, label: Tensor, x_norm: Tensor, compute_dtype) -> Tensor:
+    """c of each row and its class, (N,), of the rounded operands as in the sweep; 0 where the class
+    is not here.
+    """
     dtype = ops.statistics_dtype(compute_dtype)
-    w_y = w[rows.label]
+    w_y = w[label.clamp_min(0)]
     dot = (x.to(compute_dtype).to(dtype) * w_y.to(compute_dtype).to(dtype)).sum(1)
-    return dot / (rows.x_norm * _row_norm(w_y, compute_dtype))
+    return torch.where(label >= 0, dot / (x_norm * _row_norm(w_y, compute_dtype)), 0)
 
 
 def _row_loss(

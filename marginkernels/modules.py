@@ -6,10 +6,13 @@ import numbers
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from . import ops, validation
+from . import distributed, ops, validation
 from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
+from .sampling import Sampler, mixed
 
 # classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
 _CHUNK = 8192
@@ -36,6 +39,14 @@ class MarginSoftmaxHead(nn.Module):
         bias: whether to learn a bias per class, from 0.
         device, dtype: of ``weight`` (C, D), which starts as N(0, 0.01^2), as in insightface
             arcface_torch.
+        process_group, device_mesh: splits the classes over the ranks of a group, or of a mesh of
+            one dimension (``mesh["classes"]`` of a larger one). ``weight`` and ``bias`` are then
+            DTensors, Shard(0); :mod:`marginkernels.distributed` says what a step exchanges, and
+            :class:`ClassShard` what grad_scale, even_batches and max_local_batch mean. All ranks
+            construct the head, and call it, together. It must not be inside a
+            DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
+        sample_rate, logq: Partial FC in training mode, see :func:`margin_cross_entropy`. The state
+            of the random numbers is saved with the head.
     """
 
     def __init__(
@@ -57,6 +68,13 @@ class MarginSoftmaxHead(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        grad_scale: str = "ddp",
+        even_batches: bool = False,
+        max_local_batch: int | None = None,
+        sample_rate: float = 1.0,
+        logq: bool = False,
     ):
         super().__init__()
         for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
@@ -78,20 +96,51 @@ class MarginSoftmaxHead(nn.Module):
         self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
         self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
         self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        )
-        validation.check_cosines(margin, scale, normalize, self.bias)
+        validation.check_cosines(margin, scale, normalize, bias)
+        validation.check_sampling(sample_rate, logq, label_smoothing, margin, scale)
+        self.sample_rate, self.logq = sample_rate, logq
+        self.shard, self._mesh = None, distributed.class_mesh(process_group, device_mesh, device)
+        if self._mesh is not None:
+            self.shard = distributed.ClassShard.chunked(
+                num_classes, self._mesh.get_group(), grad_scale=grad_scale,
+                even_batches=even_batches, max_local_batch=max_local_batch,
+            )  # fmt: skip
+            self._require_agreement(bias, dtype or torch.get_default_dtype())
+        self.sampler = Sampler(self.shard and self.shard.group) if sample_rate < 1 else None
+        self.weight = self._parameter((num_classes, embedding_size), device, dtype)
+        self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self.reset_parameters()
+
+    def _require_agreement(self, bias: bool, dtype: torch.dtype) -> None:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = f"{scale.dtype} {tuple(scale.shape)}, learnable={scale.requires_grad}"
+        names = (
+            "embedding_size", "num_classes", "margin", "normalize", "reduction", "ignore_index",
+            "label_smoothing", "z_loss", "focal_gamma", "compute_dtype", "sample_rate", "logq",
+        )  # fmt: skip
+        distributed.require_agreement(
+            self.shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=self.shard.grad_scale,
+            even_batches=self.shard.even_batches, max_local_batch=self.shard.max_local_batch,
+            **{name: getattr(self, name) for name in names},
+        )  # fmt: skip
+
+    def _parameter(self, shape: tuple[int, ...], device, dtype) -> nn.Parameter:
+        if self.shard is None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        local = torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype)
+        return nn.Parameter(distributed.sharded(local, self._mesh, shape))
 
     def reset_parameters(self) -> None:
         """weight from N(0, 0.01^2), bias 0."""
-        nn.init.normal_(self.weight, std=0.01)
+        weight, generator = distributed.local(self.weight.detach()), None
+        if self.shard is not None and not weight.is_meta:
+            # ranks with one seed must not draw the same rows
+            seed = mixed(int(torch.randint(2**62, ())), dist.get_rank(self.shard.group))
+            generator = torch.Generator(weight.device).manual_seed(seed)
+        nn.init.normal_(weight, std=0.01, generator=generator)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            nn.init.zeros_(distributed.local(self.bias.detach()))
 
     def forward(
         self,
@@ -103,13 +152,14 @@ class MarginSoftmaxHead(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, HeadStats]:
         """The loss of embeddings (N, D) with labels (N,); see :func:`margin_cross_entropy`."""
+        sampling = self.training and self.sampler is not None
         return margin_cross_entropy(
             embeddings,
-            self.weight,
+            distributed.local(self.weight),
             labels,
             margin=self.margin,
             scale=self.scale,
-            bias=self.bias,
+            bias=distributed.local(self.bias),
             normalize=self.normalize,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -122,6 +172,10 @@ class MarginSoftmaxHead(nn.Module):
             save_tiles=self.save_tiles,
             backend=self.backend,
             return_stats=return_stats,
+            shard=self.shard,
+            sample_rate=self.sample_rate if sampling else 1.0,
+            logq=self.logq and sampling,
+            generator=self.sampler(embeddings.device) if sampling else None,
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:

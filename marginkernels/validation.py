@@ -54,7 +54,7 @@ def check_settings(
         )
 
 
-def check_operands(x, w, y, bias, sample_weight, row_margin) -> None:
+def check_operands(x, w, y, bias, sample_weight, row_margin, shard) -> None:
     """Types, shapes and devices of the tensors of one call."""
     check_tensor("x", x)
     check_tensor("w", w, like=x)
@@ -62,7 +62,12 @@ def check_operands(x, w, y, bias, sample_weight, row_margin) -> None:
         if t.ndim != 2:
             raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
     (n, d), (c, w_d) = x.shape, w.shape
-    if w_d != d or d == 0 or c == 0:
+    if shard is not None and c != shard.size:
+        raise ValueError(
+            f"w: expected the {shard.size} classes [{shard.start}, {shard.stop}) of the shard, "
+            f"got {c}"
+        )
+    if w_d != d or d == 0 or (c == 0 and shard is None):
         raise ValueError(
             f"w: expected shape (C, {d}) with C, D >= 1 for x of shape ({n}, {d}), got ({c}, {w_d})"
         )
@@ -132,7 +137,7 @@ def check_margin(margin, row_margin, num_classes: int, device: torch.device | No
             raise ValueError(f"margin: expected a table on {device} as x, got {margin.m.device}")
 
 
-def check_cosines(margin, scale, normalize: str, bias) -> None:
+def check_cosines(margin, scale, normalize: str, bias: bool) -> None:
     """What looks at all cosines needs logits that are scale times a cosine."""
     adapts = isinstance(scale, torch.nn.Module) and getattr(scale, "adapts", False)
     transforms = hasattr(margin, "negatives")
@@ -146,9 +151,22 @@ def check_cosines(margin, scale, normalize: str, bias) -> None:
         raise ValueError(
             f"normalize: expected 'both' with {type(needs).__name__}, got {normalize!r}"
         )
-    if needs is not None and bias is not None:
+    if needs is not None and bias:
+        raise ValueError(f"bias: expected none with {type(needs).__name__}")
+
+
+def check_sampling(sample_rate, logq, label_smoothing, margin, scale) -> None:
+    """A sample stands for all classes in the sum of exponentials only."""
+    if not _is_number(sample_rate) or not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
+    if not isinstance(logq, bool):
+        raise TypeError(f"logq: expected a bool, got {type(logq).__name__}")
+    if sample_rate < 1 and label_smoothing > 0:
+        raise ValueError(f"label_smoothing: expected 0 with sample_rate < 1, got {label_smoothing}")
+    looks = scale if getattr(scale, "adapts", False) else margin
+    if logq and (looks is scale or hasattr(margin, "negatives")):
         raise ValueError(
-            f"bias: expected None with {type(needs).__name__}, got a tensor {tuple(bias.shape)}"
+            f"logq: expected False with {type(looks).__name__}, which looks at all cosines"
         )
 
 

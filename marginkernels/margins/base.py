@@ -12,6 +12,9 @@ A margin may also have
   :mod:`marginkernels.transforms`). It is called before the sweep, without gradient; c is the
   target's cosine, or None where ``needs_target_first = False``.
 - ``regularizer(rows) -> Tensor`` () or (N,), added to the rows' losses.
+- ``draw(x) -> Tensor`` (N,), random numbers that it needs for each row of x (N, D). With classes
+  split over ranks it is called in training mode by the row's own rank, and the others get the
+  numbers in ``rows.noise``.
 - state: registered buffers, changed in training mode only. c and rows are those of the whole batch,
   over all processes, so statistics of them are global; ``rows.kept`` leaves out ignored rows.
 """
@@ -37,6 +40,7 @@ class Rows(NamedTuple):
     w_norm: Tensor | None  # |w_y|; None before the sweep, in ``negatives``
     row_margin: Tensor | None  # the margin that the call gave for each row
     kept: Tensor | None = None  # bool, whether the row takes part; None: all do
+    noise: Tensor | None = None  # what ``draw`` gave; None: the margin draws it now
 
 
 class Interval(NamedTuple):

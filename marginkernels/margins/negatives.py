@@ -79,6 +79,11 @@ class InterClassFilter(nn.Module):
         inner = getattr(self.margin, "regularizer", None)
         return rows.x_norm.new_zeros(()) if inner is None else inner(rows)
 
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What the margin inside draws, or None."""
+        inner = getattr(self.margin, "draw", None)
+        return None if inner is None else inner(x)
+
     def negatives(self, c: None, rows: Rows) -> Transform:
         return Transform("interclass_filter", None, _constants(rows.x_norm, self.threshold))
 

@@ -55,9 +55,13 @@ class ElasticFace(Margin):
         m = super().of_rows(c, rows)
         if not self.training:
             return m
-        noise = torch.randn(c.shape, generator=self.generator, dtype=torch.float32, device=c.device)
-        noise = self.std * noise.to(c.dtype)
+        noise = self.std * (self.draw(c) if rows.noise is None else rows.noise).to(c.dtype)
         return m + (_by_difficulty(noise, c.detach(), rows.kept) if self.plus else noise)
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Standard normal numbers, (N,), for N rows."""
+        device = x.device
+        return torch.randn(len(x), generator=self.generator, dtype=torch.float32, device=device)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, "none") if self.kind == "arc" else c - m

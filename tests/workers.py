@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Groups of processes over gloo. They fork from a server that has imported torch, in no time."""
+
+import atexit
+import datetime
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60  # seconds, of a collective and of a call
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.tensor", "torch.nn.parallel", "marginkernels"])
+_pools = {}
+
+
+def run(world_size, function, *args):
+    """The results, by rank, of function(*args) in each of ``world_size`` processes with gloo as
+    their default group; the traceback of any that fails.
+
+    The function is one of a module: processes import it. They live on for the next call.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = Pool(world_size)
+    pool = _pools[world_size]
+    try:
+        return pool.run(function, *args)
+    except BaseException:
+        pool.kill()  # a rank may be waiting for one that failed
+        del _pools[world_size]
+        raise
+
+
+class Pool:
+    """Processes of one group; for tests that end some of them, one of their own."""
+
+    def __init__(self, world_size, timeout=TIMEOUT):
+        self.directory = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve,
+                args=(theirs, rank, world_size, f"file://{self.directory.name}/store", timeout),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        atexit.register(self.kill)
+
+    def run(self, function, *args):
+        """The results by rank; RuntimeError with the traceback of one that failed."""
+        results = self.outcomes(function, *args)
+        for rank, (succeeded, result) in enumerate(results):
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} of {len(results)}: {result}")
+        return [result for _, result in results]
+
+    def outcomes(self, function, *args):
+        """(whether it succeeded, its result or traceback) of each rank; of one that ended, None."""
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        return [self._outcome(pipe) for pipe in self.pipes]
+
+    def _outcome(self, pipe):
+        try:
+            if not pipe.poll(TIMEOUT + 30):
+                return False, "no answer in time"
+            return pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return False, None
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.directory.cleanup()
+
+
+def _serve(pipe, rank, world_size, url, timeout):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=url,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            outcome = True, function(*args)
+        except Exception:
+            outcome = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(outcome))
