@@ -29,6 +29,7 @@ from .margins import (
     margins_from_counts,
 )
 from .modules import MarginSoftmaxHead
+from .optim import GradScaler, clip_grad_norm_
 from .scales import AdaCos
 from .schedules import MarginSchedule
 from .triplet import TripletLoss
@@ -49,6 +50,7 @@ __all__ = [
     "CosFace",
     "CurricularFace",
     "ElasticFace",
+    "GradScaler",
     "HeadStats",
     "InterClassFilter",
     "LSoftmax",
@@ -64,6 +66,7 @@ __all__ = [
     "X2Softmax",
     "__version__",
     "backend_report",
+    "clip_grad_norm_",
     "margin_cross_entropy",
     "margins_from_counts",
     "set_device_checks",

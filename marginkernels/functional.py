@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import backends, ops, sampling, validation
 from .autograd import HeadFunction
-from .distributed import ClassShard, Exchange, Whole
+from .distributed import ClassShard
+from .exchange import Exchange, Whole
 from .margins import Rows
 from .transforms import IDENTITY, Transform
 
@@ -208,9 +209,14 @@ def margin_cross_entropy(
 def _exchange(shard, x, scale, margin, sample_weight, row_margin) -> Exchange | Whole:
     if shard is None:
         return Whole()
-    given = dict(sample_weight=sample_weight is not None, row_margin=row_margin is not None)
-    given["margin.training"] = margin.training
-    return Exchange(shard, x, scale, given)
+    return Exchange(
+        shard,
+        x,
+        scale,
+        sample_weight=sample_weight is not None,
+        row_margin=row_margin is not None,
+        training=margin.training,
+    )
 
 
 def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import distributed, ops, validation
+from .exchange import Exchange, Whole
 from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
 from .sampling import Sampler, mixed
 
@@ -41,7 +42,7 @@ class MarginSoftmaxHead(nn.Module):
             arcface_torch.
         process_group, device_mesh: splits the classes over the ranks of a group, or of a mesh of
             one dimension (``mesh["classes"]`` of a larger one). ``weight`` and ``bias`` are then
-            DTensors, Shard(0); :mod:`marginkernels.distributed` says what a step exchanges, and
+            DTensors, Shard(0); :mod:`marginkernels.exchange` says what a step exchanges, and
             :class:`ClassShard` what grad_scale, even_batches and max_local_batch mean. All ranks
             construct the head, and call it, together. It must not be inside a
             DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
@@ -106,6 +107,7 @@ class MarginSoftmaxHead(nn.Module):
                 even_batches=even_batches, max_local_batch=max_local_batch,
             )  # fmt: skip
             self._require_agreement(bias, dtype or torch.get_default_dtype())
+            distributed.refuse_ddp()
         self.sampler = Sampler(self.shard and self.shard.group) if sample_rate < 1 else None
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
@@ -180,44 +182,75 @@ class MarginSoftmaxHead(nn.Module):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits (N, C) without margin, for evaluation: scale * cos + bias where both sides
-        are normalised.
+        are normalised. Not of a sharded head.
         """
+        if self.shard is not None:
+            raise RuntimeError(
+                "logits: the classes are split over ranks: topk merges them, and "
+                "full_state_dict() loads into a head that has them all"
+            )
         return torch.cat([block for _, block in self._logit_blocks(embeddings)], dim=1)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k greatest of :meth:`logits` in each row and their classes, (N, k) each, greatest
-        first; never holds (N, C) logits.
+        first; never holds (N, C) logits. Of a sharded head, collective: each rank gives its rows
+        and gets theirs, over all classes.
         """
         if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
             raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
-        values = indices = None
-        for start, block in self._logit_blocks(embeddings):
+        self._check_embeddings(embeddings)
+        exchange = Whole() if self.shard is None else Exchange(self.shard, embeddings)
+        rows = exchange.features(embeddings)
+        values = torch.empty(len(rows), 0, device=rows.device)
+        classes = values.long()
+        for start, block in self._logit_blocks(rows):
             best, where = block.topk(min(k, block.shape[1]), dim=1)
-            where = where + start
-            if values is not None:
-                best, where = torch.cat([values, best], dim=1), torch.cat([indices, where], dim=1)
-                best, order = best.topk(min(k, best.shape[1]), dim=1)
-                where = where.gather(1, order)
-            values, indices = best, where
-        return values, indices
+            values = torch.cat([values, best], dim=1)
+            classes = torch.cat([classes, where + start], dim=1)
+            values, classes = _greatest(k, values, classes)
+        return _greatest(k, *exchange.candidates(k, values, classes))
 
-    def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """First class and logits of one block of classes after another, in the statistics dtype."""
+    def _check_embeddings(self, embeddings: Tensor) -> None:
         validation.check_tensor("embeddings", embeddings, like=self.weight)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings: expected (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
             )
-        compute_dtype = resolve_compute_dtype(embeddings, self.weight, self.compute_dtype)
+
+    def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """First class and logits of one block of classes after another, in the statistics dtype."""
+        self._check_embeddings(embeddings)
+        weight, bias = distributed.local(self.weight), distributed.local(self.bias)
+        compute_dtype = resolve_compute_dtype(embeddings, weight, self.compute_dtype)
         scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
         x = scale * _operand(embeddings, self.normalize == "both", compute_dtype)
-        for start in range(0, self.num_classes, _CHUNK):
+        first = 0 if self.shard is None else self.shard.start
+        for start in range(0, len(weight), _CHUNK):
             classes = slice(start, start + _CHUNK)
-            w = _operand(self.weight[classes], self.normalize != "none", compute_dtype)
+            w = _operand(weight[classes], self.normalize != "none", compute_dtype)
             with torch.autocast(x.device.type, enabled=False):
                 block = x @ w.T
-            yield start, block if self.bias is None else block + self.bias[classes].to(w.dtype)
+            yield first + start, block if bias is None else block + bias[classes].to(w.dtype)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """``state_dict()`` with the classes of all ranks, as an unsharded head has it. Collective;
+        every rank gets all of it. It loads into a head that is sharded in any way, or not.
+        """
+        return {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in self.state_dict().items()
+        }
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # of a tensor with all classes each rank takes its own
+        for name in ("weight", "bias") if self.shard is not None else ():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and not hasattr(value, "to_local"):
+                rows = value[self.shard.start : self.shard.stop]
+                rows = rows.to(distributed.local(self.weight).device)
+                state_dict[prefix + name] = distributed.sharded(rows, self._mesh, value.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         is_number = not isinstance(self.scale, Tensor | nn.Module)
@@ -226,6 +259,12 @@ class MarginSoftmaxHead(nn.Module):
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{scale}, "
             f"normalize={self.normalize!r}, bias={self.bias is not None}, backend={self.backend!r}"
         )
+
+
+def _greatest(k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The k greatest values (N, M), at most M, in each row, and their classes."""
+    values, order = values.topk(min(k, values.shape[1]), dim=1)
+    return values, classes.gather(1, order)
 
 
 def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
