@@ -1,51 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The head with its classes split over processes equals the head that has them all."""
-
-import itertools
+"""A head with its classes split over processes equals the head that has them all."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import workers
-from marginkernels import ArcFace, ClassShard, margin_cross_entropy
+from marginkernels import ArcFace
+from problems import random_problem
+from sharding import ShardedProblem, compare_losses
 
-F64 = torch.float64
-
-
-def parts(n, world, uneven=True):
-    """First row and end of each rank's rows of n; the last rank has none, where uneven."""
-    if not uneven:
-        return [(n * r // world, n * (r + 1) // world) for r in range(world)]
-    cuts = [n * r // (world - 1) + (r % 2) for r in range(world - 1)] + [n, n]
-    cuts[0] = 0
-    return list(itertools.pairwise(cuts))
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def sharded_call(c, dtype, backend):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    x, w, y = torch.randn(12, 8), torch.randn(c, 8), torch.randint(0, c, (12,))
-    shard = ClassShard.chunked(c, dist.group.WORLD, grad_scale="exact")
-    a, b = parts(12, world)[rank]
-    own_x = x[a:b].to(dtype).requires_grad_()
-    own_w = w[shard.start : shard.stop].to(dtype).requires_grad_()
-    loss = margin_cross_entropy(
-        own_x, own_w, y[a:b], margin=ArcFace(0.3), scale=16.0, shard=shard, backend=backend
-    )
-    loss.backward()
-    full_x, full_w = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
-    expected = margin_cross_entropy(
-        full_x, full_w, y, margin=ArcFace(0.3), scale=16.0, backend=backend
-    )
-    expected.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(own_x.grad, full_x.grad[a:b])
-    torch.testing.assert_close(own_w.grad, full_w.grad[shard.start : shard.stop])
+def sharded_problem(world, n, c, d, dtypes=(F32, F32, None), **settings):
+    problem = random_problem(n, c, d, dtypes=dtypes, **settings)
+    return ShardedProblem(**vars(problem), world=world)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, None), (BF16, F32, None)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_and_gradients_within_the_budget(world, dtypes, backend):
+    """Classes that do not divide; a rank without rows; ignored rows."""
+    problem = sharded_problem(world, 24, 61, 40, dtypes, margin=ArcFace(0.3), scale=24.0)
+    problem.y[::6] = -100
+    problem.check(backend)
+    problem.y[:] = 1  # rank 0 holds all the targets
+    problem.check(backend)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_first(world):
-    for c in (2, 7, 50):
-        workers.run(world, sharded_call, c, F64, "reference")
+def test_every_loss_and_setting(world):
+    """Row losses, statistics, gradients of everything learnable and state, over several steps."""
+    workers.run(world, compare_losses)

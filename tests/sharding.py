@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Problems cut into the rows and classes of each rank; what processes run, by test."""
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+import simulation
+import workers
+from losses import LOSSES, C, operands
+from marginkernels import (
+    AdaCos,
+    AdaFace,
+    ArcFace,
+    ASoftmax,
+    ClassShard,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    InterClassFilter,
+    NSoftmax,
+    margin_cross_entropy,
+)
+from problems import Problem
+
+F64 = torch.float64
+N = 40  # rows of losses.operands
+
+
+def my_rows(n, even=False):
+    """This rank's part of n rows: as many for each, or for the first W - 1 more and more, and none
+    for the last.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if even:
+        return slice(n * rank // world, n * (rank + 1) // world)
+    ends = [n * r * r // (world - 1) ** 2 for r in range(world)] + [n]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def my_shard(c, **settings):
+    return ClassShard.chunked(c, dist.group.WORLD, **dict(dict(grad_scale="exact"), **settings))
+
+
+def cut(t, part):
+    """The part of a tensor, or of None."""
+    return t if t is None else t[part]
+
+
+def solve_part(problem, backend, simulator, settings):
+    """Losses of all rows, and the gradients of this rank's rows and classes."""
+    shard = my_shard(len(problem.w))
+    rows, classes = my_rows(len(problem.x)), slice(shard.start, shard.stop)
+    part = replace(
+        problem,
+        x=problem.x[rows],
+        w=problem.w[classes],
+        y=problem.y[rows],
+        bias=cut(problem.bias, classes),
+    )
+    context = simulation.simulated(simulator) if simulator else contextlib.nullcontext()
+    with context:
+        return part.solve(
+            margin_cross_entropy,
+            backend=backend,
+            compute_dtype=problem.compute_dtype,
+            shard=shard,
+            **settings,
+        )
+
+
+def learnable(value):
+    return torch.nn.Parameter(torch.tensor(value, dtype=F64))
+
+
+class MarginOfNorms(torch.nn.Module):
+    """Differentiable in both norms, with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = learnable(0.2)
+
+    def forward(self, c, rows):
+        return c - 0.1 * torch.tanh(rows.x_norm) - self.weight * torch.tanh(rows.w_norm)
+
+
+def with_settings(make, **settings):
+    """A function that makes them anew."""
+
+    def make_all():
+        made = {k: v() if callable(v) else v for k, v in settings.items()}
+        return dict(margin=make(), scale=16.0) | made
+
+    return make_all
+
+
+class FixedNoise(ElasticFace):
+    """Draws the same numbers for the same rows, however they are split."""
+
+    def draw(self, x):
+        noise = torch.randn(N, generator=torch.Generator().manual_seed(5))
+        return noise if len(x) == N else noise[my_rows(N)]
+
+
+SETTINGS = {
+    "softmax with everything": with_settings(
+        MarginOfNorms,
+        scale=lambda: learnable(0.7),
+        normalize="none",
+        bias=lambda: torch.randn(C, dtype=F64),
+        label_smoothing=0.1,
+        z_loss=1e-3,
+        focal_gamma=2.0,
+        sample_weight=lambda: torch.rand(N, dtype=F64),
+    ),
+    "weights normalised, bias": with_settings(
+        MarginOfNorms,
+        scale=2.0,
+        normalize="weight",
+        bias=lambda: torch.randn(C, dtype=F64),
+    ),
+    "row margins": with_settings(
+        CosFace,
+        scale=lambda: learnable(16.0),
+        row_margin=lambda: torch.rand(N, dtype=F64),
+    ),
+    "learnable table": with_settings(
+        lambda: ArcFace(torch.nn.Parameter(torch.rand(C))), label_smoothing=0.2
+    ),
+    "learnable margin": with_settings(lambda: ArcFace(torch.nn.Parameter(torch.tensor(0.3)))),
+    "transform, learnable scale": with_settings(
+        CurricularFace, scale=lambda: learnable(8.0), label_smoothing=0.1
+    ),
+    "AdaCos": with_settings(NSoftmax, scale=lambda: AdaCos(C)),
+    "AdaCos delayed": with_settings(NSoftmax, scale=lambda: AdaCos(C, delayed=True)),
+    "AdaFace": with_settings(lambda: AdaFace(t_alpha=0.3)),
+    "CurricularFace": with_settings(lambda: CurricularFace(alpha=0.3)),
+    "A-Softmax": with_settings(lambda: ASoftmax(3), scale=1.0, normalize="weight"),
+    "ElasticFace": with_settings(lambda: FixedNoise()),
+    "ElasticFace+ in a filter": with_settings(
+        lambda: InterClassFilter(FixedNoise(std=0.2, plus=True), 0.3)
+    ),
+} | {
+    name: with_settings(loss.make, scale=loss.scale, normalize=loss.normalize)
+    for name, loss in LOSSES.items()
+    if not name.startswith("ElasticFace")
+}
+
+
+def solve_step(x, w, y, settings, modules, shard):
+    """Losses of all rows and statistics; the gradients, of an uneven sum of the losses, of this
+    rank's rows and classes and of all that is learnable; the state that is left. ``settings`` with
+    a shard, or by itself what has it all.
+    """
+    rows, classes = my_rows(len(x)), slice(shard.start, shard.stop)
+    parts = dict(x=rows, w=classes, bias=classes, sample_weight=rows, row_margin=rows)
+    given = dict(settings, x=x, w=w, y=y)
+    leaves = {k: given[k].detach().clone() for k in parts if k in given}
+    sharded = "shard" in settings
+    if sharded:
+        leaves = {k: t[parts[k]] for k, t in leaves.items()}
+        given["y"] = y[rows]
+    leaves = {k: t.requires_grad_() for k, t in leaves.items()}
+    losses, stats = margin_cross_entropy(
+        **dict(given, **leaves), reduction="none", backend="reference", return_stats=True
+    )
+    upstream = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
+    leaves |= {k: t for m in modules for k, t in m.named_parameters()}
+    if isinstance(given["scale"], torch.nn.Parameter):
+        leaves["scale"] = given["scale"]
+    gradients = torch.autograd.grad((losses * upstream).sum(), leaves.values())
+    gradients = dict(zip(leaves, gradients, strict=True))
+    if not sharded:
+        gradients |= {k: gradients[k][part] for k, part in parts.items() if k in gradients}
+    state = {k: t.clone() for m in modules for k, t in m.named_buffers()}
+    return [losses.detach(), *stats], gradients, state
+
+
+def compare_losses(**shard_settings):
+    """Every step of each loss equals that of a process that has it all; fp64, to rounding."""
+    batches = [operands(seed=seed) for seed in range(2)]
+    shard = my_shard(C, **shard_settings)
+    for name, make in SETTINGS.items():
+        solutions = []
+        for more in (dict(shard=shard), {}):
+            torch.manual_seed(1)
+            settings = make() | more
+            modules = [v.double() for v in settings.values() if isinstance(v, torch.nn.Module)]
+            steps = [solve_step(*batch, settings, modules, shard) for batch in batches]
+            solutions.append(steps)
+        torch.testing.assert_close(
+            *solutions, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@dataclass
+class ShardedProblem(Problem):
+    """Solved by ``world`` processes."""
+
+    world: int = 2
+    simulator: str | None = None
+
+    def solve_fused(self, backend, **more):
+        problem = Problem(self.x, self.w, self.y, self.compute_dtype, self.bias, self.settings)
+        results = workers.run(self.world, solve_part, problem, backend, self.simulator, more)
+        losses, *gradients = zip(*results, strict=True)
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+        return [losses[0].detach(), *map(torch.cat, gradients)]
