@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """``margin_cross_entropy``: validation, the call of the sweep, and the loss on N numbers."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def margin_cross_entropy(
     sample_rate: float = 1.0,
     logq: bool = False,
     generator: torch.Generator | None = None,
+    sampler: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, HeadStats]:
     r"""Normalised linear layer, margin and softmax cross-entropy, without the (N, C) logits.
 
@@ -109,6 +111,9 @@ def margin_cross_entropy(
             for n sampled of C (on the rank), P of them the rows' own: the sum over the sample then
             estimates that over all.
         generator: of the sample, on x's device; None: torch's default one.
+        sampler: chooses the classes instead: a function of the rows' classes (N,), -1 for those
+            that ``w`` does not hold, to the sorted indices of a row of ``w`` at least, the rows'
+            own among them.
 
     Returns:
         The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
@@ -133,7 +138,7 @@ def margin_cross_entropy(
     validation.check_scale(scale)
     validation.check_margin(margin, row_margin, num_classes, w.device)
     validation.check_cosines(margin, observer, normalize, bias is not None)
-    validation.check_sampling(sample_rate, logq, label_smoothing, margin, observer)
+    validation.check_sampling(sample_rate, logq, sampler, label_smoothing, margin, observer)
     compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
     backend = backends.select(backend, x.device.type, compute_dtype)
     obstacles = _tile_obstacles(
@@ -158,8 +163,10 @@ def margin_cross_entropy(
     rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept, noise)
     label = exchange.held(torch.where(kept, label, -1))
     bias = None if bias is None else bias.to(stats_dtype)
-    if sample_rate < 1:
-        w, bias, label = sampling.sampled(w, bias, label, sample_rate, logq, generator, stats_dtype)
+    if sampler is None and sample_rate < 1:
+        sampler = sampling.uniform(w.shape[0], sample_rate, generator)
+    if sampler is not None:
+        w, bias, label = sampling.sampled(w, bias, label, sampler(label), logq, stats_dtype)
     if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
         w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
     keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import distributed, ops, validation
 from .exchange import Exchange, Whole
+from .extend import extend
 from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
 from .sampling import Sampler, mixed
 
@@ -98,7 +99,7 @@ class MarginSoftmaxHead(nn.Module):
         self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
         self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
         validation.check_cosines(margin, scale, normalize, bias)
-        validation.check_sampling(sample_rate, logq, label_smoothing, margin, scale)
+        validation.check_sampling(sample_rate, logq, None, label_smoothing, margin, scale)
         self.sample_rate, self.logq = sample_rate, logq
         self.shard, self._mesh = None, distributed.class_mesh(process_group, device_mesh, device)
         if self._mesh is not None:
@@ -232,6 +233,31 @@ class MarginSoftmaxHead(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 block = x @ w.T
             yield first + start, block if bias is None else block + bias[classes].to(w.dtype)
+
+    def extend(
+        self,
+        k: int,
+        *,
+        init: Tensor | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Adds k classes, from num_classes on. Of a sharded head, collective: classes move
+        between ranks, so that the split is DTensor's again.
+
+        ``weight`` and ``bias`` become new parameters without a gradient.
+
+        Args:
+            k: a positive integer.
+            init: (k, D), the new rows of ``weight``, the same on all ranks, for instance mean
+                embeddings of the new classes; None: N(0, 0.01^2). The new biases are 0.
+            optimizer: one that holds the head's parameters: it goes on with the new ones, and what
+                it keeps for each class starts at 0 for new classes.
+
+        Raises:
+            ValueError, TypeError: before anything is changed, on bad arguments, and for a margin
+                with a table of the classes: first give the head one with rows for the new ones.
+        """
+        extend(self, k, init, optimizer)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` with the classes of all ranks, as an unsharded head has it. Collective;

@@ -2,6 +2,8 @@
 # Copyright (c) 2026 The marginkernels authors
 """Partial FC: a step on some of the classes (An et al., 2022, arXiv:2203.15565)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,21 +27,30 @@ def sample_classes(
     return order[:num_classes].topk(num_sample, sorted=False).indices.sort().values
 
 
+def uniform(
+    num_classes: int, sample_rate: float, generator: torch.Generator | None
+) -> Callable[[Tensor], Tensor]:
+    """:func:`sample_classes` of max(int(rate C), min(N, C)) classes, a function of the labels."""
+
+    def sample(label: Tensor) -> Tensor:
+        num_sample = max(int(sample_rate * num_classes), min(label.shape[0], num_classes))
+        return sample_classes(label, num_classes, num_sample, generator)
+
+    return sample
+
+
 def sampled(
     w: Tensor,
     bias: Tensor | None,
     label: Tensor,
-    sample_rate: float,
+    index: Tensor,
     logq: bool,
-    generator: torch.Generator | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The sampled rows of w, their bias with the logq correction in ``dtype``, the rows' classes
+    """The rows ``index`` of w, their bias with the logq correction in ``dtype``, the rows' classes
     among them.
     """
-    num_classes = w.shape[0]
-    num_sample = max(int(sample_rate * num_classes), min(label.shape[0], num_classes))
-    index = sample_classes(label, num_classes, num_sample, generator)
+    num_classes, num_sample = w.shape[0], index.shape[0]
     owned = label >= 0
     places = torch.searchsorted(index, label.clamp_min(0))
     w = w.index_select(0, index)

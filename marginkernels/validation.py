@@ -155,14 +155,14 @@ def check_cosines(margin, scale, normalize: str, bias: bool) -> None:
         raise ValueError(f"bias: expected none with {type(needs).__name__}")
 
 
-def check_sampling(sample_rate, logq, label_smoothing, margin, scale) -> None:
+def check_sampling(sample_rate, logq, sampler, label_smoothing, margin, scale) -> None:
     """A sample stands for all classes in the sum of exponentials only."""
     if not _is_number(sample_rate) or not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
     if not isinstance(logq, bool):
         raise TypeError(f"logq: expected a bool, got {type(logq).__name__}")
-    if sample_rate < 1 and label_smoothing > 0:
-        raise ValueError(f"label_smoothing: expected 0 with sample_rate < 1, got {label_smoothing}")
+    if (sample_rate < 1 or sampler is not None) and label_smoothing > 0:
+        raise ValueError(f"label_smoothing: expected 0 with a sample, got {label_smoothing}")
     looks = scale if getattr(scale, "adapts", False) else margin
     if logq and (looks is scale or hasattr(margin, "negatives")):
         raise ValueError(

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The heads of insightface's arcface_torch, fused: its trainer runs with these imports changed::
+
+    from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
+
+What is its own stays: signatures, which classes and which random numbers fall to which rank, the
+``state_dict`` with one plain ``weight`` per rank, and gradients as of the loss's mean over the
+global batch, those of the embeddings times the number of ranks. What differs:
+
+- The loss of a row is not capped at 69.08, unless ``loss_cap=LOSS_CAP`` asks for it.
+- Batches may differ in size from step to step and from rank to rank.
+- Without a process group there is one rank; insightface demands a group.
+- Labels outside [0, num_classes) are an error, not a row that belongs to no class.
+- ``labels`` stay as they are; insightface squeezes and overwrites them in place.
+- Ranks seeded alike start with different weights.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import distributed, functional, margins, ops
+from ..distributed import ClassShard
+from ..exchange import Exchange, Whole
+
+# insightface takes -log(max(p, 1e-30))
+LOSS_CAP = -math.log(1e-30)
+# every label is a class
+_NO_LABEL = -(2**63)
+
+
+class MarginLoss(nn.Module):
+    """A margin of :mod:`marginkernels.margins` with a scale: what :class:`PartialFC_V2` fuses.
+
+    Args:
+        margin: any margin, also one that insightface does not have.
+        s: scale.
+    """
+
+    def __init__(self, margin: nn.Module, s: float):
+        super().__init__()
+        self.margin, self.s = margin, s
+
+    def extra_repr(self) -> str:
+        return f"s={self.s:g}"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """s times the cosines ``logits`` (N, C) with the margin in the column of each row's label,
+        (N,) or (N, 1), -1 where there is none. For calls without :class:`PartialFC_V2`; a new
+        tensor, where insightface's overwrites ``logits``.
+        """
+        here = labels.reshape(-1, 1) >= 0
+        column = labels.reshape(-1, 1).clamp_min(0)
+        c, ones = logits.gather(1, column), torch.ones_like(logits[:, 0])
+        t = self.margin(c[:, 0], margins.Rows(column[:, 0], ones, ones, None, here[:, 0]))
+        threshold = getattr(self.margin, "threshold", None)
+        others = logits if threshold is None else logits.masked_fill(logits > threshold, 0)
+        target = torch.where(here, t[:, None], others.gather(1, column))
+        return self.s * others.scatter(1, column, target)
+
+
+class CombinedMarginLoss(MarginLoss):
+    """insightface's, which has two forms: for m3 > 0 CosFace with m3, whatever m1 and m2 are, and
+    for m1 = 1, m3 = 0 ArcFace with m2, without a branch past theta = pi - m2.
+
+    :class:`marginkernels.CombinedMargin` in :class:`MarginLoss` combines all three.
+
+    Args:
+        s: scale.
+        m1, m2, m3: see above.
+        interclass_filtering_threshold: above 0, :class:`marginkernels.InterClassFilter` with it.
+        gradient: of ArcFace, "straight_through" as in insightface since December 2022, or "exact".
+    """
+
+    def __init__(
+        self,
+        s: float,
+        m1: float,
+        m2: float,
+        m3: float,
+        interclass_filtering_threshold: float = 0,
+        *,
+        gradient: str = "straight_through",
+    ):
+        if m3 > 0:
+            margin = margins.CosFace(m3)
+            if (m1, m2) != (1, 0):
+                warnings.warn(
+                    f"m1={m1} and m2={m2} have no effect with m3={m3} > 0, as in insightface; "
+                    "MarginLoss(marginkernels.CombinedMargin(m1, m2, m3), s) combines them",
+                    stacklevel=2,
+                )
+        elif m1 == 1 and m3 == 0:
+            margin = margins.ArcFace(m2, branch="none", gradient=gradient)
+        else:
+            raise ValueError(f"m1, m2, m3: expected m1 = 1 and m3 = 0, or m3 > 0, got {m1, m2, m3}")
+        if interclass_filtering_threshold > 0:
+            margin = margins.InterClassFilter(margin, interclass_filtering_threshold)
+        super().__init__(margin, s)
+        self.m1, self.m2, self.m3 = m1, m2, m3
+        self.interclass_filtering_threshold = interclass_filtering_threshold
+
+
+class ArcFace(MarginLoss):
+    """cos(theta + margin), without a branch past theta = pi - margin; ``gradient`` as for
+    :class:`CombinedMarginLoss`.
+    """
+
+    def __init__(self, s: float = 64.0, margin: float = 0.5, *, gradient: str = "straight_through"):
+        super().__init__(margins.ArcFace(margin, branch="none", gradient=gradient), s)
+
+
+class CosFace(MarginLoss):
+    """cos(theta) - m."""
+
+    def __init__(self, s: float = 64.0, m: float = 0.40):
+        super().__init__(margins.CosFace(m), s)
+
+
+class PartialFC_V2(nn.Module):  # noqa: N801
+    """insightface's classes split over the ranks of the default group, each step on a sample of
+    them: Partial FC (An et al., 2022, arXiv:2203.15565).
+
+    Rank r of W holds C // W classes, and one more if r < C % W, in the order of the ranks. With
+    ``sample_rate`` below 1 a step uses int(sample_rate C_local) of them: the batch's own and others
+    as ``torch.rand`` says, or the batch's own alone where they are more than that. The gradient of
+    ``weight`` is dense, so that weight decay and momentum move all classes.
+
+    The head must not be wrapped in DistributedDataParallel: each rank's weight is its own.
+
+    Args:
+        margin_loss: a :class:`MarginLoss`; or any callable as insightface takes them, with cosines
+            (N, C_local) in fp32 and labels (N, 1), local and -1 for other ranks', to scaled logits.
+            That works too, in plain PyTorch: the logits exist, and a warning says so.
+        embedding_size, num_classes: D and C, of all ranks together.
+        sample_rate: see above; 0 uses the batch's own classes alone.
+        fp16: whether the linear layer computes in float16, else it does in float32.
+        loss_cap: the greatest loss of a row that is reported, or None. Gradients are those without
+            it, as in insightface.
+        backend: see :func:`marginkernels.margin_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        margin_loss: Callable,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+        *,
+        loss_cap: float | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if not callable(margin_loss):
+            raise TypeError(f"margin_loss: expected a callable, got {type(margin_loss).__name__}")
+        if not 0 <= sample_rate <= 1:
+            raise ValueError(f"sample_rate: expected a number in [0, 1], got {sample_rate}")
+        fused = isinstance(margin_loss, MarginLoss)
+        grouped = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if grouped else 0
+        self.world_size = dist.get_world_size() if grouped else 1
+        if not num_classes >= self.world_size:
+            raise ValueError(
+                f"num_classes: expected a class per rank at least, got {num_classes} for "
+                f"{self.world_size} ranks"
+            )
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.sample_rate, self.fp16 = sample_rate, fp16
+        self.loss_cap, self.backend = loss_cap, backend
+        self.num_local = num_classes // self.world_size + (
+            self.rank < num_classes % self.world_size
+        )
+        self.class_start = num_classes // self.world_size * self.rank + min(
+            self.rank, num_classes % self.world_size
+        )
+        self.num_sample = int(sample_rate * self.num_local)
+        self.shard = None
+        if self.world_size > 1:
+            stop = self.class_start + self.num_local
+            self.shard = ClassShard(self.class_start, stop, num_classes, dist.group.WORLD)
+            distributed.refuse_ddp()
+            distributed.require_agreement(
+                self.shard.group, embedding_size=embedding_size, num_classes=num_classes,
+                sample_rate=sample_rate, fp16=fp16,
+                margin_loss=margin_loss if fused else type(margin_loss).__name__,
+            )  # fmt: skip
+        self.margin_softmax = margin_loss
+        if not fused:
+            warnings.warn(
+                f"{type(margin_loss).__name__} is not fused: the (N, C) logits are held. "
+                "marginkernels.compat.insightface has ArcFace, CosFace, CombinedMarginLoss, and "
+                "MarginLoss for every other margin",
+                stacklevel=2,
+            )
+        generator = torch.Generator().manual_seed(torch.initial_seed() + self.rank)
+        self.weight = nn.Parameter(
+            torch.empty(self.num_local, embedding_size).normal_(std=0.01, generator=generator)
+        )
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """The mean loss of all ranks' rows, the same on all.
+
+        Args:
+            local_embeddings: (N, D), this rank's.
+            local_labels: (N,) or (N, 1), their classes of [0, num_classes), integers.
+        """
+        if local_labels.is_floating_point():  # large numbers would be others
+            raise TypeError(f"local_labels: expected integers, got {local_labels.dtype}")
+        rows = self._fused if isinstance(self.margin_softmax, MarginLoss) else self._dense
+        loss = rows(local_embeddings, local_labels.reshape(-1).long())
+        if self.loss_cap is not None:
+            loss = loss + (loss.clamp_max(self.loss_cap) - loss).detach()
+        return loss.mean()
+
+    def sample(self, label: Tensor) -> Tensor:
+        """Sorted classes, of those on this rank, that a step with rows of ``label`` is made on, -1
+        for other ranks' rows.
+        """
+        positive = torch.unique(label[label >= 0])
+        if len(positive) > self.num_sample:
+            return positive
+        order = torch.rand(self.num_local).to(label.device)
+        order[positive] = 2.0
+        # a shard needs a class, where insightface fails
+        return order.topk(max(self.num_sample, 1)).indices.sort().values
+
+    def _fused(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of all rows, (N,)."""
+        return functional.margin_cross_entropy(
+            x,
+            self.weight,
+            y,
+            margin=self.margin_softmax.margin,
+            scale=self.margin_softmax.s,
+            reduction="none",
+            ignore_index=_NO_LABEL,
+            compute_dtype=torch.float16
+            if self.fp16
+            else torch.promote_types(x.dtype, torch.float32),
+            backend=self.backend,
+            shard=self.shard,
+            sampler=self.sample if self.sample_rate < 1 else None,
+        )
+
+    def _dense(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same with the logits, for a margin that only they can be given to."""
+        exchange = Whole() if self.shard is None else Exchange(self.shard, x)
+        x, y = exchange.features(x), exchange.rows(y, fill=_NO_LABEL)
+        label = exchange.held(ops.checked_labels(y, self.num_classes, _NO_LABEL))
+        weight = self.weight
+        if self.sample_rate < 1:
+            index = self.sample(label)
+            weight = weight.index_select(0, index)
+            label = torch.where(label >= 0, torch.searchsorted(index, label), -1)
+        with torch.autocast(x.device.type, torch.float16, enabled=self.fp16):
+            logits = F.linear(F.normalize(x.to(weight.dtype)), F.normalize(weight))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-1, 1)
+        logits = self.margin_softmax(logits, label[:, None].clone())  # it may overwrite both
+        target = logits.gather(1, label.clamp_min(0)[:, None])[:, 0]
+        target = torch.where(label >= 0, target, 0)
+        none = target.new_empty(0)
+        lse, _, _, target = exchange.merge(label, logits.logsumexp(1), none, none, target)
+        return lse - target

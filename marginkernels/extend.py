@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""New classes for a head that has trained: its parameters grow, and what an optimizer keeps for
+them, in one process or split over many.
+"""
+
+import dataclasses
+import numbers
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import distributed, validation
+from .distributed import ClassShard
+from .sampling import mixed
+
+
+class Grown(NamedTuple):
+    """A tensor with k more rows, and where this process holds new ones."""
+
+    tensor: Tensor  # (C + k, ...), a DTensor if the old one was
+    fresh: Tensor  # view of the new rows held here, zeros
+    which: slice  # of the k new rows: these
+
+
+def extend(
+    head: nn.Module, k: int, init: Tensor | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """See :meth:`marginkernels.MarginSoftmaxHead.extend`."""
+    shard = head.shard
+    if shard is not None:
+        given = dict(k=k, init=init is not None, optimizer=type(optimizer).__name__)
+        distributed.require_agreement(shard.group, **given)
+    _check(head, k, init, optimizer)
+    for name in _parameters(head):
+        old = getattr(head, name)
+        grown = _grow(old.detach(), k, shard)
+        if name == "weight":
+            _fill(grown, init, shard)
+        new = nn.Parameter(grown.tensor, requires_grad=old.requires_grad)
+        setattr(head, name, new)
+        if optimizer is not None:
+            _replace(optimizer, old, new, k, shard)
+    head.num_classes += k
+    if shard is not None:
+        start, stop = _part(head.num_classes, shard.group, dist.get_rank(shard.group))
+        head.shard = dataclasses.replace(shard, start=start, stop=stop, total=head.num_classes)
+
+
+def _check(head, k, init, optimizer) -> None:
+    """Raises ValueError or TypeError, before anything is changed."""
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k: expected a positive integer, got {k!r}")
+    if init is not None:
+        validation.check_tensor("init", init, shape=(k, head.embedding_size))
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name in _parameters(head):
+            if id(getattr(head, name)) not in held:
+                raise ValueError(f"optimizer: expected one that holds the head's {name}")
+    validation.check_margin(head.margin, None, head.num_classes + k)
+
+
+def _parameters(head) -> list[str]:
+    return [name for name in ("weight", "bias") if getattr(head, name) is not None]
+
+
+def _fill(grown: Grown, init: Tensor | None, shard: ClassShard | None) -> None:
+    if init is not None:
+        grown.fresh.copy_(init[grown.which])
+        return
+    generator = None
+    if shard is not None:
+        # ranks with one seed must not draw the same rows
+        seed = mixed(int(torch.randint(2**62, ())), dist.get_rank(shard.group))
+        generator = torch.Generator(grown.fresh.device).manual_seed(seed)
+    grown.fresh.normal_(std=0.01, generator=generator)
+
+
+def _replace(optimizer, old: Tensor, new: Tensor, k: int, shard: ClassShard | None) -> None:
+    """The new parameter takes the old one's place and its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = {
+            key: _grow(value, k, shard).tensor
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
+            for key, value in optimizer.state.pop(old).items()
+        }
+
+
+def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
+    total = old.shape[0]
+    if shard is None:
+        tensor = old.new_zeros(total + k, *old.shape[1:])
+        tensor[:total] = old
+        return Grown(tensor, tensor[total:], slice(0, k))
+    rank, ranks = dist.get_rank(shard.group), range(dist.get_world_size(shard.group))
+    before = [_part(total, shard.group, r) for r in ranks]
+    after = [_part(total + k, shard.group, r) for r in ranks]
+    start, stop = after[rank]
+    held = distributed.local(old)
+    local = held.new_zeros(stop - start, *held.shape[1:])
+    kept = max(0, min(stop, total) - start)
+    # classes stay in order: what goes to a rank is one run of rows, and what comes is in order too
+    dist.all_to_all_single(
+        local[:kept],
+        held.contiguous(),
+        [_overlap(after[rank], part) for part in before],
+        [_overlap(before[rank], part) for part in after],
+        group=shard.group,
+    )
+    tensor = distributed.sharded(local, old.device_mesh, (total + k, *old.shape[1:]))
+    return Grown(tensor, local[kept:], slice(start + kept - total, stop - total))
+
+
+def _part(total: int, group: dist.ProcessGroup, rank: int) -> tuple[int, int]:
+    """First class and end of a rank's part in DTensor's split."""
+    size = -(-total // dist.get_world_size(group))
+    return min(rank * size, total), min((rank + 1) * size, total)
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
