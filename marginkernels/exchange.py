@@ -11,7 +11,7 @@ Every rank holds some classes and gives some rows. A step of N rows in all, over
     backward  the sweep; one reduce-scatter of dx, N D numbers in x's type.
 
 and each rank then holds the same N numbers and computes the same loss from them. Besides, a gather
-of four integers per rank tells the numbers of rows, unless they are promised (``even_batches``,
+of seven integers per rank tells the numbers of rows, unless they are promised (``even_batches``,
 ``max_local_batch``); N numbers each are gathered for sample weights, row margins and random
 margins; a learnable scale all-reduces one number backward; a loss that needs the target's cosine
 before its sweep all-reduces N numbers, and an adaptive scale with a sweep of its own merges that.
@@ -71,17 +71,17 @@ class Exchange:
     Args:
         shard: what this rank holds.
         x: (n, D), this rank's rows.
-        scale: s; whether it is learnable counts.
+        learns_scale: whether s may be trained; the same on all ranks.
         given: what the call has on this rank, and has to have on all ranks or on none.
     """
 
-    def __init__(self, shard: ClassShard, x: Tensor, scale=None, **given: bool):
+    def __init__(self, shard: ClassShard, x: Tensor, learns_scale: bool = False, **given: bool):
         self.shard, self.group = shard, shard.group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.factor = self.world if shard.grad_scale == "ddp" else 1
         self.n, self.height = x.shape[0], max(x.shape[0], 1)  # an empty message may be an error
         self.index = None  # of the rows among the padded ones, where some are padding
-        self.wants_dx, self.wants_dscale = True, isinstance(scale, Tensor) and scale.requires_grad
+        self.wants_dx, self.learns_scale = True, learns_scale
         if shard.max_local_batch is not None:
             self.height = shard.max_local_batch
             if self.n > self.height:
@@ -95,17 +95,17 @@ class Exchange:
 
     def _agree(self, x: Tensor, given: dict[str, bool]) -> None:
         """Tells the others how many rows this rank has and what it wants; the host waits."""
-        mine = [self.n, x.shape[1], _DTYPES.index(x.dtype), x.requires_grad, self.wants_dscale]
-        mine = torch.tensor([*mine, *given.values()], dtype=torch.int64)
+        mine = [self.n, x.shape[1], _DTYPES.index(x.dtype), x.requires_grad, *given.values()]
+        mine = torch.tensor(mine, dtype=torch.int64)
         every = self._gather(mine.to(x.device)).view(self.world, -1).tolist()
-        sizes, widths, dtypes, dx, dscale, *options = zip(*every, strict=True)
+        sizes, widths, dtypes, dx, *options = zip(*every, strict=True)
         _require_same("x", [f"{width} features" for width in widths])
         _require_same("x", [str(_DTYPES[dtype]) for dtype in dtypes])
         for name, present in zip(given, options, strict=True):
             if len(set(present)) > 1:
                 ranks = [rank for rank, there in enumerate(present) if there]
                 raise ValueError(f"{name}: expected on all ranks or on none, got it on {ranks}")
-        self.wants_dx, self.wants_dscale = any(dx), any(dscale)
+        self.wants_dx = any(dx)
         self.height = max(*sizes, 1)
         self.first = self.rank * self.height
         if any(size != self.height for size in sizes):
@@ -131,7 +131,7 @@ class Exchange:
 
     def scale(self, scale: Tensor) -> Tensor:
         """The scale for the sweep, of which each rank has only its own classes' gradient."""
-        if not self.wants_dscale:
+        if not self.learns_scale:
             return scale
         return _Summed.apply(scale, torch.zeros_like(scale, requires_grad=True), self)
 

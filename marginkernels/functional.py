@@ -125,9 +125,10 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
-    observer = None
+    observer, learns_scale = None, isinstance(scale, nn.Parameter)
     if isinstance(scale, nn.Module):
         observer = scale if getattr(scale, "adapts", False) else None
+        learns_scale = any(True for _ in scale.parameters())
         scale = scale()
     validation.check_settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
@@ -145,7 +146,8 @@ def margin_cross_entropy(
         bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
     )
 
-    exchange = _exchange(shard, x, scale, margin, sample_weight, row_margin)
+    learns_scale = learns_scale or (isinstance(scale, Tensor) and scale.requires_grad)
+    exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
     own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
     x_norm = exchange.of_own_rows(_row_norm, own_x, x, compute_dtype)
     noise = None if shard is None else _noise(margin, own_x)
@@ -213,13 +215,13 @@ def margin_cross_entropy(
     return loss, HeadStats(torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach())
 
 
-def _exchange(shard, x, scale, margin, sample_weight, row_margin) -> Exchange | Whole:
+def _exchange(shard, x, learns_scale, margin, sample_weight, row_margin) -> Exchange | Whole:
     if shard is None:
         return Whole()
     return Exchange(
         shard,
         x,
-        scale,
+        learns_scale,
         sample_weight=sample_weight is not None,
         row_margin=row_margin is not None,
         training=margin.training,

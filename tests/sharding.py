@@ -209,3 +209,46 @@ class ShardedProblem(Problem):
         losses, *gradients = zip(*results, strict=True)
         assert all(torch.equal(loss, losses[0]) for loss in losses)
         return [losses[0].detach(), *map(torch.cat, gradients)]
+
+
+def compare_edges(c, n, promise):
+    """Loss and gradients of the mean, with few classes and rows; each rank's part may be empty."""
+    even = "even_batches" in promise
+    x, w = torch.randn(n, 8, dtype=F64), torch.randn(c, 8, dtype=F64)
+    y, shard = torch.randint(0, c, (n,)), my_shard(c, **promise)
+    rows, classes = my_rows(n, even), slice(shard.start, shard.stop)
+    settings = dict(margin=ArcFace(0.3), scale=16.0, bias=torch.ones(c, dtype=F64))
+    results = []
+    for sharded in (True, False):
+        own = dict(settings)
+        leaves = [t.clone() for t in (x, w)]
+        if sharded:
+            leaves = [x[rows].clone(), w[classes].clone()]
+            own |= dict(shard=shard, bias=settings["bias"][classes])
+        leaves = [t.requires_grad_() for t in leaves]
+        loss = margin_cross_entropy(*leaves, y[rows] if sharded else y, **own)
+        gradients = torch.autograd.grad(loss, leaves)
+        if not sharded:
+            gradients = [gradients[0][rows], gradients[1][classes]]
+        results.append([loss, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12, msg=f"{c} classes, {n} rows")
+
+
+def count_collectives(settings, promise):
+    """How often each collective runs, forward and backward."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    c = 13
+    shard = my_shard(c, **promise)
+    x = torch.randn(4, 8, requires_grad=True)
+    w = torch.randn(shard.size, 8, requires_grad=True)
+    counts = []
+    with CommDebugMode() as forward:
+        loss = margin_cross_entropy(
+            x, w, torch.randint(0, c, (4,)), shard=shard, **(dict(scale=16.0) | settings)
+        )
+    with CommDebugMode() as backward:
+        loss.backward()
+    for mode in (forward, backward):
+        counts.append({str(op): times for op, times in mode.get_comm_counts().items()})
+    return counts

@@ -15,7 +15,9 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds, of a collective and of a call
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "torch.nn.parallel", "marginkernels"])
+_context.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.nn.parallel", "torch._dynamo", "marginkernels"]
+)
 _pools = {}
 
 
@@ -57,16 +59,19 @@ class Pool:
 
     def run(self, function, *args):
         """The results by rank; RuntimeError with the traceback of one that failed."""
-        results = self.outcomes(function, *args)
+        self.start(function, *args)
+        results = self.outcomes()
         for rank, (succeeded, result) in enumerate(results):
             if not succeeded:
                 raise RuntimeError(f"rank {rank} of {len(results)}: {result}")
         return [result for _, result in results]
 
-    def outcomes(self, function, *args):
-        """(whether it succeeded, its result or traceback) of each rank; of one that ended, None."""
+    def start(self, function, *args):
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
+
+    def outcomes(self):
+        """(whether it succeeded, its result or traceback) of each rank; of one that ended, None."""
         return [self._outcome(pipe) for pipe in self.pipes]
 
     def _outcome(self, pipe):

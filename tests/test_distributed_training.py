@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Training with classes split over processes: DDP, optimizers, meshes, and what goes wrong."""
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import workers
+from marginkernels import (
+    ArcFace,
+    CurricularFace,
+    GradScaler,
+    MarginSoftmaxHead,
+    clip_grad_norm_,
+)
+from sharding import my_rows
+
+C, D = 13, 8
+OPTIMIZERS = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01),
+}
+
+
+def make_head(**settings):
+    return MarginSoftmaxHead(D, C, **dict(dict(margin=ArcFace(0.2), scale=8.0), **settings))
+
+
+def sharded_head(**settings):
+    """A head over all processes, and one of the same weights by itself."""
+    head = make_head(process_group=dist.group.WORLD, **settings)
+    whole = make_head(**copy.deepcopy(settings))
+    whole.load_state_dict(head.full_state_dict())
+    return head, whole
+
+
+def make_backbone():
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, D))
+
+
+def batches(steps, n=16):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        y = torch.randint(0, C, (n,), generator=generator)
+        yield torch.randn(n, 6, generator=generator) + y[:, None] / 4, y
+
+
+def train(optimizer, settings, steps=20):
+    """A backbone under DDP and a sharded head, beside one process that has all rows and classes."""
+    head, whole = sharded_head(**settings)
+    backbone = make_backbone()
+    alone = copy.deepcopy(backbone)
+    ddp = DistributedDataParallel(backbone)
+    optimizers = [
+        OPTIMIZERS[optimizer]([*body.parameters(), *top.parameters()])
+        for body, top in ((ddp, head), (alone, whole))
+    ]
+    for x, y in batches(steps):
+        rows = my_rows(len(x))
+        losses = [head(ddp(x[rows]), y[rows]), whole(alone(x), y)]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+        for loss, step in zip(losses, optimizers, strict=True):
+            step.zero_grad()
+            loss.backward()
+            step.step()
+    for ours, theirs in (
+        (backbone.state_dict(), alone.state_dict()),
+        (head.full_state_dict(), whole.state_dict()),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    return loss.item()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_twenty_steps_equal_those_of_one_process(world, optimizer):
+    """The backbone under DDP; the last rank has no rows; a scale and a bias to learn."""
+    scale = torch.nn.Parameter(torch.tensor(8.0))
+    workers.run(world, train, optimizer, dict(scale=scale, bias=True))
+    workers.run(world, train, optimizer, dict(margin=CurricularFace(0.2, alpha=0.1)))
+
+
+def gradient_of_features(grad_scale):
+    torch.manual_seed(0)
+    x, y, rows = torch.randn(6, D), torch.randint(0, C, (6,)), my_rows(6)
+    head = make_head(process_group=dist.group.WORLD, grad_scale=grad_scale)
+    own = x[rows].requires_grad_()
+    head(own, y[rows]).backward()
+    whole = make_head()
+    whole.load_state_dict(head.full_state_dict())
+    whole(x.requires_grad_(), y).backward()
+    torch.testing.assert_close(head.weight.grad.full_tensor(), whole.weight.grad)
+    factor = dist.get_world_size() if grad_scale == "ddp" else 1
+    torch.testing.assert_close(own.grad, factor * x.grad[rows])
+
+
+@pytest.mark.parametrize("grad_scale", ["ddp", "exact"])
+def test_gradient_contract(grad_scale):
+    workers.run(3, gradient_of_features, grad_scale)
+
+
+def clip_and_scale():
+    head, whole = sharded_head(bias=True)
+    backbone = make_backbone()
+    alone, ddp = copy.deepcopy(backbone), DistributedDataParallel(backbone)
+    models = [(ddp, head), (alone, whole)]
+    x, y = next(batches(1))
+    rows = my_rows(len(x))
+    parts = [(x[rows], y[rows]), (x, y)]
+    norms, scales = [], []
+    for norm_type in (2.0, 3.0, torch.inf):
+        norms.append([])
+        for (body, top), (x, y), clip in zip(
+            models, parts, (clip_grad_norm_, torch.nn.utils.clip_grad_norm_), strict=True
+        ):
+            parameters = [*body.parameters(), *top.parameters()]
+            for p in parameters:
+                p.grad = None
+            (100 * top(body(x), y)).backward()
+            norms[-1].append(clip(parameters, 0.5, norm_type))
+        torch.testing.assert_close(*norms[-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            head.weight.grad.full_tensor(), whole.weight.grad, rtol=1e-4, atol=1e-6
+        )
+    # an infinity in one shard: no rank steps, and all lower their scale
+    for poisoned in (True, False):
+        parameters = [*ddp.parameters(), *head.parameters()]
+        optimizer = OPTIMIZERS["SGD"](parameters)
+        scaler = GradScaler("cpu", init_scale=4.0, growth_interval=1)
+        before = [p.detach().clone() for p in parameters]
+        optimizer.zero_grad()
+        scaler.scale(head(ddp(parts[0][0]), parts[0][1])).backward()
+        if poisoned and dist.get_rank() == 0:
+            head.weight.grad.to_local()[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        moved = [not torch.equal(full(p), full(b)) for p, b in zip(parameters, before, strict=True)]
+        assert not any(moved) if poisoned else all(moved)
+    assert scales == [2.0, 8.0]
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def test_clipping_and_loss_scaling():
+    """Whole and sharded parameters in one optimizer; 13 classes on 3 ranks, and on 5."""
+    for world in (3, 5):
+        workers.run(world, clip_and_scale)
+
+
+def frozen(frozen_rank):
+    """One rank trains neither backbone nor head: its features need no gradient."""
+    head = make_head(process_group=dist.group.WORLD, scale=torch.nn.Parameter(torch.tensor(8.0)))
+    rank = dist.get_rank()
+    if rank == frozen_rank:
+        head.requires_grad_(False)
+    x = torch.randn(4, D).requires_grad_(rank != frozen_rank)
+    for settings in ({}, {"even_batches": True}):
+        head.shard = type(head.shard)(**dict(vars(head.shard), **settings))
+        head(x, torch.randint(0, C, (4,))).backward()
+    assert (x.grad is None) == (rank == frozen_rank)
+    return head.scale.grad
+
+
+def test_a_frozen_rank_hangs_nobody():
+    first, second, third = workers.run(3, frozen, 1)
+    assert second is None and torch.equal(first, third)
+
+
+def on_a_mesh():
+    """Two replicas of a head that is split in two; the replicas average their gradients."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    with pytest.raises(ValueError, match=r"device_mesh: expected one dimension"):
+        make_head(device_mesh=mesh)
+    head, data = make_head(device_mesh=mesh["classes"]), mesh.get_group("data")
+    assert head.shard.total == C and head.weight.device_mesh.ndim == 1
+    dist.broadcast(head.weight.to_local().detach(), group=data, group_src=0)
+    whole = make_head()
+    whole.load_state_dict(head.full_state_dict())
+    backbone = make_backbone()
+    alone, ddp = copy.deepcopy(backbone), DistributedDataParallel(backbone)
+    x, y = next(batches(1))
+    rows = my_rows(len(x), even=True)
+    head(ddp(x[rows]), y[rows]).backward()
+    dist.all_reduce(head.weight.grad.to_local(), group=data)
+    whole(alone(x), y).backward()
+    torch.testing.assert_close(head.weight.grad.full_tensor() / 2, whole.weight.grad)
+    for ours, theirs in zip(backbone.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_one_dimension_of_a_mesh():
+    workers.run(4, on_a_mesh)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Linear(D, D), head
+
+    def forward(self, x, y):
+        return self.head(self.backbone(x), y)
+
+
+def inside_ddp():
+    model = Model(make_head(process_group=dist.group.WORLD, bias=True))
+    before = model.head.full_state_dict()
+    for wrapped in (model, model.head):
+        with pytest.raises(ValueError, match=r"head\.weight|weight, bias.*Wrap the backbone alone"):
+            DistributedDataParallel(wrapped)
+    # the remedy of the message
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, ["head.weight", "head.bias"]
+    )
+    DistributedDataParallel(model)(torch.randn(3, D), torch.zeros(3, dtype=torch.int64)).backward()
+    torch.testing.assert_close(model.head.full_state_dict(), before)
+    DistributedDataParallel(Model(make_head()))
+
+
+def test_ddp_refuses_a_model_with_a_sharded_head():
+    workers.run(2, inside_ddp)
+
+
+def step_without(victim):
+    head = make_head(process_group=dist.group.WORLD)
+    dist.barrier()
+    if dist.get_rank() == victim:
+        time.sleep(600)
+    head(torch.randn(4, D), torch.randint(0, C, (4,))).backward()
+
+
+def test_a_dead_rank_ends_the_others():
+    pool = workers.Pool(3, timeout=5)
+    try:
+        pool.start(step_without, 1)
+        time.sleep(1)
+        pool.processes[1].kill()
+        outcomes = pool.outcomes()
+        assert [ok for ok, _ in outcomes] == [False] * 3
+        assert outcomes[1][1] is None
+        assert all("RuntimeError" in outcomes[rank][1] for rank in (0, 2))
+    finally:
+        pool.kill()
