@@ -7,26 +7,32 @@ head has one row of 512 numbers per identity. Both heads take the same steps, ea
 the plain one may use half as much memory again as this one did.
 
     python examples/million_identities.py                                     # a million, 20 steps
-    python examples/million_identities.py --classes 10000 --steps 400 --repeat 0
+    python examples/million_identities.py --classes 10000 --steps 300 --repeat 0
+    torchrun --nproc-per-node 2 examples/million_identities.py                # half of them each
     python examples/million_identities.py --plot                              # docs/million.png
 """
 
 import argparse
+import functools
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import measure
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
+from marginkernels.distributed import local
 from marginkernels.testing import plain_margin_cross_entropy
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
@@ -40,6 +46,8 @@ PLOT = Path(__file__).parents[1] / "docs" / "million.png"
 PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
 PLOT_LIMIT = 18.0  # GiB of address space, for either head
 BLUE, GREY, RED = "#1864ab", "#868e96", "#c92a2a"
+
+say = functools.partial(print, flush=True)
 
 
 class PlainHead(MarginSoftmaxHead):
@@ -60,7 +68,7 @@ class Run(NamedTuple):
     losses: list[float]
     seconds: float  # of a step: the median, without the first
     peak_rss: list[int]  # bytes, of each rank
-    address_space: int  # bytes, the greatest extent, of all ranks together
+    address_space: int  # bytes, the most of it, of all ranks together
 
 
 class Identities:
@@ -95,7 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=256, help="rows, of all ranks together")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=2,
+    parser.add_argument("--repeat", type=int, default=4,
                         help="so many batches in turn; 0: a new one in each step")  # fmt: skip
     parser.add_argument("--backend", choices=("auto", *backend_report()), default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -108,30 +116,35 @@ def arguments() -> argparse.Namespace:
 
 
 def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
-    head = HEADS[kind](
-        EMBEDDING_SIZE, args.classes, margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend
-    )
-    initialise(head.weight.detach(), 0, args.seed)
+    settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend)
+    if dist.is_initialized():
+        settings["process_group"] = dist.group.WORLD
+    head = HEADS[kind](EMBEDDING_SIZE, args.classes, **settings)
+    initialise(local(head.weight.detach()), head.shard.start if head.shard else 0, args.seed)
     return head
 
 
 def initialise(weight: Tensor, start: int, seed: int) -> None:
-    """The rows of classes from ``start`` on: N(0, 0.01^2), whoever holds them."""
+    """The rows of the classes from ``start`` on: N(0, 0.01^2), the same whoever holds them."""
     stop = start + len(weight)
-    for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
-        generator = torch.Generator().manual_seed((seed << 32) + block)
-        rows = 0.01 * torch.randn(INIT_BLOCK, weight.shape[1], generator=generator)
-        first = block * INIT_BLOCK
+    for first in range(start // INIT_BLOCK * INIT_BLOCK, stop, INIT_BLOCK):
+        generator = torch.Generator().manual_seed((seed << 32) + first)
+        rows = torch.empty(INIT_BLOCK, weight.shape[1]).normal_(std=0.01, generator=generator)
         low, high = max(start, first), min(stop, first + INIT_BLOCK)
         weight[low - start : high - start] = rows[low - first : high - first]
 
 
-def train(kind: str, args: argparse.Namespace, steps: int, say=lambda line: None) -> Run:
-    """Takes the steps with a head, and measures them."""
+def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], None]) -> Run:
+    """Takes the steps with a head, and measures them; under torchrun, with the ranks' parts of the
+    head and of each batch.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
     backbone = nn.Sequential(
         nn.Linear(VIEW_SIZE, 1024), nn.ReLU(), nn.Linear(1024, EMBEDDING_SIZE, bias=False)
     )
+    if world > 1:
+        backbone = nn.parallel.DistributedDataParallel(backbone)
     head = make_head(kind, args)
     optimizer = torch.optim.SGD(
         [
@@ -139,12 +152,13 @@ def train(kind: str, args: argparse.Namespace, steps: int, say=lambda line: None
             {"params": head.parameters(), "lr": HEAD_RATE},
         ],
         momentum=0.9,
-        fused=True,  # in place: no temporary of the size of the weights
+        foreach=False,  # in place: no temporary of the size of the weights
     )
     identities = Identities(args.classes, args.seed)
     losses, seconds = [], []
     for step in range(steps):
-        views, labels = identities.batch(step % (args.repeat or steps), args.batch)
+        batch = identities.batch(step % (args.repeat or steps), args.batch)
+        views, labels = (t.tensor_split(world)[rank] for t in batch)
         started = time.perf_counter()
         loss = head(backbone(views), labels)
         optimizer.zero_grad()
@@ -152,14 +166,14 @@ def train(kind: str, args: argparse.Namespace, steps: int, say=lambda line: None
         optimizer.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
-        say(f"step {step + 1:4}   loss {losses[-1]:7.3f}   {seconds[-1]:7.2f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Run(
-        losses,
-        statistics.median(seconds[1:] or seconds),
-        [peak],
-        1024 * measure.resident_kib("VmPeak"),
-    )
+        if rank == 0:
+            say(f"step {step + 1:4}   loss {losses[-1]:9.5f}   {seconds[-1]:7.2f} s")
+    peaks = [[1024 * measure.resident_kib(field) for field in ("VmHWM", "VmPeak")]]
+    if world > 1:
+        own, peaks = peaks[0], [None] * world
+        dist.all_gather_object(peaks, own)
+    peak_rss, address_space = zip(*peaks, strict=True)
+    return Run(losses, statistics.median(seconds[1:] or seconds), [*peak_rss], sum(address_space))
 
 
 def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run | str:
@@ -168,7 +182,10 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
                "--steps", str(steps)]  # fmt: skip
     for name in ("classes", "batch", "repeat", "backend", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    distributed = ("RANK", "WORLD", "LOCAL", "MASTER", "GROUP", "ROLE", "TORCHELASTIC")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(distributed)}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads() * int(os.getenv("WORLD_SIZE", 1)))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return Run(**json.loads(done.stdout))
     # the allocator's own words, or the signal
@@ -178,30 +195,35 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
 
 def child(args: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (args.limit, args.limit))
-    print(json.dumps(train(args.child, args, args.steps)._asdict()))
+    run = train(args.child, args, args.steps, lambda line: None)
+    say(json.dumps(run._asdict()))
 
 
 def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
 
 
-def print_summary(args: argparse.Namespace, fused: Run, plain: Run | str, limit: int) -> None:
-    shape = f"{args.classes:,} classes x {EMBEDDING_SIZE}, batch {args.batch}"
-    ranks = ", ".join(gib(peak) for peak in fused.peak_rss)
-    print(f"""
-{shape}; weights, their gradient and momentum alone: {gib(12 * args.classes * EMBEDDING_SIZE)}
+def print_summary(args: argparse.Namespace, fused: Run) -> None:
+    floor = gib(12 * args.classes * EMBEDDING_SIZE)
+    say(f"""
+{args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}; weights, their gradient and \
+momentum alone: {floor}
 this head      loss {fused.losses[0]:.3f} -> {fused.losses[-1]:.3f} in {len(fused.losses)} steps, \
-{fused.seconds:.2f} s a step, peak RSS per rank {ranks}""")
-    allowed = f"under RLIMIT_AS = {gib(limit)}, {HEADROOM:g} times this head's address space"
+{fused.seconds:.2f} s a step
+               peak RSS of each rank: {", ".join(map(gib, fused.peak_rss))}""")
+
+
+def print_plain(fused: Run, plain: Run | str, limit: int) -> None:
+    allowed = f"under RLIMIT_AS = {gib(limit)}, {HEADROOM:g} times what this head's processes had"
     if isinstance(plain, str):
-        print(f"plain PyTorch  out of memory {allowed}: {plain}")
-    else:
-        after = len(plain.losses)
-        print(
-            f"plain PyTorch  {plain.seconds:.2f} s a step, peak RSS {gib(plain.peak_rss[0])}, "
-            f"{allowed}\n               loss after {after} steps {plain.losses[-1]:.3f}, "
-            f"of this head {fused.losses[min(after, len(fused.losses)) - 1]:.3f}"
-        )
+        say(f"plain PyTorch  does not run {allowed}:\n               {plain}")
+        return
+    both = min(len(plain.losses), len(fused.losses))
+    say(
+        f"plain PyTorch  {plain.seconds:.2f} s a step, peak RSS {gib(plain.peak_rss[0])}, {allowed}"
+        f"\n               loss of step {both}: {plain.losses[both - 1]:.5f}, of this head "
+        f"{fused.losses[both - 1]:.5f}"
+    )
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -213,8 +235,8 @@ def plot(args: argparse.Namespace) -> None:
             steps = min(30, 3 + 300_000 // classes)
             run = in_child(kind, shape, steps, int(PLOT_LIMIT * 2**30))
             results[kind][classes] = run
-            print(f"{classes:>9,} {kind:>6}  ", end="")
-            print(run if isinstance(run, str) else f"{run.seconds:.3f} s  {gib(run.peak_rss[0])}")
+            text = run if isinstance(run, str) else f"{run.seconds:.3f} s  {gib(run.peak_rss[0])}"
+            say(f"{classes:>9,} {kind:>6}  {text}")
     draw(args, results)
 
 
@@ -245,21 +267,28 @@ def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> 
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
     figure.savefig(PLOT, dpi=130)
-    print(f"wrote {PLOT}")
+    say(f"wrote {PLOT}")
 
 
 def main() -> None:
     args = arguments()
     if args.child:
         child(args)
-    elif args.plot:
+        return
+    if args.plot:
         plot(args)
-    else:
-        fused = train("fused", args, args.steps, print)
-        limit = int(HEADROOM * fused.address_space)
+        return
+    rank = int(os.getenv("RANK", 0))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    fused = train("fused", args, args.steps, say)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank == 0:
+        print_summary(args, fused)
         if args.plain_steps:
-            plain = in_child("plain", args, args.plain_steps, limit)
-            print_summary(args, fused, plain, limit)
+            limit = int(HEADROOM * fused.address_space)
+            print_plain(fused, in_child("plain", args, args.plain_steps, limit), limit)
 
 
 if __name__ == "__main__":
