@@ -2,13 +2,34 @@
 # Copyright (c) 2026 The marginkernels authors
 """A head with its classes split over processes equals the head that has them all."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import workers
-from marginkernels import ArcFace
+from losses import C, operands
+from marginkernels import (
+    AdaCos,
+    ArcFace,
+    ClassShard,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MarginSoftmaxHead,
+    NSoftmax,
+    margin_cross_entropy,
+)
 from problems import random_problem
-from sharding import ShardedProblem, compare_losses
+from sharding import (
+    ShardedProblem,
+    compare_edges,
+    compare_losses,
+    count_collectives,
+    my_rows,
+    my_shard,
+)
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -33,3 +54,151 @@ def test_losses_and_gradients_within_the_budget(world, dtypes, backend):
 def test_every_loss_and_setting(world):
     """Row losses, statistics, gradients of everything learnable and state, over several steps."""
     workers.run(world, compare_losses)
+
+
+PROMISES = [{}, {"even_batches": True}, {"max_local_batch": 12}]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=["sizes gathered", "even", "at most"])
+def test_few_classes_and_few_rows(promise):
+    """Ranks without classes, without rows, or no rows anywhere."""
+    for c in (1, 2, 7):
+        for n in (0, 10):
+            workers.run(5, compare_edges, c, n, promise)
+    workers.run(2, compare_edges, 7, 10, promise)
+
+
+def trained(value):
+    return torch.nn.Parameter(torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    "settings, gathers, sums, sums_backward",
+    [
+        (dict(), 0, 0, 0),
+        (dict(sample_weight=torch.ones(4)), 1, 0, 0),
+        (dict(row_margin=torch.ones(4)), 1, 0, 0),
+        (dict(margin=ElasticFace()), 1, 0, 0),
+        (dict(scale=trained(8.0)), 0, 0, 1),
+        (dict(margin=CurricularFace()), 0, 1, 0),
+        (dict(margin=NSoftmax(), scale=AdaCos(13)), 1, 0, 0),
+        (dict(margin=NSoftmax(), scale=AdaCos(13, delayed=True)), 0, 0, 0),
+        (dict(label_smoothing=0.1, return_stats=True, bias=True), 0, 0, 0),
+    ],
+)
+def test_the_collectives_of_a_step(settings, gathers, sums, sums_backward):
+    """Features and labels are gathered, sweeps merged; dx is reduced."""
+    for promise in PROMISES:
+        size_gather = 1 if not promise else 0
+        for forward, backward in workers.run(2, count_collectives, settings, promise):
+            forward_sums = {"allreduce_": sums} if sums else {}
+            assert forward == {"_allgather_base_": 3 + size_gather + gathers} | forward_sums
+            backward_sums = {"allreduce_": sums_backward} if sums_backward else {}
+            assert backward == {"_reduce_scatter_base_": 1} | backward_sums
+
+
+def refused(function, *words):
+    """The error of every rank, which holds the words."""
+    try:
+        function()
+    except (ValueError, TypeError, RuntimeError) as error:
+        message = f"{type(error).__name__} {error}"
+        assert all(word in message for word in words), message
+        return message
+    raise AssertionError(f"nothing was refused with {words}")
+
+
+def refusals():
+    rank, shard = dist.get_rank(), my_shard(C)
+    x, w, y = operands(n=6, dtype=F32)
+
+    def call(x=x, w=w[shard.start : shard.stop], y=y, **settings):
+        settings = dict(margin=ArcFace(0.2), scale=8.0, shard=shard) | settings
+        return margin_cross_entropy(x, w, y, **settings)
+
+    def head(**settings):
+        settings = dict(margin=ArcFace(0.2), scale=8.0, process_group=dist.group.WORLD) | settings
+        return MarginSoftmaxHead(settings.pop("d", 8), settings.pop("c", C), **settings)
+
+    wrong, infinite = y.clone(), x.clone()
+    if rank == 1:
+        wrong[2], infinite[3] = C, torch.inf
+    only = torch.ones(6) if rank == 0 else None
+    same = [  # by all ranks, in the same words
+        refused(lambda: call(y=wrong), "y: expected labels", f"got {C} in row 8"),
+        refused(lambda: call(infinite), "x: expected finite rows"),
+        refused(lambda: call(sample_weight=only), "sample_weight", "on all ranks", "[0]"),
+        refused(lambda: call(row_margin=only), "row_margin", "on all ranks", "[0]"),
+        refused(lambda: call(x.to(BF16) if rank else x), "x:", "float32 on rank 0", "bfloat16"),
+        refused(lambda: head(d=8 + rank), "embedding_size", "8 on rank 0", "9 on rank 1"),
+        refused(lambda: head(c=C + rank), "num_classes", f"{C} on rank 0", f"{C + 1} on rank 1"),
+        refused(lambda: head(dtype=BF16 if rank else None), "dtype", "float32", "bfloat16"),
+        refused(lambda: head(margin=CosFace() if rank else ArcFace()), "margin", "Arc", "Cos"),
+        refused(lambda: head(margin=ArcFace(0.1 + rank)), "margin", "m=0.1", "m=1.1"),
+        refused(lambda: head(scale=8.0 + rank), "scale", "8.0 on rank 0", "9.0 on rank 1"),
+        refused(lambda: head(max_local_batch=5 + rank), "max_local_batch", "5", "6"),
+    ]
+    promised = ClassShard.chunked(C, dist.group.WORLD, max_local_batch=5)
+    refused(lambda: call(shard=promised), "max_local_batch=5", "got 6")
+    refused(lambda: call(w=w), "w: expected the", f"classes [{shard.start}, {shard.stop})", f"{C}")
+    refused(lambda: ClassShard(3, 2, 5, dist.group.WORLD), "start=3", "stop=2")
+    refused(lambda: ClassShard(0, 2, 5, None), "group:", "NoneType")
+    refused(lambda: my_shard(C, grad_scale="mean"), "grad_scale:", "mean")
+    refused(lambda: head(process_group="gloo"), "process_group:", "str")
+    refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
+    return same
+
+
+def test_refusals():
+    first, *others = workers.run(2, refusals)
+    assert all(other == first for other in others)
+
+
+def evaluate():
+    head = MarginSoftmaxHead(
+        8, 7, margin=ArcFace(0.2), scale=8.0, bias=True, process_group=dist.group.WORLD
+    )
+    torch.nn.init.normal_(head.bias.to_local().detach())
+    torch.manual_seed(1)
+    whole = MarginSoftmaxHead(8, 7, margin=ArcFace(0.2), scale=8.0, bias=True)
+    whole.load_state_dict(head.full_state_dict())
+    rows = my_rows(9)
+    x = torch.randn(9, 8)
+    for k in (1, 4, 7):
+        values, classes = head.topk(x[rows], k)
+        expected = whole.topk(x, k)
+        torch.testing.assert_close(values, expected[0][rows])
+        assert torch.equal(classes, expected[1][rows])
+    torch.nn.init.normal_(whole.weight)
+    head.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(head.full_state_dict(), dict(whole.state_dict()))
+    twin = copy.deepcopy(head)
+    assert twin.weight is not head.weight and twin.shard.group is head.shard.group
+    head.load_state_dict(twin.state_dict())
+    return head.weight.to_local().detach()
+
+
+def test_topk_and_state_dicts():
+    for world in (3, 5):  # the fifth has no classes
+        parts = workers.run(world, evaluate)
+        assert torch.cat(parts).shape == (7, 8)
+
+
+def fresh_weights():
+    return (
+        MarginSoftmaxHead(8, 6, margin=ArcFace(), scale=8.0, process_group=dist.group.WORLD)
+        .weight.to_local()
+        .detach()
+    )
+
+
+def test_ranks_with_one_seed_start_from_different_weights():
+    first, second = workers.run(2, fresh_weights)
+    assert not torch.equal(first, second)
+
+
+def test_triton_sharded_in_a_simulator():
+    pytest.importorskip("ttsem")
+    problem = sharded_problem(2, 12, 37, 24, margin=ArcFace(0.3), scale=24.0)
+    problem.simulator = "ttsem"
+    problem.check("triton")
