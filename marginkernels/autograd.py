@@ -31,7 +31,7 @@ class HeadFunction(torch.autograd.Function):
         save_tiles: bool,
         want_sum: bool,
         want_max: bool,
-        check: bool,
+        check: str,  # what becomes of a w out of range: "raise", "mark" by NaN, or ""
         transform: str,
         row_parameter: Tensor | None,  # (N,)
         constants: Tensor | None,  # (K,)
@@ -45,10 +45,11 @@ class HeadFunction(torch.autograd.Function):
             x, w, y, scale, bias,
             save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **settings, **operands,
         )  # fmt: skip
-        if check:
-            what = f"w: expected finite rows of norm at most {ops.NORM_MAX:g}"
-            # w_inv is rounded
-            lse = ops.checked(lse, 1 / w_inv, 0, 1.01 * ops.NORM_MAX, what)
+        norm_max = 1.01 * ops.NORM_MAX  # w_inv is rounded
+        if check == "raise":
+            lse = ops.checked(lse, 1 / w_inv, 0, norm_max, ops.BAD_W)
+        elif check == "mark":  # for the other ranks to see
+            lse = torch.where((1 / w_inv <= norm_max).all(), lse, torch.nan)
         ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles, *operands.values())
         ctx.backend, ctx.settings, ctx.want_sum = backend, settings, want_sum
         ctx.mark_non_differentiable(logit_max)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops, validation
 from .distributed import ClassShard
 
 # new names since torch 2.13
@@ -38,6 +39,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class Whole:
     """All classes and rows are in this process: what :class:`Exchange` does, for one."""
+
+    def __init__(self, x: Tensor):
+        self.check = "raise" if validation.checks_values(x) else ""
 
     def features(self, x: Tensor) -> Tensor:
         return x
@@ -81,6 +85,7 @@ class Exchange:
         self.factor = self.world if shard.grad_scale == "ddp" else 1
         self.n, self.height = x.shape[0], max(x.shape[0], 1)  # an empty message may be an error
         self.index = None  # of the rows among the padded ones, where some are padding
+        self.check = "mark" if validation.checks_values(x) else ""  # all ranks raise, or none
         self.wants_dx, self.learns_scale = True, learns_scale
         if shard.max_local_batch is not None:
             self.height = shard.max_local_batch
@@ -251,6 +256,8 @@ class _Merge(torch.autograd.Function):
         every = exchange._gather(packed).view(exchange.world, len(packed))
         lses, sums, maxima, *owned = every.split([len(part) for part in parts], dim=1)
         merged = lses.logsumexp(0)
+        if exchange.check:
+            merged = ops.checked(merged, merged, -torch.inf, torch.inf, ops.BAD_W)
         ctx.save_for_backward(label, lse, merged)
         maximum = maxima.amax(0)
         ctx.mark_non_differentiable(maximum)

@@ -157,8 +157,8 @@ def margin_cross_entropy(
     )
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    label, check = y, validation.checks_values(x)
-    if check:
+    label = y
+    if exchange.check:
         label = ops.checked_labels(y, num_classes, ignore_index)
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
@@ -178,7 +178,7 @@ def margin_cross_entropy(
     ):
         lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
             x, w, bias, scale, label, backend, normalize == "both", normalize != "none",
-            compute_dtype, save_tiles, want_sum, want_max, check, *transform,
+            compute_dtype, save_tiles, want_sum, want_max, exchange.check, *transform,
         )  # fmt: skip
         bias_y = () if bias is None else (torch.where(label >= 0, bias[label.clamp_min(0)], 0),)
         return exchange.merge(label, lse, logit_sum, logit_max, d, w_norm, *bias_y)
@@ -198,6 +198,9 @@ def margin_cross_entropy(
     if observer is not None and observer.delayed:
         observer.observe(lse.detach(), d.detach(), kept)
 
+    if shard is not None and not exchange.check:
+        # a label that no rank holds must not pass for a loss where values are not looked at
+        lse = lse.masked_fill(kept & (w_norm.detach() == 0), torch.nan)
     rows = rows._replace(w_norm=torch.where(kept, w_norm, 1.0))
     norms = _unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
@@ -217,7 +220,7 @@ def margin_cross_entropy(
 
 def _exchange(shard, x, learns_scale, margin, sample_weight, row_margin) -> Exchange | Whole:
     if shard is None:
-        return Whole()
+        return Whole(x)
     return Exchange(
         shard,
         x,

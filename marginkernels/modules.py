@@ -201,7 +201,7 @@ class MarginSoftmaxHead(nn.Module):
         if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
             raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
         self._check_embeddings(embeddings)
-        exchange = Whole() if self.shard is None else Exchange(self.shard, embeddings)
+        exchange = Whole(embeddings) if self.shard is None else Exchange(self.shard, embeddings)
         rows = exchange.features(embeddings)
         values = torch.empty(len(rows), 0, device=rows.device)
         classes = values.long()

@@ -51,6 +51,7 @@ _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int ignore_index) -> 
 LIBRARY = torch.library.Library("marginkernels", "DEF")
 
 NORM_MAX = 1e15
+BAD_W = f"w: expected finite rows of norm at most {NORM_MAX:g}"
 
 
 def norm_min(compute_dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 """A head with its classes split over processes equals the head that has them all."""
 
 import copy
+import unittest.mock
 
 import pytest
 import torch
@@ -120,13 +121,14 @@ def refusals():
         settings = dict(margin=ArcFace(0.2), scale=8.0, process_group=dist.group.WORLD) | settings
         return MarginSoftmaxHead(settings.pop("d", 8), settings.pop("c", C), **settings)
 
-    wrong, infinite = y.clone(), x.clone()
+    wrong, infinite, bad_w = y.clone(), x.clone(), w[shard.start : shard.stop].clone()
     if rank == 1:
-        wrong[2], infinite[3] = C, torch.inf
+        wrong[2], infinite[3], bad_w[4, 2] = C, torch.inf, torch.nan
     only = torch.ones(6) if rank == 0 else None
     same = [  # by all ranks, in the same words
         refused(lambda: call(y=wrong), "y: expected labels", f"got {C} in row 8"),
         refused(lambda: call(infinite), "x: expected finite rows"),
+        refused(lambda: call(w=bad_w), "w: expected finite rows"),
         refused(lambda: call(sample_weight=only), "sample_weight", "on all ranks", "[0]"),
         refused(lambda: call(row_margin=only), "row_margin", "on all ranks", "[0]"),
         refused(lambda: call(x.to(BF16) if rank else x), "x:", "float32 on rank 0", "bfloat16"),
@@ -146,6 +148,8 @@ def refusals():
     refused(lambda: my_shard(C, grad_scale="mean"), "grad_scale:", "mean")
     refused(lambda: head(process_group="gloo"), "process_group:", "str")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
+    with unittest.mock.patch("marginkernels.validation.checks_values", lambda _: False):
+        assert call(y=wrong).isnan() and call().isfinite()  # as on a GPU by default
     return same
 
 
