@@ -148,18 +148,16 @@ def margin_cross_entropy(
 
     learns_scale = learns_scale or (isinstance(scale, Tensor) and scale.requires_grad)
     exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
+    noise = None if shard is None else _noise(margin, x)
     own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
     x_norm = exchange.of_own_rows(_row_norm, own_x, x, compute_dtype)
-    noise = None if shard is None else _noise(margin, own_x)
     sample_weight, row_margin, noise = (
         None if given is None else exchange.rows(given)
         for given in (sample_weight, row_margin, noise)
     )
 
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    label = y
-    if exchange.check:
-        label = ops.checked_labels(y, num_classes, ignore_index)
+    label = ops.checked_labels(y, num_classes, ignore_index) if exchange.check else y
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
     rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept, noise)
@@ -167,10 +165,7 @@ def margin_cross_entropy(
     bias = None if bias is None else bias.to(stats_dtype)
     if sampler is None and sample_rate < 1:
         sampler = sampling.uniform(w.shape[0], sample_rate, generator)
-    if sampler is not None:
-        w, bias, label = sampling.sampled(w, bias, label, sampler(label), logq, stats_dtype)
-    if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
-        w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
+    w, bias, label = _swept_classes(w, bias, label, sampler, logq, stats_dtype)
     keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
 
     def sweep(
@@ -229,6 +224,15 @@ def _exchange(shard, x, learns_scale, margin, sample_weight, row_margin) -> Exch
         row_margin=row_margin is not None,
         training=margin.training,
     )
+
+
+def _swept_classes(w, bias, label, sampler, logq, dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights and bias of the classes that the sweep is over, and the rows' labels among them."""
+    if sampler is not None:
+        w, bias, label = sampling.sampled(w, bias, label, sampler(label), logq, dtype)
+    if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
+        w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
+    return w, bias, label
 
 
 def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:
