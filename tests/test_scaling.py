@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""docs/scaling.md is generated, from formulas that small runs agree with; the example of a million
+identities, with fewer, alone and under torchrun.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import simulation
+import workers
+from marginkernels import ArcFace, MarginSoftmaxHead, exchange
+
+ROOT = Path(__file__).parents[1]
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "docs" / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+scaling = load()
+# fp32, whose w is read as it is; and bf16, whose w is rounded into a buffer
+SETUPS = [
+    dict(classes=500, gpus=2, rows=32, features=64, itemsize=4),
+    dict(classes=500, gpus=2, rows=32, features=64, itemsize=2, optimizer_numbers=2),
+]
+
+
+def test_the_page_is_up_to_date():
+    assert scaling.PATH.read_text() == scaling.document(), "run python docs/scaling.py"
+
+
+def peak_bytes(function):
+    """The most that torch's allocator had handed out at once while the function ran."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(torch.tensor(sizes).cumsum(0).max())
+
+
+def multiply_outside_torch(patch):
+    """bf16 GEMMs to fp32, which take no memory on a GPU, and on a CPU no memory of torch's."""
+    from marginkernels.backends.triton import gemm
+
+    def wide(t):
+        if t.dtype == torch.float32:
+            return t.numpy()
+        return (t.view(torch.int16).numpy().astype("int32") << 16).view("float32")
+
+    patch.setattr(gemm, "mm", lambda a, b, out: out.numpy().__setitem__(..., wide(a) @ wide(b)))
+    patch.setattr(gemm, "add_mm", lambda out, a, b: out.numpy().__iadd__(wide(a) @ wide(b)))
+
+
+def measure(setup):
+    """Of one rank: bytes that last, that a step takes besides, and those of its collectives."""
+    s = scaling.Setup(**setup)
+    x_type = {4: torch.float32, 2: torch.bfloat16}[s.itemsize]
+    with simulation.simulated("ttsem"), pytest.MonkeyPatch.context() as patch:
+        multiply_outside_torch(patch)
+        head = MarginSoftmaxHead(
+            s.features, s.classes, margin=ArcFace(0.3), scale=16.0, backend="triton",
+            save_tiles=False, even_batches=True, process_group=dist.group.WORLD,
+        )  # fmt: skip
+        if s.optimizer_numbers == 1:
+            optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+        else:
+            optimizer = torch.optim.AdamW(head.parameters())
+        x = torch.randn(s.rows, s.features, dtype=x_type, requires_grad=True)
+        y = torch.randint(s.classes, (s.rows,))
+        head(x, y).backward()
+        optimizer.step()
+        state = [t for t in optimizer.state[head.weight].values() if t.ndim > 0]
+        lasting = sum(t.to_local().nbytes for t in (head.weight, head.weight.grad, *state))
+        x.grad, head.weight.grad = None, None
+
+        volume = []
+
+        def counted(collective):
+            def call(to, given, **settings):
+                volume.append(max(to.nbytes, given.nbytes))
+                return collective(to, given, **settings)
+
+            return call
+
+        for name in ("_all_gather", "_reduce_scatter"):
+            patch.setattr(exchange, name, counted(getattr(exchange, name)))
+        peak = peak_bytes(lambda: head(x, y).backward())
+    # the gradient lasts, and this rank's dx belongs to the backbone
+    return lasting, peak - head.weight.grad.to_local().nbytes - x.grad.nbytes, volume
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=["fp32", "bf16"])
+def test_small_runs_agree_with_the_formulas(setup):
+    pytest.importorskip("ttsem")
+    s = scaling.Setup(**setup)
+    lasting, working, volume = workers.run(2, measure, setup)[0]
+    assert lasting == scaling.lasting(s)
+    assert volume == list(scaling.volume(s).values())
+    assert 0.9 * scaling.working(s) < working <= scaling.working(s)
+
+
+def test_the_formulas_know_the_launcher():
+    launch = pytest.importorskip("marginkernels.backends.triton.launch")
+    sweep = importlib.import_module("marginkernels.backends.triton.sweep")
+    assert scaling.G_CHUNK_BYTES == launch.G_CHUNK_BYTES
+    assert scaling.DW_CHUNK_BYTES == launch.DW_CHUNK_BYTES
+    assert scaling.W_CHUNK_BYTES == sweep.W_CHUNK_BYTES
+
+
+def test_the_example_alone_and_under_torchrun(monkeypatch):
+    """The losses of both heads, and of this one split over two processes, are the same."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    settings = ["--classes=3001", "--batch=31", "--steps=6", "--repeat=2", "--plain-steps=2"]
+    script = str(ROOT / "examples" / "million_identities.py")
+    monkeypatch.setattr(sys, "argv", [script, *settings])
+    example = importlib.import_module("million_identities")
+    args = example.arguments()
+    alone, plain = (example.train(kind, args, 6, print).losses for kind in ("fused", "plain"))
+    assert alone[-1] < 0.5 * alone[0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, script, *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"^step.*loss +([\d.]+)", done.stdout, re.M)
+    for others in (plain, [float(loss) for loss in losses]):
+        assert others == pytest.approx(alone, rel=1e-4, abs=1e-4)
+    assert re.search(r"peak RSS of each rank: [\d.]+ GiB, [\d.]+ GiB", done.stdout)
+    assert re.search(r"plain PyTorch  [\d.]+ s a step", done.stdout)
