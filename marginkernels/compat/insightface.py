@@ -251,7 +251,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
         """The same with the logits, for a margin that only they can be given to."""
-        exchange = Whole() if self.shard is None else Exchange(self.shard, x)
+        exchange = Whole(x) if self.shard is None else Exchange(self.shard, x)
         x, y = exchange.features(x), exchange.rows(y, fill=_NO_LABEL)
         label = exchange.held(ops.checked_labels(y, self.num_classes, _NO_LABEL))
         weight = self.weight
