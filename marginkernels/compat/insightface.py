@@ -132,7 +132,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     as ``torch.rand`` says, or the batch's own alone where they are more than that. The gradient of
     ``weight`` is dense, so that weight decay and momentum move all classes.
 
-    The head must not be wrapped in DistributedDataParallel: each rank's weight is its own.
+    The head must not be wrapped in DistributedDataParallel: each rank's weight is its own. For the
+    same reason a loss scale needs :class:`marginkernels.GradScaler` with the process group.
 
     Args:
         margin_loss: a :class:`MarginLoss`; or any callable as insightface takes them, with cosines
