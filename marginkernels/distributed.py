@@ -3,9 +3,17 @@
 """Classes split over the ranks of a group: who holds which, and what has to be the same on all.
 
 :mod:`marginkernels.exchange` is what a step exchanges.
+
+All ranks compute the same loss, that of all rows. Of what is split each rank gets the gradient of
+its part: of its classes' weights, as they are in one process, and of its rows' features, times the
+number of ranks (``grad_scale``). Of what all hold, learnable margins and scales, each rank gets the
+whole gradient: averaging it over the ranks changes nothing. Where the group is one dimension of a
+larger mesh, the replicas of a class see different rows; their gradients are the trainer's to
+average.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +35,8 @@ class ClassShard:
             over its ranks afterwards. "exact": without that factor. dw is always the gradient.
         even_batches: a promise that all ranks give as many rows each time, which saves the gather
             of their numbers, for which the host waits.
-        max_local_batch: likewise, that no rank ever gives more rows; shorter batches are padded.
+        max_local_batch: likewise, that no rank ever gives more rows. Shorter batches are padded
+            with rows that are ignored, but have their place in losses and statistics by row.
             With either promise dx is computed on every rank, also where no rank wants it.
     """
 
@@ -91,6 +100,16 @@ def require_agreement(group: dist.ProcessGroup, **values) -> list[dict]:
                     f"and {theirs.get(name)} on rank {rank}"
                 )
     return every
+
+
+@torch.no_grad()
+def copy_first(group: dist.ProcessGroup, tensors: Iterable[Tensor]) -> None:
+    """Gives all ranks rank 0's values. Collective."""
+    tensors = [t for t in tensors if not t.is_meta]
+    values = [[t.cpu() for t in tensors]]  # objects, because the group may be of another device
+    dist.broadcast_object_list(values, group=group, group_src=0)
+    for t, value in zip(tensors, values[0], strict=True):
+        t.copy_(value)
 
 
 def class_mesh(

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import ops, validation
 from .distributed import ClassShard
@@ -211,6 +212,7 @@ class _Features(torch.autograd.Function):
         return exchange._every(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         dx = ctx.exchange._scatter_sum(grad).mul_(ctx.exchange.factor)
         return dx if ctx.needs_input_grad[0] else None, None, None
@@ -225,6 +227,7 @@ class _Rows(torch.autograd.Function):
         return every.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         exchange = ctx.exchange
         return exchange.factor * grad[exchange.first : exchange.first + exchange.n], None, None
@@ -239,6 +242,7 @@ class _Summed(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         return ctx.exchange.total(grad), None, None
 
@@ -265,10 +269,12 @@ class _Merge(torch.autograd.Function):
         return merged, sums.sum(0), maximum, *[values.sum(0) for values in owned]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_lse, grad_sum, _, *grads_owned):
         label, lse, merged = ctx.saved_tensors
         if grad_lse is not None:
             share = torch.where(lse == -torch.inf, 0, (lse - merged).exp())
             grad_lse = grad_lse * share
+        # backends look no further than the owner, but choose an exponent for fp16 by the largest
         grads_owned = [None if g is None else torch.where(label >= 0, g, 0) for g in grads_owned]
         return None, None, grad_lse, grad_sum, None, *grads_owned

@@ -193,8 +193,7 @@ def margin_cross_entropy(
     if observer is not None and observer.delayed:
         observer.observe(lse.detach(), d.detach(), kept)
 
-    if shard is not None and not exchange.check:
-        # a label that no rank holds must not pass for a loss where values are not looked at
+    if shard is not None:  # a label that no rank holds must not pass for a loss
         lse = lse.masked_fill(kept & (w_norm.detach() == 0), torch.nan)
     rows = rows._replace(w_norm=torch.where(kept, w_norm, 1.0))
     norms = _unnormalised_norms(normalize, rows)

@@ -108,6 +108,8 @@ class MarginSoftmaxHead(nn.Module):
                 even_batches=even_batches, max_local_batch=max_local_batch,
             )  # fmt: skip
             self._require_agreement(bias, dtype or torch.get_default_dtype())
+            # the ranks' random numbers may differ
+            distributed.copy_first(self.shard.group, [*self.parameters(), *self.buffers()])
             distributed.refuse_ddp()
         self.sampler = Sampler(self.shard and self.shard.group) if sample_rate < 1 else None
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
@@ -244,7 +246,7 @@ class MarginSoftmaxHead(nn.Module):
         """Adds k classes, from num_classes on. Of a sharded head, collective: classes move
         between ranks, so that the split is DTensor's again.
 
-        ``weight`` and ``bias`` become new parameters without a gradient.
+        ``weight`` and ``bias`` become new parameters without a gradient. Margin and scale stay.
 
         Args:
             k: a positive integer.

@@ -13,6 +13,7 @@ import workers
 from losses import C, operands
 from marginkernels import (
     AdaCos,
+    AdaMSoftmax,
     ArcFace,
     ClassShard,
     CosFace,
@@ -67,6 +68,7 @@ def test_few_classes_and_few_rows(promise):
         for n in (0, 10):
             workers.run(5, compare_edges, c, n, promise)
     workers.run(2, compare_edges, 7, 10, promise)
+    workers.run(3, compare_edges, 7, 12, promise, [0, 4, 4, 7])  # any split
 
 
 def trained(value):
@@ -148,6 +150,8 @@ def refusals():
     refused(lambda: my_shard(C, grad_scale="mean"), "grad_scale:", "mean")
     refused(lambda: head(process_group="gloo"), "process_group:", "str")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
+    gap = ClassShard(shard.start, shard.stop - rank, C, dist.group.WORLD)
+    assert call(w=w[gap.start : gap.stop], y=torch.full_like(y, C - 1), shard=gap).isnan()
     with unittest.mock.patch("marginkernels.validation.checks_values", lambda _: False):
         assert call(y=wrong).isnan() and call().isfinite()  # as on a GPU by default
     return same
@@ -188,17 +192,16 @@ def test_topk_and_state_dicts():
         assert torch.cat(parts).shape == (7, 8)
 
 
-def fresh_weights():
-    return (
-        MarginSoftmaxHead(8, 6, margin=ArcFace(), scale=8.0, process_group=dist.group.WORLD)
-        .weight.to_local()
-        .detach()
-    )
+def fresh_head(seed):
+    torch.manual_seed(seed + dist.get_rank() if seed else 0)
+    head = MarginSoftmaxHead(8, 6, margin=AdaMSoftmax(6), scale=8.0, process_group=dist.group.WORLD)
+    return head.weight.to_local().detach(), head.margin.m.detach()
 
 
-def test_ranks_with_one_seed_start_from_different_weights():
-    first, second = workers.run(2, fresh_weights)
-    assert not torch.equal(first, second)
+@pytest.mark.parametrize("seed", [0, 1], ids=["same seed", "own seeds"])
+def test_ranks_start_from_different_weights_and_the_same_margins(seed):
+    (first, margins), (second, other_margins) = workers.run(2, fresh_head, seed)
+    assert not torch.equal(first, second) and torch.equal(margins, other_margins)
 
 
 def test_triton_sharded_in_a_simulator():

@@ -15,6 +15,7 @@ from marginkernels import (
     ArcFace,
     CurricularFace,
     GradScaler,
+    MagFace,
     MarginSoftmaxHead,
     clip_grad_norm_,
 )
@@ -86,17 +87,17 @@ def test_twenty_steps_equal_those_of_one_process(world, optimizer):
 
 
 def gradient_of_features(grad_scale):
-    torch.manual_seed(0)
-    x, y, rows = torch.randn(6, D), torch.randint(0, C, (6,)), my_rows(6)
-    head = make_head(process_group=dist.group.WORLD, grad_scale=grad_scale)
-    own = x[rows].requires_grad_()
-    head(own, y[rows]).backward()
-    whole = make_head()
-    whole.load_state_dict(head.full_state_dict())
-    whole(x.requires_grad_(), y).backward()
-    torch.testing.assert_close(head.weight.grad.full_tensor(), whole.weight.grad)
+    """MagFace's gradient also flows through the norms of the rows, and through no sweep."""
     factor = dist.get_world_size() if grad_scale == "ddp" else 1
-    torch.testing.assert_close(own.grad, factor * x.grad[rows])
+    for margin in (ArcFace(0.2), MagFace(1.5, 4.0)):
+        head, whole = sharded_head(margin=margin, grad_scale=grad_scale)
+        torch.manual_seed(0)
+        x, y, rows = torch.randn(6, D), torch.randint(0, C, (6,)), my_rows(6)
+        own = x[rows].requires_grad_()
+        head(own, y[rows]).backward()
+        whole(x.requires_grad_(), y).backward()
+        torch.testing.assert_close(head.weight.grad.full_tensor(), whole.weight.grad)
+        torch.testing.assert_close(own.grad, factor * x.grad[rows])
 
 
 @pytest.mark.parametrize("grad_scale", ["ddp", "exact"])
