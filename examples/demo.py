@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -26,25 +26,13 @@ import measure
 import model
 import plots
 import training
+from heads import HEADS
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report, backends
-from marginkernels.testing import plain_margin_cross_entropy
 
 MARGIN = 0.2  # radians
 SCALE = 32.0
 BATCH_SIZE = 256
 CHECKPOINTS = 10
-
-
-class PlainHead(MarginSoftmaxHead):
-    """The same head in plain PyTorch, which holds the logits."""
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return plain_margin_cross_entropy(
-            embeddings, self.weight, labels, margin=self.margin, scale=self.scale
-        )
-
-
-HEADS = {"fused": MarginSoftmaxHead, "torch": PlainHead}
 
 
 class Trained(NamedTuple):

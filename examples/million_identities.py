@@ -31,9 +31,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import measure
+from heads import HEADS
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
 from marginkernels.distributed import local
-from marginkernels.testing import plain_margin_cross_entropy
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
 NOISE = 0.5  # standard deviation of a view around its centre, whose own is 1
@@ -48,18 +48,6 @@ PLOT_LIMIT = 16.0  # GiB of address space, for either head
 BLUE, GREY, RED = "#1864ab", "#868e96", "#c92a2a"
 
 say = functools.partial(print, flush=True)
-
-
-class PlainHead(MarginSoftmaxHead):
-    """The same head in plain PyTorch, which holds the logits."""
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return plain_margin_cross_entropy(
-            embeddings, self.weight, labels, margin=self.margin, scale=self.scale
-        )
-
-
-HEADS = {"fused": MarginSoftmaxHead, "plain": PlainHead}
 
 
 class Run(NamedTuple):
@@ -259,7 +247,7 @@ def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> 
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for kind, label, color in (("fused", "marginkernels", BLUE), ("plain", "plain PyTorch", GREY)):
+    for kind, label, color in (("fused", "marginkernels", BLUE), ("torch", "plain PyTorch", GREY)):
         runs = {c: run for c, run in results[kind].items() if isinstance(run, Run)}
         style = dict(color=color, marker="o", markersize=4, linewidth=2, label=label)
         left.plot(list(runs), [run.processor_seconds for run in runs.values()], **style)
@@ -299,7 +287,7 @@ def main() -> None:
         print_summary(args, fused)
         if args.plain_steps:
             limit = int(HEADROOM * fused.address_space)
-            print_plain(fused, in_child("plain", args, args.plain_steps, limit), limit)
+            print_plain(fused, in_child("torch", args, args.plain_steps, limit), limit)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_the_example_alone_and_under_torchrun(monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *settings])
     example = importlib.import_module("million_identities")
     args = example.arguments()
-    alone, plain = (example.train(kind, args, 6, print).losses for kind in ("fused", "plain"))
+    alone, plain = (example.train(kind, args, 6, print).losses for kind in ("fused", "torch"))
     assert alone[-1] < 0.5 * alone[0]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, script, *settings], capture_output=True, text=True)
