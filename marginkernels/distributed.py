@@ -85,21 +85,25 @@ class ClassShard:
         return self  # a process group cannot be copied, and nothing here changes
 
 
-def require_agreement(group: dist.ProcessGroup, **values) -> list[dict]:
-    """Gathers the values; ValueError on all ranks where they differ, naming both. Collective.
+def require_agreement(group: dist.ProcessGroup, **values) -> None:
+    """ValueError on all ranks where the values differ, naming both. Collective.
 
-    Values are compared, and shown, as strings. Returns the values of every rank.
+    They are compared, and shown, as strings.
     """
     every = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, {name: str(value) for name, value in values.items()}, group)
     for name in values:
-        for rank, theirs in enumerate(every):
-            if theirs.get(name) != every[0].get(name):
-                raise ValueError(
-                    f"{name}: expected the same on all ranks, got {every[0].get(name)} on rank 0 "
-                    f"and {theirs.get(name)} on rank {rank}"
-                )
-    return every
+        require_same(name, [theirs.get(name) for theirs in every])
+
+
+def require_same(name: str, values: list) -> None:
+    """ValueError where the ranks' values differ, naming two."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got {values[0]} on rank 0 and {value} "
+                f"on rank {rank}"
+            )
 
 
 @torch.no_grad()
@@ -134,10 +138,13 @@ def class_mesh(
             "process_group: expected a group that this rank is in, got "
             f"{type(process_group).__name__}"
         )
-    device = torch.get_default_device() if device is None else torch.device(device)
-    if device.type == "meta":  # later moved to where the group communicates
-        device = process_group._device_types[0]
-    return DeviceMesh.from_group(process_group, device.type)
+    types = [d.type for d in process_group._device_types]
+    kind = (torch.get_default_device() if device is None else torch.device(device)).type
+    if kind not in types:
+        if device is not None and kind != "meta":
+            raise ValueError(f"device: expected one that the group is for, {types}, got {device}")
+        kind = types[0]
+    return DeviceMesh.from_group(process_group, kind)
 
 
 def sharded(local: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, validation
-from .distributed import ClassShard
+from .distributed import ClassShard, require_same
 
 # new names since torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -105,8 +105,8 @@ class Exchange:
         mine = torch.tensor(mine, dtype=torch.int64)
         every = self._gather(mine.to(x.device)).view(self.world, -1).tolist()
         sizes, widths, dtypes, dx, *options = zip(*every, strict=True)
-        _require_same("x", [f"{width} features" for width in widths])
-        _require_same("x", [str(_DTYPES[dtype]) for dtype in dtypes])
+        require_same("x", [f"{width} features" for width in widths])
+        require_same("x", [str(_DTYPES[dtype]) for dtype in dtypes])
         for name, present in zip(given, options, strict=True):
             if len(set(present)) > 1:
                 ranks = [rank for rank, there in enumerate(present) if there]
@@ -192,15 +192,6 @@ class Exchange:
         mine = rows.new_empty(self.height, *rows.shape[1:])
         _reduce_scatter(mine, rows.contiguous(), group=self.group)
         return mine[: self.n]
-
-
-def _require_same(name: str, values: list[str]) -> None:
-    for rank, value in enumerate(values):
-        if value != values[0]:
-            raise ValueError(
-                f"{name}: expected the same on all ranks, got {values[0]} on rank 0 and {value} "
-                f"on rank {rank}"
-            )
 
 
 class _Features(torch.autograd.Function):
