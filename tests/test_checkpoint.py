@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.nn.parallel import DistributedDataParallel
 
 import workers
 from marginkernels import ArcFace, CosFace, CurricularFace, MarginSoftmaxHead
@@ -28,9 +29,10 @@ def make(kind, seed, **settings):
     torch.manual_seed(seed)
     group = dist.group.WORLD if dist.is_initialized() else None
     settings = dict(margin=CurricularFace(0.3), scale=8.0, process_group=group) | settings
-    model = torch.nn.ModuleDict(
-        {"backbone": torch.nn.Linear(3, D), "head": MarginSoftmaxHead(D, C, **settings)}
-    )
+    backbone = torch.nn.Linear(3, D)
+    if group is not None:
+        backbone = DistributedDataParallel(backbone)
+    model = torch.nn.ModuleDict({"backbone": backbone, "head": MarginSoftmaxHead(D, C, **settings)})
     return model, OPTIMIZERS[kind](model.parameters())
 
 
@@ -45,10 +47,6 @@ def step(model, optimizer, seed, num_classes=C):
     loss = model["head"](model["backbone"](views), labels)
     optimizer.zero_grad()
     loss.backward()
-    if dist.is_initialized():
-        for p in model["backbone"].parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
     optimizer.step()
     return loss.item()
 
@@ -59,8 +57,11 @@ def whole(tensor):
 
 def state(model, optimizer):
     """Everything that is to be the same, whatever the number of ranks."""
-    names = {p: name for name, p in model.named_parameters()}
-    found = {name: whole(t.detach()).clone() for name, t in model.state_dict().items()}
+    names = {p: name.replace("module.", "") for name, p in model.named_parameters()}
+    found = {
+        name.replace("module.", ""): whole(t.detach()).clone()
+        for name, t in model.state_dict().items()
+    }
     for p, values in optimizer.state.items():
         for key, value in values.items():
             found[f"{names[p]} {key}"] = whole(value).clone()
