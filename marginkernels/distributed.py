@@ -13,6 +13,7 @@ average.
 """
 
 import functools
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,11 +57,10 @@ class ClassShard:
             )
         if self.grad_scale not in ("ddp", "exact"):
             raise ValueError(f"grad_scale: expected 'ddp' or 'exact', got {self.grad_scale!r}")
-        if self.max_local_batch is not None and not self.max_local_batch >= 1:
-            raise ValueError(
-                f"max_local_batch: expected a positive integer or None, got {self.max_local_batch}"
-            )
-        if self.even_batches and self.max_local_batch is not None:
+        height = self.max_local_batch
+        if height is not None and not (isinstance(height, numbers.Integral) and height >= 1):
+            raise ValueError(f"max_local_batch: expected a positive integer or None, got {height}")
+        if self.even_batches and height is not None:
             raise ValueError("max_local_batch: expected None with even_batches=True")
         if not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(

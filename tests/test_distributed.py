@@ -151,6 +151,8 @@ def refusals():
     refused(lambda: ClassShard(3, 2, 5, dist.group.WORLD), "start=3", "stop=2")
     refused(lambda: ClassShard(0, 2, 5, None), "group:", "NoneType")
     refused(lambda: my_shard(C, grad_scale="mean"), "grad_scale:", "mean")
+    refused(lambda: my_shard(C, max_local_batch=0.5), "max_local_batch:", "0.5")
+    refused(lambda: my_shard(C, max_local_batch=5, even_batches=True), "max_local_batch:", "even")
     refused(lambda: head(process_group="gloo"), "process_group:", "str")
     refused(lambda: head(device="mps"), "device:", "cpu", "mps")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")

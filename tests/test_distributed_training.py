@@ -146,6 +146,17 @@ def clip_and_scale():
     assert scales == [2.0, 8.0]
 
 
+def scale_plain_shards():
+    """As compat's, which are plain parameters of the rank alone."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    scaler = GradScaler("cpu", init_scale=4.0, process_group=dist.group.WORLD)
+    scaler.scale(p.sum() * (torch.inf if dist.get_rank() == 1 else 1.0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert (p == 1).all() and scaler.get_scale() == 2.0
+
+
 def full(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
@@ -154,6 +165,7 @@ def test_clipping_and_loss_scaling():
     """Whole and sharded parameters in one optimizer; 13 classes on 3 ranks, and on 5."""
     for world in (3, 5):
         workers.run(world, clip_and_scale)
+    workers.run(3, scale_plain_shards)
 
 
 def frozen(frozen_rank):
