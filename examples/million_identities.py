@@ -44,8 +44,14 @@ INIT_BLOCK = 4096  # classes whose weights are drawn from one generator
 
 PLOT = Path(__file__).parents[1] / "docs" / "million.png"
 PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
-PLOT_LIMIT = 16.0  # GiB of address space, for either head
+PLOT_LIMIT = 14.0  # GiB of address space, for either head
 BLUE, GREY, RED = "#1864ab", "#868e96", "#c92a2a"
+
+DEVICE, PEAK, LIMITED = torch.device("cpu"), "peak RSS", "address space (RLIMIT_AS)"
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
+    torch.cuda.set_device(DEVICE)
+    PEAK = LIMITED = "GPU memory"
 
 say = functools.partial(print, flush=True)
 
@@ -56,8 +62,8 @@ class Run(NamedTuple):
     losses: list[float]
     seconds: float  # of a step: the median, without the first
     processor_seconds: float  # likewise, of all threads together
-    peak_rss: list[int]  # bytes, of each rank
-    address_space: int  # bytes, the most of it, of all ranks together
+    peaks: list[int]  # bytes resident, or allocated on the GPU, of each rank
+    reserved: int  # bytes of address space, or reserved on the GPU, at most, of all ranks together
 
 
 class Identities:
@@ -105,7 +111,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
-    settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend)
+    settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend, device=DEVICE)
     if dist.is_initialized():
         settings["process_group"] = dist.group.WORLD
     head = HEADS[kind](EMBEDDING_SIZE, args.classes, **settings)
@@ -131,7 +137,7 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
     torch.manual_seed(args.seed)
     backbone = nn.Sequential(
         nn.Linear(VIEW_SIZE, 1024), nn.ReLU(), nn.Linear(1024, EMBEDDING_SIZE, bias=False)
-    )
+    ).to(DEVICE)
     if world > 1:
         backbone = nn.parallel.DistributedDataParallel(backbone)
     head = make_head(kind, args)
@@ -147,7 +153,7 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
     losses, seconds, processor = [], [], []
     for step in range(steps):
         batch = identities.batch(step % (args.repeat or steps), args.batch)
-        views, labels = (t.tensor_split(world)[rank] for t in batch)
+        views, labels = (t.tensor_split(world)[rank].to(DEVICE) for t in batch)
         started, busy = time.perf_counter(), time.process_time()
         loss = head(backbone(views), labels)
         optimizer.zero_grad()
@@ -158,17 +164,26 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
         processor.append(time.process_time() - busy)
         if rank == 0:
             say(f"step {step + 1:4}   loss {losses[-1]:9.5f}   {seconds[-1]:7.2f} s")
-    peaks = [[1024 * measure.resident_kib(field) for field in ("VmHWM", "VmPeak")]]
+    memory = [peak_and_reserved()]
     if world > 1:
-        own, peaks = peaks[0], [None] * world
-        dist.all_gather_object(peaks, own)
-    peak_rss, address_space = zip(*peaks, strict=True)
+        own, memory = memory[0], [None] * world
+        dist.all_gather_object(memory, own)
+    peaks, reserved = zip(*memory, strict=True)
     medians = [statistics.median(times[1:] or times) for times in (seconds, processor)]
-    return Run(losses, *medians, [*peak_rss], sum(address_space))
+    return Run(losses, *medians, [*peaks], sum(reserved))
+
+
+def peak_and_reserved() -> tuple[int, int]:
+    """See :class:`Run`."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return tuple(1024 * measure.resident_kib(field) for field in ("VmHWM", "VmPeak"))
 
 
 def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run | str:
-    """:func:`train` in a fresh process under RLIMIT_AS, or why it came to nothing."""
+    """:func:`train` in a fresh process with so many bytes, or why it came to nothing."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--child", kind, "--limit", str(limit),
                "--steps", str(steps)]  # fmt: skip
     for name in ("classes", "batch", "repeat", "backend", "seed"):
@@ -186,7 +201,11 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
 
 
 def child(args: argparse.Namespace) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (args.limit, args.limit))
+    if DEVICE.type == "cuda":
+        memory = torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.limit / memory))
+    else:
+        resource.setrlimit(resource.RLIMIT_AS, (args.limit, args.limit))
     run = train(args.child, args, args.steps, lambda line: None)
     say(json.dumps(run._asdict()))
 
@@ -202,17 +221,17 @@ def print_summary(args: argparse.Namespace, fused: Run) -> None:
 momentum alone: {floor}
 this head      loss {fused.losses[0]:.3f} -> {fused.losses[-1]:.3f} in {len(fused.losses)} steps, \
 {fused.seconds:.2f} s a step
-               peak RSS of each rank: {", ".join(map(gib, fused.peak_rss))}""")
+               {PEAK} of each rank: {", ".join(map(gib, fused.peaks))}""")
 
 
 def print_plain(fused: Run, plain: Run | str, limit: int) -> None:
-    allowed = f"under RLIMIT_AS = {gib(limit)}, {HEADROOM:g} times what this head's processes had"
+    allowed = f"in {gib(limit)} of {LIMITED}, {HEADROOM:g} times what this head's processes had"
     if isinstance(plain, str):
         say(f"plain PyTorch  does not run {allowed}:\n               {plain}")
         return
     both = min(len(plain.losses), len(fused.losses))
     say(
-        f"plain PyTorch  {plain.seconds:.2f} s a step, peak RSS {gib(plain.peak_rss[0])}, {allowed}"
+        f"plain PyTorch  {plain.seconds:.2f} s a step, {PEAK} {gib(plain.peaks[0])}, {allowed}"
         f"\n               loss of step {both}: {plain.losses[both - 1]:.5f}, of this head "
         f"{fused.losses[both - 1]:.5f}"
     )
@@ -232,7 +251,7 @@ def plot(args: argparse.Namespace) -> None:
                 if isinstance(run, str)
                 else (
                     f"{run.seconds:.3f} s, {run.processor_seconds:.3f} s of processors, "
-                    f"{gib(run.peak_rss[0])}"
+                    f"{gib(run.peaks[0])}"
                 )
             )
             say(f"{classes:>9,} {kind:>6}  {text}")
@@ -251,7 +270,7 @@ def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> 
         runs = {c: run for c, run in results[kind].items() if isinstance(run, Run)}
         style = dict(color=color, marker="o", markersize=4, linewidth=2, label=label)
         left.plot(list(runs), [run.processor_seconds for run in runs.values()], **style)
-        right.plot(list(runs), [run.peak_rss[0] / 2**30 for run in runs.values()], **style)
+        right.plot(list(runs), [run.peaks[0] / 2**30 for run in runs.values()], **style)
         for classes in results[kind].keys() - runs.keys():
             right.plot(classes, PLOT_LIMIT, "x", color=RED, markersize=9, markeredgewidth=2)
             right.annotate(f"stopped at {PLOT_LIMIT:g} GiB", (classes, PLOT_LIMIT), (-8, 6),
@@ -279,14 +298,14 @@ def main() -> None:
         return
     rank = int(os.getenv("RANK", 0))
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     fused = train("fused", args, args.steps, say)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
         print_summary(args, fused)
         if args.plain_steps:
-            limit = int(HEADROOM * fused.address_space)
+            limit = int(HEADROOM * fused.reserved)
             print_plain(fused, in_child("torch", args, args.plain_steps, limit), limit)
 
 
