@@ -28,7 +28,7 @@ def make(kind, seed, **settings):
     """A model, an optimizer, and the group's part of a batch."""
     torch.manual_seed(seed)
     group = dist.group.WORLD if dist.is_initialized() else None
-    settings = dict(margin=CurricularFace(0.3), scale=8.0, process_group=group) | settings
+    settings = dict(margin=CosFace(0.3), scale=8.0, process_group=group) | settings
     backbone = torch.nn.Linear(3, D)
     if group is not None:
         backbone = DistributedDataParallel(backbone)
@@ -90,8 +90,12 @@ def run(world, function, *args):
 
 @pytest.mark.parametrize(
     "kind, settings",
-    [("sgd", dict(bias=False)), ("adamw", dict(margin=ArcFace(0.2), bias=True))],
-    ids=["sgd", "adamw"],
+    [
+        ("sgd", dict(margin=CurricularFace(0.3))),
+        ("adamw", dict(margin=ArcFace(0.2), bias=True)),
+        ("sgd", dict(margin=CosFace(0.2), sample_rate=0.5)),
+    ],
+    ids=["sgd", "adamw", "sampled"],
 )
 @pytest.mark.parametrize("before, after", [(3, 2), (3, 1), (1, 2)])
 def test_state_moves_between_world_sizes(before, after, kind, settings, tmp_path):
@@ -101,7 +105,10 @@ def test_state_moves_between_world_sizes(before, after, kind, settings, tmp_path
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
-    torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
+    if "sample_rate" in settings:  # a sample is drawn by each rank, from one state
+        assert saved["head.sampler._extra_state"][1] == 3
+    else:
+        torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
     assert not os.path.exists(path + ".partial")
     assert "path: expected a new directory" in run(after, save_there, kind, path, settings)
 
