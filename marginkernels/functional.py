@@ -125,11 +125,7 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
-    observer, learns_scale = None, isinstance(scale, nn.Parameter)
-    if isinstance(scale, nn.Module):
-        observer = scale if getattr(scale, "adapts", False) else None
-        learns_scale = any(True for _ in scale.parameters())
-        scale = scale()
+    scale, observer, learns_scale = _called(scale)
     validation.check_settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
         save_tiles,
@@ -146,7 +142,6 @@ def margin_cross_entropy(
         bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
     )
 
-    learns_scale = learns_scale or (isinstance(scale, Tensor) and scale.requires_grad)
     exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
     noise = None if shard is None else _noise(margin, x)
     own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
@@ -210,6 +205,18 @@ def margin_cross_entropy(
         return loss
     correct = kept & (scale * d + bias_y > logit_max)
     return loss, HeadStats(torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach())
+
+
+def _called(
+    scale: float | Tensor | nn.Module,
+) -> tuple[float | Tensor, nn.Module | None, bool]:
+    """The scale now, its module where that wants to observe, and whether it may be trained."""
+    module, learns = None, isinstance(scale, nn.Parameter)
+    if isinstance(scale, nn.Module):
+        module = scale if getattr(scale, "adapts", False) else None
+        learns = any(True for _ in scale.parameters())
+        scale = scale()
+    return scale, module, learns or (isinstance(scale, Tensor) and scale.requires_grad)
 
 
 def _exchange(shard, x, learns_scale, margin, sample_weight, row_margin) -> Exchange | Whole:
