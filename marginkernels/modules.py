@@ -192,6 +192,7 @@ class MarginSoftmaxHead(nn.Module):
                 "logits: the classes are split over ranks: topk merges them, and "
                 "full_state_dict() loads into a head that has them all"
             )
+        self._check_embeddings(embeddings)
         return torch.cat([block for _, block in self._logit_blocks(embeddings)], dim=1)
 
     @torch.no_grad()
@@ -205,7 +206,8 @@ class MarginSoftmaxHead(nn.Module):
         self._check_embeddings(embeddings)
         exchange = Whole(embeddings) if self.shard is None else Exchange(self.shard, embeddings)
         rows = exchange.features(embeddings)
-        values = torch.empty(len(rows), 0, device=rows.device)
+        dtype = ops.statistics_dtype(self._compute_dtype(embeddings))
+        values = rows.new_empty(len(rows), 0, dtype=dtype)
         classes = values.long()
         for start, block in self._logit_blocks(rows):
             best, where = block.topk(min(k, block.shape[1]), dim=1)
@@ -221,11 +223,13 @@ class MarginSoftmaxHead(nn.Module):
                 f"embeddings: expected (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
             )
 
+    def _compute_dtype(self, embeddings: Tensor) -> torch.dtype:
+        return resolve_compute_dtype(embeddings, self.weight, self.compute_dtype)
+
     def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First class and logits of one block of classes after another, in the statistics dtype."""
-        self._check_embeddings(embeddings)
         weight, bias = distributed.local(self.weight), distributed.local(self.bias)
-        compute_dtype = resolve_compute_dtype(embeddings, weight, self.compute_dtype)
+        compute_dtype = self._compute_dtype(embeddings)
         scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
         x = scale * _operand(embeddings, self.normalize == "both", compute_dtype)
         first = 0 if self.shard is None else self.shard.start
