@@ -18,6 +18,7 @@ import json
 import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -195,9 +196,12 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return Run(**json.loads(done.stdout))
-    # the allocator's own words, or the signal
-    lines = [line for line in done.stderr.splitlines() if "allocate" in line]
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    said = [line for line in done.stderr.splitlines() if "alloc" in line.lower()]
+    if done.returncode == -signal.SIGKILL:
+        said.append("killed: the machine was out of memory")
+    if not said:
+        raise RuntimeError(done.stderr)
+    return said[-1]
 
 
 def child(args: argparse.Namespace) -> None:
