@@ -28,7 +28,8 @@ class ElasticFace(Margin):
         kind: "arc" or "cos".
         plus: see above.
         generator: of the random numbers, on the device of the features; its state is saved with
-            the module. None: torch's default one.
+            the module. None: torch's default one. With classes split over ranks each draws for its
+            own rows: seed it by the rank.
         gradient: "exact" or "straight_through", see :class:`Margin`.
     """
 
