@@ -119,7 +119,7 @@ class MarginSoftmaxHead(nn.Module):
     def _require_agreement(self, bias: bool, dtype: torch.dtype) -> None:
         scale = self.scale
         if isinstance(scale, Tensor):
-            scale = f"{scale.dtype} {tuple(scale.shape)}, learnable={scale.requires_grad}"
+            scale = f"{type(scale).__name__} {scale.dtype} {tuple(scale.shape)}"
         names = (
             "embedding_size", "num_classes", "margin", "normalize", "reduction", "ignore_index",
             "label_smoothing", "z_loss", "focal_gamma", "compute_dtype", "sample_rate", "logq",

@@ -168,23 +168,32 @@ def test_clipping_and_loss_scaling():
     workers.run(3, scale_plain_shards)
 
 
+class Temperature(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self):
+        return self.log.exp()
+
+
 def frozen(frozen_rank):
     """One rank trains neither backbone nor head: its features need no gradient."""
-    head = make_head(process_group=dist.group.WORLD, scale=torch.nn.Parameter(torch.tensor(8.0)))
-    rank = dist.get_rank()
-    if rank == frozen_rank:
-        head.requires_grad_(False)
-    x = torch.randn(4, D).requires_grad_(rank != frozen_rank)
-    for settings in ({}, {"even_batches": True}):
-        head.shard = type(head.shard)(**dict(vars(head.shard), **settings))
-        head(x, torch.randint(0, C, (4,))).backward()
-    assert (x.grad is None) == (rank == frozen_rank)
-    return head.scale.grad
+    rank, gradients = dist.get_rank(), []
+    for scale in (torch.nn.Parameter(torch.tensor(8.0)), Temperature()):
+        for promise in ({}, {"even_batches": True}):
+            head = make_head(process_group=dist.group.WORLD, scale=scale, **promise)
+            head.requires_grad_(rank != frozen_rank)
+            x = torch.randn(4, D).requires_grad_(rank != frozen_rank)
+            head(x, torch.randint(0, C, (4,))).backward()
+            assert (x.grad is None) == (rank == frozen_rank)
+        gradients += [p.grad for name, p in head.named_parameters() if name != "weight"]
+    return gradients
 
 
 def test_a_frozen_rank_hangs_nobody():
     first, second, third = workers.run(3, frozen, 1)
-    assert second is None and torch.equal(first, third)
+    assert second == [None, None] and first == third and all(g != 0 for g in first)
 
 
 def on_a_mesh():
