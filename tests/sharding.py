@@ -181,6 +181,10 @@ def solve_step(x, w, y, settings, modules, shard):
     return [losses.detach(), *stats], gradients, state
 
 
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
 def compare_losses(**shard_settings):
     """Every step of each loss equals that of a process that has it all; fp64, to rounding."""
     batches = [operands(seed=seed) for seed in range(2)]
@@ -192,6 +196,10 @@ def compare_losses(**shard_settings):
             settings = make() | more
             modules = [v.double() for v in settings.values() if isinstance(v, torch.nn.Module)]
             steps = [solve_step(*batch, settings, modules, shard) for batch in batches]
+            for module in modules:
+                module.eval()
+            steps.append(solve_step(*batches[0], settings, modules, shard))
+            assert same(steps[-1][2], steps[-2][2]), f"{name}: its state moves in evaluation"
             solutions.append(steps)
         torch.testing.assert_close(
             *solutions, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
