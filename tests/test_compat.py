@@ -171,9 +171,10 @@ def test_the_margin_losses_can_be_called_alone(name):
 
 def test_the_loss_is_capped_on_request_and_the_gradient_is_not():
     losses, gradients = [], []
+    x, y = batch(9)
     for cap in (None, LOSS_CAP):
+        torch.manual_seed(0)
         head = make("ArcFace", loss_cap=cap)
-        x, y = batch(9)
         losses.append(head(x, y))
         gradients.append(torch.autograd.grad(losses[-1], [x, head.weight]))
     rows = dense("ArcFace", x, head.weight, y)
@@ -272,6 +273,8 @@ def test_other_margins_are_fused_and_callables_are_warned_of():
     own = mk.MarginSoftmaxHead(D, C, margin=mk.CurricularFace(0.5), scale=64.0)
     own.load_state_dict(head.state_dict() | {"margin.t": own.margin.t}, strict=False)
     same(head(x.float(), y), own(x.float(), y))
+    with pytest.raises(RuntimeError, match="CurricularFace may look at more than cosines"):
+        head.margin_softmax(torch.zeros(1, C), torch.zeros(1, 1, dtype=torch.int64))
     with pytest.warns(UserWarning, match="function is not fused") as record:
         head = PartialFC_V2(in_place_arcface, D, C)
         head(x.float(), y)
@@ -304,5 +307,8 @@ def test_what_insightface_does_silently():
         head(x, y.float())
     with pytest.raises(ValueError, match="sample_rate: expected a number in"):
         PartialFC_V2(CosFace(), D, C, 1.5)
+    for name, sizes in (("embedding_size", (0, C)), ("num_classes", (D, 1.5))):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive integer"):
+            PartialFC_V2(CosFace(), *sizes)
     with pytest.raises(TypeError, match="margin_loss: expected a callable, got float"):
         PartialFC_V2(0.5, D, C)

@@ -17,6 +17,7 @@ global batch, those of the embeddings times the number of ranks. What differs:
 """
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from .. import distributed, functional, margins, ops
 from ..distributed import ClassShard
 from ..exchange import Exchange, Whole
+from ..sampling import mixed
 
 # insightface takes -log(max(p, 1e-30))
 LOSS_CAP = -math.log(1e-30)
@@ -51,6 +53,16 @@ class MarginLoss(nn.Module):
         return f"s={self.s:g}"
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"MarginLoss: {type(self.margin).__name__} may look at more than cosines: "
+            "PartialFC_V2 computes it, a call does not"
+        )
+
+
+class CosineMarginLoss(MarginLoss):
+    """One that insightface has: it can be called with the cosines too."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """s times the cosines ``logits`` (N, C) with the margin in the column of each row's label,
         (N,) or (N, 1), -1 where there is none. For calls without :class:`PartialFC_V2`; a new
         tensor, where insightface's overwrites ``logits``.
@@ -65,7 +77,7 @@ class MarginLoss(nn.Module):
         return self.s * others.scatter(1, column, target)
 
 
-class CombinedMarginLoss(MarginLoss):
+class CombinedMarginLoss(CosineMarginLoss):
     """insightface's, which has two forms: for m3 > 0 CosFace with m3, whatever m1 and m2 are, and
     for m1 = 1, m3 = 0 ArcFace with m2, without a branch past theta = pi - m2.
 
@@ -107,7 +119,7 @@ class CombinedMarginLoss(MarginLoss):
         self.interclass_filtering_threshold = interclass_filtering_threshold
 
 
-class ArcFace(MarginLoss):
+class ArcFace(CosineMarginLoss):
     """cos(theta + margin), without a branch past theta = pi - margin; ``gradient`` as for
     :class:`CombinedMarginLoss`.
     """
@@ -116,7 +128,7 @@ class ArcFace(MarginLoss):
         super().__init__(margins.ArcFace(margin, branch="none", gradient=gradient), s)
 
 
-class CosFace(MarginLoss):
+class CosFace(CosineMarginLoss):
     """cos(theta) - m."""
 
     def __init__(self, s: float = 64.0, m: float = 0.40):
@@ -161,6 +173,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         super().__init__()
         if not callable(margin_loss):
             raise TypeError(f"margin_loss: expected a callable, got {type(margin_loss).__name__}")
+        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+            if not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
         if not 0 <= sample_rate <= 1:
             raise ValueError(f"sample_rate: expected a number in [0, 1], got {sample_rate}")
         fused = isinstance(margin_loss, MarginLoss)
@@ -200,7 +215,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 "MarginLoss for every other margin",
                 stacklevel=2,
             )
-        generator = torch.Generator().manual_seed(torch.initial_seed() + self.rank)
+        seed = mixed(int(torch.randint(2**62, ())), self.rank)
+        generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(
             torch.empty(self.num_local, embedding_size).normal_(std=0.01, generator=generator)
         )
