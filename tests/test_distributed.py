@@ -198,6 +198,20 @@ def test_topk_and_state_dicts():
         assert torch.cat(parts).shape == (7, 8)
 
 
+def splits():
+    group = dist.group.WORLD
+    return [
+        torch.arange(c)[ClassShard.chunked(c, group).start : ClassShard.chunked(c, group).stop]
+        for c in (1, 3, 4, 6, 7, 9)
+    ]
+
+
+def test_the_split_is_that_of_dtensor():
+    for c, parts in zip((1, 3, 4, 6, 7, 9), zip(*workers.run(3, splits), strict=True), strict=True):
+        expected = [*torch.arange(c).chunk(3), *[torch.arange(0)] * 3][:3]
+        assert all(map(torch.equal, parts, expected))
+
+
 def fresh_head(seed):
     torch.manual_seed(seed + dist.get_rank() if seed else 0)
     head = MarginSoftmaxHead(8, 6, margin=AdaMSoftmax(6), scale=8.0, process_group=dist.group.WORLD)
