@@ -93,7 +93,7 @@ def load_checkpoint(
             tensors and plain settings.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not _on_first(process_group, path.is_dir):
         raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
     state = _state(model, optimizer)
     dcp.load(
