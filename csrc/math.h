@@ -21,9 +21,17 @@ namespace mk {
 // What T's own operators cannot say. Vector types have a specialisation beside their definition.
 template <class T>
 struct Lanes {
+    using Scalar = float;  // of one lane
     using Bits = int32_t;  // integers as wide as the lanes
 
     static MK_HOST_DEVICE T sqrt(T x) { return __builtin_sqrtf(x); }
+};
+
+template <>
+struct Lanes<double> {
+    using Scalar = double;
+
+    static MK_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
 };
 
 template <class To, class From>
@@ -57,6 +65,10 @@ MK_HOST_DEVICE T exp(T x) {
     const I power = bit_cast<I>(shifted) << 23;
     const T value = bit_cast<T>(I(bit_cast<I>(p) + power));
     return in_range ? value : T{};
+}
+
+MK_HOST_DEVICE double exp(double x) {
+    return __builtin_exp(x);
 }
 
 // 1 / norm of a row from its sum of squares; a zero row (norm below eps) has that of norm eps.

@@ -121,6 +121,7 @@ MK_HOST_DEVICE vhalf to_fp16(vfloat v) {
 
 template <>
 struct mk::Lanes<marginkernels::vfloat> {
+    using Scalar = float;
     using Bits = marginkernels::vint;
 
     static MK_HOST_DEVICE marginkernels::vfloat sqrt(marginkernels::vfloat x) {

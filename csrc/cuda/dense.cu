@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// Launchers of the kernels that read a GEMM's result, with every transform in fp32 and fp64.
+
+#include "dense.cuh"
+#include "launch.h"
+
+namespace marginkernels::cuda {
+namespace {
+
+template <class F>
+void with_transform(Transform transform, F&& f) {
+    switch (transform) {
+        case Transform::kIdentity: return f(mk::Identity());
+        case Transform::kAirFace: return f(mk::AirFace());
+        case Transform::kInterclassFilter: return f(mk::InterclassFilter());
+        case Transform::kMVSoftmax: return f(mk::MVSoftmax());
+        case Transform::kCurricular: return f(mk::Curricular());
+        case Transform::kArcNegative: return f(mk::ArcNegative());
+    }
+}
+
+// Calls f with values of the type of numbers and of the functor.
+template <class F>
+void dispatch(Transform transform, Type type, F&& f) {
+    with_transform(transform, [&](auto functor) {
+        if (type == Type::kFloat64) {
+            f(double(), functor);
+        } else {
+            f(float(), functor);
+        }
+    });
+}
+
+}  // namespace
+
+void launch_dense_statistics(const DenseStatistics& call, Transform transform, Type type,
+                             Stream stream) {
+    dispatch(transform, type, [&](auto value, auto functor) {
+        launch("dense_statistics_kernel",
+               dense_statistics_kernel<decltype(value), decltype(functor)>,
+               static_cast<int64_t>(call.row_blocks) * call.slices, kDenseRows, 0, stream, call);
+    });
+}
+
+void launch_dense_gradient(const DenseGradient& call, Transform transform, Type type,
+                           Stream stream) {
+    const int64_t blocks = (call.chunk.classes + kRowsPerBlock - 1) / kRowsPerBlock;
+    dispatch(transform, type, [&](auto value, auto functor) {
+        launch("dense_gradient_kernel", dense_gradient_kernel<decltype(value), decltype(functor)>,
+               blocks, kRowThreads, 0, stream, call);
+    });
+}
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// fp32 and fp64: what both sweeps make of the dot products that the vendor's GEMM left in a
+// workspace, a chunk of classes at a time.
+//
+// What: softmax statistics per row, and G in the place of the products. Never materialised: more of
+// the logits than the chunk, which stays in L2. Fast because: a class's rows lie next to each
+// other; for statistics a thread has a row and meets nobody, for G a warp has a class and one sum
+// at the end.
+
+#pragma once
+
+#include "../transforms.h"
+#include "warp.cuh"
+
+namespace marginkernels::cuda {
+
+constexpr int kDenseBatch = 8;  // classes that a thread loads at once
+
+// The logit of a row and a class, and what the transform says of it.
+template <class A, class F>
+struct DenseLogit {
+    A value, slope, f, z;  // f = scale value + bias, z = scale c + bias
+
+    __device__ __forceinline__ DenseLogit(A c, A scale, A bias, A parameter, const A* constants) {
+        const auto transformed = F::apply(c, parameter, constants);
+        value = transformed.value;
+        slope = transformed.slope;
+        f = scale * value + bias;
+        z = scale * c + bias;
+    }
+};
+
+template <class A>
+__device__ __forceinline__ A at_or(const void* from, int64_t index, A otherwise) {
+    return from ? static_cast<const A*>(from)[index] : otherwise;
+}
+
+template <class A>
+__device__ __forceinline__ A exp_of(A x) {
+    return ptx::exp2(x * A(1 / kLn2));
+}
+
+// Softmax statistics of every `slices`-th batch of classes of the chunk: a thread per row.
+template <class A, class F>
+__global__ void dense_statistics_kernel(const DenseStatistics call) {
+    const DenseCall& chunk = call.chunk;
+    const int64_t row =
+        static_cast<int64_t>(blockIdx.x % call.row_blocks) * kDenseRows + threadIdx.x;
+    const int slice = blockIdx.x / call.row_blocks;
+    if (row >= chunk.n) return;
+    const int64_t plane = static_cast<int64_t>(call.slices) * chunk.n;
+    A* const partial = static_cast<A*>(call.partials) + int64_t{slice} * chunk.n + row;
+    const A scale = *static_cast<const A*>(chunk.scale);
+    const A inverse = static_cast<const A*>(chunk.x_inv)[row];
+    const A parameter = at_or(chunk.row_parameter, row, A(0));
+    const auto* const constants = static_cast<const A*>(chunk.constants);
+    const int64_t target = chunk.y[row] - chunk.first_class;
+    // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
+    const A offset = scale > A(59) ? scale - A(59) : A(0);
+    A m = call.save ? offset : A(kNoMaximum), l = 0, sum = 0, top = kNoMaximum;
+    if (call.carry) {
+        m = partial[kMaximum * plane];
+        l = partial[kExponentials * plane];
+        sum = partial[kLogitSum * plane];
+        top = partial[kLogitMaximum * plane];
+    }
+    A* const products = static_cast<A*>(chunk.products) + row;
+    for (int first = slice * kDenseBatch; first < chunk.classes;
+         first += call.slices * kDenseBatch) {
+        A f[kDenseBatch], highest = m;
+#pragma unroll
+        for (int k = 0; k < kDenseBatch; ++k) {
+            f[k] = -INFINITY;
+            const int class_ = first + k;
+            if (class_ >= chunk.classes || class_ == target) continue;
+            const A q = at_or(chunk.q, class_, A(1));
+            const DenseLogit<A, F> logit(products[class_ * chunk.stride] * inverse * q, scale,
+                                         at_or(chunk.bias, class_, A(0)), parameter, constants);
+            f[k] = logit.f;
+            highest = highest > f[k] ? highest : f[k];
+            sum += logit.f;
+            top = top > logit.z ? top : logit.z;
+        }
+        if (call.save) highest = offset;
+        l *= exp_of(m - highest);
+        m = highest;
+#pragma unroll
+        for (int k = 0; k < kDenseBatch; ++k) {
+            const A p = exp_of(f[k] - m);
+            l += p;
+            if (!call.save || first + k >= chunk.classes) continue;
+            const A q = at_or(chunk.q, first + k, A(1));
+            products[(first + k) * chunk.stride] = p * (q < A(chunk.inverse_limit) ? q : A(1));
+        }
+    }
+    partial[kMaximum * plane] = m;
+    partial[kExponentials * plane] = l;
+    partial[kLogitSum * plane] = sum;
+    partial[kLogitMaximum * plane] = top;
+}
+
+// G in the place of the products: a warp per class.
+template <class A, class F>
+__global__ void dense_gradient_kernel(const DenseGradient call) {
+    const DenseCall& chunk = call.chunk;
+    const int64_t class_ = row_of_warp();
+    const int lane = threadIdx.x % kWarp;
+    if (class_ >= chunk.classes) return;
+    const A scale = *static_cast<const A*>(chunk.scale), limit = chunk.inverse_limit;
+    const A q = at_or(chunk.q, class_, A(1)), bias = at_or(chunk.bias, class_, A(0));
+    const A class_fold = q < limit ? q : A(1);
+    const auto* const constants = static_cast<const A*>(chunk.constants);
+    A* const products = static_cast<A*>(chunk.products) + class_ * chunk.stride;
+    A dbias = 0, dscale = 0;
+    for (int64_t row = lane; row < chunk.n; row += kWarp) {
+        const A inverse = static_cast<const A*>(chunk.x_inv)[row];
+        const DenseLogit<A, F> logit(products[row] * inverse * q, scale, bias,
+                                     at_or(chunk.row_parameter, row, A(0)), constants);
+        const A lse = static_cast<const A*>(call.lse)[row];
+        A g = static_cast<const A*>(call.grad_lse)[row] * exp_of(logit.f - lse) +
+              at_or(call.grad_sum, row, A(0));
+        // a row without negatives, whose lse is -inf, has no other class than this
+        g = chunk.y[row] == chunk.first_class + class_ ? A(0) : g;
+        dbias += g;
+        dscale += g * logit.value;
+        products[row] = g * logit.slope * class_fold * (inverse < limit ? inverse * scale : A(1));
+    }
+    dbias = sum_over_warp(dbias);
+    dscale = sum_over_warp(dscale);
+    if (lane == 0 && call.dbias) static_cast<A*>(call.dbias)[class_] = dbias;
+    if (lane == 0 && call.dscale) static_cast<A*>(call.dscale)[class_] = dscale;
+}
+
+}  // namespace marginkernels::cuda

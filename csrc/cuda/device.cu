@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// What the schedule and the build report ask the CUDA runtime. The host that runs kernels as fibers
+// answers as an sm_80 would.
+
+#include <string>
+
+#include "kernels.h"
+
+namespace marginkernels::cuda {
+
+#if defined(MK_ON_HOST)
+
+int multiprocessors() {
+    return fibers::multiprocessors;
+}
+
+int stages_per_block() {
+    return kMostStages;
+}
+
+#else
+
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
+    return value;
+}
+
+int current_device() {
+    int device = 0;
+    cudaGetDevice(&device);
+    return device;
+}
+
+}  // namespace
+
+int multiprocessors() {
+    return attribute(cudaDevAttrMultiProcessorCount, current_device());
+}
+
+int stages_per_block() {
+    constexpr int kReserved = 1 << 10;  // of each block, by the system
+    const int shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, current_device());
+    const int wanted = BigTile::kBlocksPerSm * (kMostStages * BigTile::kStageBytes + kReserved);
+    return shared >= wanted ? kMostStages : kFewestStages;
+}
+
+int device_count() {
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+int compute_capability(int device) {
+    return attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+           attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+int cuda_version() {
+    return CUDART_VERSION;
+}
+
+const char* architectures() {
+#define MK_TEXT_OF(...) #__VA_ARGS__
+#define MK_TEXT(...) MK_TEXT_OF(__VA_ARGS__)
+    return MK_TEXT(__CUDA_ARCH_LIST__);
+}
+
+#endif
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// The target's column of G, outside the GEMMs, and the gradients of raw rows in their final type.
+//
+// Never materialised: a second copy of dw, anything dense of the targets. Fast because: each row of
+// dw is read twice while it is in cache and written once; targets cost O(N D), unrounded.
+
+#pragma once
+
+#include "rows.cuh"
+
+namespace marginkernels::cuda {
+
+// What w_y of a row gets into dx, and what the rows of a class get into its dw: a warp per row. The
+// first row of each class adds up those of all rows of the class, in their order.
+template <class T>
+__global__ void target_kernel(const Targets call) {
+    using A = statistics_t<T>;
+    const int64_t row = row_of_warp();
+    const int lane = threadIdx.x % kWarp;
+    const int64_t label = row < call.n ? call.y[row] : -1;
+    const A* const x_inv = static_cast<const A*>(call.x_inv);
+    const A* const grad_target = static_cast<const A*>(call.grad_target);
+    const A* const grad_w_norm = static_cast<const A*>(call.grad_w_norm);
+    A factor = *static_cast<const A*>(call.scale);
+    if (call.normalize_w && label >= 0) factor *= static_cast<const A*>(call.w_inv)[label];
+    if (lane == 0 && row < call.n)
+        static_cast<A*>(call.coefficient)[row] =
+            label >= 0 ? grad_target[row] * x_inv[row] * factor : A(0);
+    bool first = label >= 0;
+    for (int64_t k = lane; k < row; k += kWarp) first = first && call.y[k] != label;
+    if (!__all_sync(~0U, first)) return;
+
+    for (int start = 0; start < call.width; start += kWarp * 4) {
+        const int column = start + lane * 4;
+        Four<A> sum = {};
+        A radial = 0;
+        for (int64_t group = row; group < call.n; group += kWarp) {
+            const int64_t mine = group + lane;
+            unsigned same = __ballot_sync(~0U, mine < call.n && call.y[mine] == label);
+            for (int64_t k = group; same != 0; ++k, same >>= 1) {
+                if (same % 2 == 0) continue;
+                if (grad_w_norm) radial += grad_w_norm[k];
+                if (column >= call.width) continue;
+                const A g = grad_target[k] * x_inv[k] * factor;
+                const auto x = load_four(static_cast<const T*>(call.x) + k * call.width + column);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum.v[e] += g * x.v[e];
+            }
+        }
+        if (column < call.width)
+            reinterpret_cast<Four<A>*>(static_cast<A*>(call.sums) + row * call.width + column)[0] =
+                sum;
+        if (start == 0 && lane == 0) {
+            call.slot[label] = static_cast<int>(row);
+            if (grad_w_norm) static_cast<A*>(call.radial)[row] = radial;
+        }
+    }
+}
+
+// Without the part along the row, which normalisation takes no notice of; 0 for a zero row. Adds
+// the target's share, and what flows through the norm.
+template <class T, class Out>
+__global__ void projection_kernel(const Projection call) {
+    using A = statistics_t<T>;
+    const int64_t row = row_of_warp();
+    const int lane = threadIdx.x % kWarp;
+    if (row >= call.count) return;
+    const A* const gradient = static_cast<const A*>(call.gradient) + row * call.width;
+    const T* const values = static_cast<const T*>(call.rows) + row * call.width;
+    const A inverse = static_cast<const A*>(call.inverse)[row];
+    const A factor =
+        call.factor ? static_cast<const A*>(call.factor)[row * call.factor_stride] : A(1);
+    const int64_t picked = call.index ? call.index[row] : row;
+    const A* const added = static_cast<const A*>(call.table) + picked * call.width;
+    const A weight = call.coefficient ? static_cast<const A*>(call.coefficient)[row] : A(1);
+    const auto gradient_at = [&](int k) {
+        auto g = load_four(gradient + k);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) g.v[e] *= factor;
+        if (picked >= 0) {
+            const auto more = load_four(added + k);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) g.v[e] += weight * more.v[e];
+        }
+        return g;
+    };
+
+    A along = 0;
+    for (int k = lane * 4; call.normalize && k < call.width; k += kWarp * 4) {
+        const auto g = gradient_at(k), v = load_four(values + k);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) along += g.v[e] * v.v[e];
+    }
+    A radius = -sum_over_warp(along) * inverse * inverse;
+    if (call.radial && picked >= 0) radius += static_cast<const A*>(call.radial)[picked] * inverse;
+    const bool zero = inverse >= A(call.inverse_limit);
+    Out* const out = static_cast<Out*>(call.out) + row * call.d;
+    for (int k = lane * 4; k < call.width; k += kWarp * 4) {
+        const auto g = gradient_at(k), v = load_four(values + k);
+        Four<Out> rounded;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const A tangent = g.v[e] + (zero ? A(0) : radius * v.v[e]);
+            ptx::round_to(rounded.v[e], zero && call.normalize ? A(0) : tangent);
+        }
+        if (call.d == call.width) {
+            *reinterpret_cast<Four<Out>*>(out + k) = rounded;
+        } else {
+            for (int e = 0; e < 4 && k + e < call.d; ++e) out[k + e] = rounded.v[e];
+        }
+    }
+}
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// What the schedule (sweep.cpp, forward.cpp, backward.cpp) knows of the kernels: shapes of tiles,
+// operands, launchers. Neither ATen nor CUDA headers are needed to read it.
+//
+// Sizes are ints, offsets are made in 64 bits. Rows of x and w are `width` numbers wide, D and then
+// zeros up to a multiple of what a kernel reads at once. "A" is the type of statistics, float or
+// double; void* has the compute type unless another is named.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace marginkernels::cuda {
+
+using Stream = CUstream_st*;
+
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Transform {
+    kIdentity,
+    kAirFace,
+    kInterclassFilter,
+    kMVSoftmax,
+    kCurricular,
+    kArcNegative,
+};
+
+constexpr int kWarp = 32;
+constexpr double kLn2 = 0.69314718055994531;
+constexpr float kLog2E = 1.44269504088896341F;
+
+// A tile of rows x classes: four warps beside each other, each with 64 rows.
+template <int kRowWarps_, int kWarpClasses_>
+struct Tile {
+    static constexpr int kRowWarps = kRowWarps_, kWarpClasses = kWarpClasses_;
+    static constexpr int kThreads = 4 * kWarp;
+    static constexpr int kClassWarps = 4 / kRowWarps;
+    static constexpr int kRows = kRowWarps * 64, kClasses = kClassWarps * kWarpClasses;
+    static constexpr int kFeatures = 32;  // of a step of the main loop
+    static constexpr int kStageBytes = (kRows + kClasses) * kFeatures * 2;
+    static constexpr int kBlocksPerSm = 2;
+};
+
+// Most work per byte of shared memory that fits the registers.
+using BigTile = Tile<2, 64>;
+// For few rows, and where the epilogue of an option needs registers.
+using SmallTile = Tile<1, 32>;
+
+constexpr int kTileClasses = 128;  // of both
+constexpr int kTileFeatures = 32;
+static_assert(BigTile::kClasses == kTileClasses && SmallTile::kClasses == kTileClasses);
+
+// Stages of the copy pipeline: as many as leave room for a second block.
+constexpr int kMostStages = 4, kFewestStages = 3;
+
+// What both epilogues of the tile program are called with.
+struct TileCall {
+    const void* x;               // (row tiles * rows of a tile, width), zeros from N on
+    const void* w;               // (., width): the classes of this launch
+    const int64_t* y;            // (N,), -1: no target here
+    const uint8_t* flags;        // (row tiles, class tiles): a target lies in the tile
+    const float* q;              // (class tiles * kTileClasses,) 1 / |w_j|, or 1
+    const float* bias;           // (class tiles * kTileClasses,) or null
+    const float* scale;          // ()
+    const float* row_parameter;  // (row tiles * rows of a tile,) or null: of the transform
+    const float* constants;      // (K,) or null: of the transform
+    int n, c;
+    int steps;  // width / kTileFeatures
+    int row_tiles, class_tiles;
+    int first_tile, stop_tile;  // the class tiles of this launch
+    int columns;                // blocks per row tile
+    int stages;
+};
+
+// Partial statistics, four planes of (partials, N): maximum, sum of exp, sum and maximum of logits.
+constexpr int kMaximum = 0, kExponentials = 1, kLogitSum = 2, kLogitMaximum = 3, kPlanes = 4;
+// Below any logit in the domain, and finite: a row that has met no negative is no special case.
+constexpr float kNoMaximum = -1e30F;
+
+struct StatisticsCall {
+    TileCall tile;
+    const float* rate;    // (padded rows,): see statistics_rows_kernel
+    float* partials;      // (kPlanes, columns * class warps, N)
+    bool carry;           // go on from the partials of the launch before
+    void* saved;          // (C, saved_stride) exp(z - offset) q_j, or null
+    int saved_stride;     // N up to a multiple of 16
+    float inverse_limit;  // 1 / norm of a zero row
+};
+
+// Planes of (padded rows,) that the gradient's epilogue reads.
+constexpr int kRate = 0, kShift = 1, kA = 2, kU = 3, kFold = 4, kGradientPlanes = 5;
+
+struct GradientCall {
+    TileCall tile;
+    const float* rows;  // (kGradientPlanes, padded rows): see gradient_rows_kernel
+    float inverse_limit;
+    void* g;        // (classes of this launch, g_stride)
+    int g_stride;   // N up to a multiple of 16
+    float* dbias;   // (row tiles, classes of this launch up to whole tiles) sums, or null
+    float* dscale;  // (4 * blocks,) sums, or null
+};
+
+struct TileVariant {
+    Type type;  // kBFloat16 or kFloat16
+    bool small;
+    Transform transform;
+    bool
+        general;  // beside the plain case: sum or maximum wanted; bias; gradients of it, scale, sum
+};
+
+void launch_statistics(const StatisticsCall&, const TileVariant&, Stream);
+void launch_gradient(const GradientCall&, const TileVariant&, Stream);
+
+// rows.cu:
+
+// 1 / |row| of (count, width) into (padded,) of A.
+void launch_inverse_norms(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
+                          double limit, Type, Stream);
+
+// Sets flags (row tiles, class tiles), zeros before, where a tile holds a target.
+void launch_flags(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles, Stream);
+
+void launch_statistics_rows(const float* x_inv, const float* scale, float* rate, int n, int padded,
+                            bool log2_units, bool with_scale, Stream);
+
+struct GradientRows {
+    const float *x_inv, *scale, *lse, *grad_lse;  // (N,), (), (N,), (N,)
+    const float *grad_sum, *g_scale;              // (N,) or null, () or null
+    float* planes;                                // (kGradientPlanes, padded)
+    float inverse_limit;
+    int n, padded;
+    bool general;
+};
+void launch_gradient_rows(const GradientRows&, Stream);
+
+struct FinishRows {
+    const void *x, *w_y;          // (N, width), (N, width) A: the rows of the labels, rounded
+    const int64_t* y;             // (N,)
+    const void* x_inv;            // (N,) A
+    const void* w_inv;            // (C,) A
+    const void* partials;         // (kPlanes, partials_per_row, N) A
+    void *lse, *d, *w_norm;       // (N,) A
+    void *logit_sum, *logit_max;  // (N,) A, or null
+    int n, width, partials_per_row;
+    int maximum_plane;  // kMaximum or kLogitMaximum
+    bool normalize_w, log2_units;
+};
+void launch_finish_rows(const FinishRows&, Type, Stream);
+
+struct Targets {
+    const void* x;                                    // (N, width)
+    const int64_t* y;                                 // (N,)
+    const void *x_inv, *w_inv, *scale, *grad_target;  // (N,), (C,), (), (N,) A
+    const void* grad_w_norm;                          // (N,) A, or null
+    void* coefficient;                                // (N,) A: what w_y of a row gets into its dx
+    int* slot;     // (C,), -1 before: the row whose sums are those of a class
+    void* sums;    // (N, width) A: what the rows of a class get into its dw
+    void* radial;  // (N,) A: the gradient of its norm, or null
+    int n, width;
+    bool normalize_w;
+};
+void launch_targets(const Targets&, Type, Stream);
+
+// The gradient of raw rows from that along their unit rows.
+struct Projection {
+    const void* gradient;     // (count, width) A
+    const void* rows;         // (count, width)
+    const void* inverse;      // (count,) A
+    const void* factor;       // of the gradient: (count,) or () A, or null
+    const int* index;         // (count,) row of the table that is added, -1: none; null: its own
+    const void* table;        // (., width) A
+    const void* coefficient;  // (count,) A: of the row added, or null for 1
+    const void* radial;       // by row of the table: gradient of the row's norm, A, or null
+    void* out;                // (count, d) of type `out_type`
+    int64_t count;
+    int width, d;
+    int factor_stride;  // 0: one for all
+    double inverse_limit;
+    bool normalize;
+    Type out_type;
+};
+void launch_projection(const Projection&, Type, Stream);
+
+// dense.cu:
+
+// Dot products of a chunk of classes, as a GEMM left them. "A" has the compute type too.
+struct DenseCall {
+    void* products;             // (classes, stride) A
+    int64_t stride;             // N or more
+    const int64_t* y;           // (N,)
+    const void* x_inv;          // (N,) A
+    const void* q;              // (classes,) A, or null for 1
+    const void* bias;           // (classes,) A, or null
+    const void* scale;          // () A
+    const void* row_parameter;  // (N,) A, or null
+    const void* constants;      // (K,) A, or null
+    double inverse_limit;
+    int n, classes;
+    int64_t first_class;
+};
+
+struct DenseStatistics {
+    DenseCall chunk;
+    void* partials;  // (kPlanes, slices, N) A
+    int row_blocks, slices;
+    bool carry;
+    bool save;  // exp(z - offset) q_j in the place of the products
+};
+
+struct DenseGradient {
+    DenseCall chunk;
+    const void *lse, *grad_lse, *grad_sum;  // (N,) A, the last one may be null
+    void *dbias, *dscale;                   // (classes,) A, or null
+};
+
+constexpr int kDenseRows = 128;  // of a block of the statistics
+
+void launch_dense_statistics(const DenseStatistics&, Transform, Type, Stream);
+void launch_dense_gradient(const DenseGradient&, Transform, Type, Stream);
+
+// device.cu:
+
+int multiprocessors();               // of the current device
+int stages_per_block();              // of the tile program's pipeline there
+int device_count();                  // 0 where there is none, or no driver
+int compute_capability(int device);  // 80 for 8.0
+int cuda_version();                  // that the kernels were compiled with, 13000 for 13.0
+const char* architectures();         // that they were compiled for: "800,860"
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// What is linear in N, in C D or in N D: norms, factors of rows, the merge of statistics.
+//
+// Never materialised: normalised rows, one-hot labels. Fast because: a warp reads a row once, its
+// lanes next to each other, and everything is added in a fixed order without atomics.
+
+#pragma once
+
+#include "warp.cuh"
+
+namespace marginkernels::cuda {
+
+// 1 / |row|, at most `limit`: exactly that marks a zero row. Padding gets it too.
+template <class T>
+__global__ void inverse_norm_kernel(const T* rows,             // (count, width)
+                                    statistics_t<T>* inverse,  // (padded,)
+                                    int64_t count, int64_t padded, int width,
+                                    statistics_t<T> limit) {
+    using A = statistics_t<T>;
+    const int64_t row = row_of_warp();
+    A squares = 0;
+    if (row < count)
+        for (int k = threadIdx.x % kWarp * 4; k < width; k += kWarp * 4) {
+            const auto four = load_four(rows + row * width + k);
+#pragma unroll
+            for (const A v : four.v) squares += v * v;
+        }
+    squares = sum_over_warp(squares);
+    if (threadIdx.x % kWarp == 0 && row < padded) {
+        const A norm = sqrt(squares);
+        inverse[row] = 1 / norm < limit ? 1 / norm : limit;
+    }
+}
+
+// Marks the tiles that hold a target: only those pay for a mask.
+__global__ void flag_kernel(const int64_t* y,  // (N,)
+                            uint8_t* flags,    // (row tiles, class tiles), zeros
+                            int n, int tile_rows, int class_tiles) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    // rows that share a tile store the same value
+    if (row < n && y[row] >= 0) flags[row / tile_rows * class_tiles + y[row] / kTileClasses] = 1;
+}
+
+// What the statistics' epilogue multiplies the dot products of a row with: scale / |x_i| in units
+// of ln 2, or plain before a bias, or without the scale before a transform. Positive in rows that
+// are not there, since a masked logit is -inf times this.
+__global__ void statistics_rows_kernel(const float* x_inv,  // (N,)
+                                       const float* scale,  // ()
+                                       float* rate,         // (padded,)
+                                       int n, int padded, float unit, bool with_scale) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (row >= padded) return;
+    const float r = row < n ? x_inv[row] : 1.0F;
+    rate[row] = (with_scale ? r * *scale : r) * unit;
+}
+
+// What the gradient's epilogue needs of a row. For the plain case all but the dot product and the
+// class's factor is folded in; the general case needs it apart.
+__global__ void gradient_rows_kernel(const GradientRows call) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (row >= call.padded) return;
+    const bool there = row < call.n;
+    const float inverse = there ? call.x_inv[row] : 1.0F;
+    const float scale = *call.scale;
+    // zero rows would claim all of fp16's range, for a gradient that is 0
+    float fold = inverse < call.inverse_limit ? inverse * scale : 1.0F;
+    if (call.g_scale) fold *= *call.g_scale;
+    float a = there ? call.grad_lse[row] : 0.0F;
+    // a row without negatives has lse = -inf, and no G
+    float shift = there && call.lse[row] != -INFINITY ? call.lse[row] : 0.0F;
+    float rate = inverse;
+    if (!call.general) {
+        // what rounding takes from the shift, at a scale of 256 several digits, goes into a
+        const float rounded = shift * kLog2E;
+        a *= fold * ptx::exp2(-fmaf(shift, kLog2E, -rounded));
+        shift = rounded;
+        rate *= scale * kLog2E;
+    }
+    float* const plane = call.planes + row;
+    const int64_t stride = call.padded;
+    plane[kRate * stride] = rate;
+    plane[kShift * stride] = shift;
+    plane[kA * stride] = a;
+    plane[kU * stride] = there && call.grad_sum ? call.grad_sum[row] : 0.0F;
+    plane[kFold * stride] = fold;
+}
+
+// Merges the partial statistics of a row, and takes <x_i, w_y>.
+template <class T>
+__global__ void finish_rows_kernel(const FinishRows call) {
+    using A = statistics_t<T>;
+    const int64_t row = row_of_warp();
+    const int lane = threadIdx.x % kWarp;
+    const bool there = row < call.n;
+    const A to_log2 = call.log2_units ? A(1) : A(1 / kLn2), unit = call.log2_units ? A(kLn2) : A(1);
+    const int64_t plane = static_cast<int64_t>(call.partials_per_row) * call.n;
+    A m = kNoMaximum, l = 0, sum = 0, top = kNoMaximum;
+    const auto merge = [&](A other_m, A other_l, A other_top) {
+        const A higher = m > other_m ? m : other_m;
+        l = l * ptx::exp2((m - higher) * to_log2);
+        l += other_l * ptx::exp2((other_m - higher) * to_log2);
+        m = higher;
+        top = top > other_top ? top : other_top;
+    };
+    for (int p = lane; there && p < call.partials_per_row; p += kWarp) {
+        const A* const partial = static_cast<const A*>(call.partials) + int64_t{p} * call.n + row;
+        merge(partial[kMaximum * plane], partial[kExponentials * plane],
+              partial[call.maximum_plane * plane]);
+        if (call.logit_sum) sum += partial[kLogitSum * plane];
+    }
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+        const auto other = [&](A value) { return __shfl_xor_sync(~0U, value, lanes); };
+        const A other_m = other(m), other_l = other(l);
+        merge(other_m, other_l, other(top));
+    }
+    sum = sum_over_warp(sum);
+
+    const int64_t label = there ? call.y[row] : -1;
+    A dot = 0;
+    if (label >= 0) {
+        const T* const x = static_cast<const T*>(call.x) + row * call.width;
+        const A* const w = static_cast<const A*>(call.w_y) + row * call.width;
+        for (int k = lane * 4; k < call.width; k += kWarp * 4) {
+            const auto a = load_four(x + k), b = load_four(w + k);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dot += a.v[e] * b.v[e];
+        }
+    }
+    dot = sum_over_warp(dot);
+    if (lane != 0 || !there) return;
+    const bool none = l == 0;  // no negatives
+    const auto set = [&](void* to, A value) { static_cast<A*>(to)[row] = value; };
+    set(call.lse, none ? -INFINITY : m * unit + log(l));
+    if (call.logit_sum) set(call.logit_sum, sum * unit);
+    if (call.logit_max) set(call.logit_max, none ? -INFINITY : top * unit);
+    const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);
+    const A inverse = static_cast<const A*>(call.x_inv)[row];
+    set(call.d, dot * inverse * (call.normalize_w ? q : A(1)));
+    set(call.w_norm, label >= 0 ? 1 / q : A(0));
+}
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// The variants of the statistics kernel that exist, and the choice among them.
+
+#include "launch.h"
+#include "statistics.cuh"
+
+namespace marginkernels::cuda {
+namespace {
+
+template <class T, class Tile, class Options>
+void run(const StatisticsCall& call, Stream stream) {
+    launch("statistics_kernel", statistics_kernel<T, Tile, Options>,
+           static_cast<int64_t>(call.tile.row_tiles) * call.tile.columns, Tile::kThreads,
+           call.tile.stages * Tile::kStageBytes, stream, call);
+}
+
+template <class T, class F>
+void run_transformed(const StatisticsCall& call, Stream stream) {
+    run<T, SmallTile, StatisticsOptions<F, false, true, false>>(call, stream);
+}
+
+template <class T, class Tile, bool kMore>
+void run_identity(const StatisticsCall& call, Stream stream) {
+    using F = mk::Identity;
+    if (call.tile.bias) {
+        run<T, SmallTile, StatisticsOptions<F, true, true, false>>(call, stream);
+    } else if (call.saved == nullptr) {
+        run<T, Tile, StatisticsOptions<F, false, kMore, false>>(call, stream);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+        run<T, Tile, StatisticsOptions<F, false, kMore, true>>(call, stream);
+    } else {
+        throw std::invalid_argument("save_tiles: expected bfloat16, got float16");
+    }
+}
+
+template <class T>
+void run(const StatisticsCall& call, const TileVariant& variant, Stream stream) {
+    switch (variant.transform) {
+        case Transform::kIdentity:
+            if (variant.general) return run_identity<T, SmallTile, true>(call, stream);
+            if (variant.small) return run_identity<T, SmallTile, false>(call, stream);
+            return run_identity<T, BigTile, false>(call, stream);
+        case Transform::kAirFace: return run_transformed<T, mk::AirFace>(call, stream);
+        case Transform::kInterclassFilter:
+            return run_transformed<T, mk::InterclassFilter>(call, stream);
+        case Transform::kMVSoftmax: return run_transformed<T, mk::MVSoftmax>(call, stream);
+        case Transform::kCurricular: return run_transformed<T, mk::Curricular>(call, stream);
+        case Transform::kArcNegative: return run_transformed<T, mk::ArcNegative>(call, stream);
+    }
+}
+
+}  // namespace
+
+void launch_statistics(const StatisticsCall& call, const TileVariant& variant, Stream stream) {
+    if (variant.type == Type::kBFloat16) {
+        run<bf16>(call, variant, stream);
+    } else {
+        run<fp16>(call, variant, stream);
+    }
+}
+
+}  // namespace marginkernels::cuda

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// The tile program: <x_i, w_j> of a rows x classes tile, in the registers of a block's four warps.
+//
+// What: a block walks over every `columns`-th class tile of one row tile and hands each to an
+// epilogue. Never materialised: the logits. Fast because: tensor cores take 16-bit operands from
+// shared memory that copies fill several steps ahead, also across tiles, with one barrier a step;
+// blocks that run together read one tile of w, which stays in L2.
+//
+// Rows of shared memory are 64 bytes, 32 features; their 16-byte parts are swizzled, so that
+// neither copies nor ldmatrix meet a bank conflict. Rows and classes lie there in an order in which
+// mma leaves a thread with 8 neighbouring rows and 8 neighbouring classes (at 32 from each other):
+// all it reads and writes per row or class is 16 bytes wide, without a shuffle.
+
+#pragma once
+
+#include "kernels.h"
+#include "ptx.h"
+
+namespace marginkernels::cuda {
+
+constexpr int kSlotBytes = kTileFeatures * 2;  // a row of shared memory
+
+// The row of a warp's 64 that lies in a slot: tile i of 16, half h, lane group g hold row 8 g + 2 i
+// + h.
+__device__ constexpr int row_of_slot(int slot) {
+    return slot / 64 * 64 + slot % 8 * 8 + slot % 64 / 16 * 2 + slot / 8 % 2;
+}
+
+// The class of 32 that lies in a slot: tile j of 8, column 2 k + e hold class 8 k + 2 j + e.
+__device__ constexpr int class_of_slot(int slot) {
+    return slot / 32 * 32 + slot / 2 % 4 * 8 + slot / 8 % 4 * 2 + slot % 2;
+}
+
+__device__ constexpr int swizzled(int slot, int part) {
+    return slot * kSlotBytes + (part ^ (slot / 2 % 4)) * 16;
+}
+
+// Where a thread stands in the tile.
+template <class Tile>
+struct Position {
+    int row;     // of its first of 8 neighbouring rows
+    int class_;  // of its first of 8 neighbouring classes, the others follow at +32
+    int row_warp, class_warp;
+
+    __device__ __forceinline__ Position() {
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+        row_warp = warp / Tile::kClassWarps;
+        class_warp = warp % Tile::kClassWarps;
+        row = row_warp * 64 + lane / 4 * 8;
+        class_ = class_warp * Tile::kWarpClasses + lane % 4 * 8;
+    }
+};
+
+// The dot products of a thread: 8 rows, and blocks of 8 classes.
+template <class Tile>
+struct Accumulator {
+    static constexpr int kClassBlocks = Tile::kWarpClasses / 32;
+    float c[4][kClassBlocks * 4][4];
+
+    __device__ __forceinline__ float& at(int row, int block, int class_) {
+        return c[row / 2][block * 4 + class_ / 2][row % 2 * 2 + class_ % 2];
+    }
+};
+
+// Copies the operands of one step after the other into the stages of shared memory.
+template <class Tile>
+class Loader {
+  public:
+    __device__ __forceinline__ Loader(const TileCall& call, int row_tile, int column)
+        : columns_(call.columns), steps_(call.steps), step_(0) {
+        const int slot = threadIdx.x / 4, part = threadIdx.x % 4;
+        shared_ = ptx::shared_memory() + swizzled(slot, part);
+        stride_ = static_cast<int64_t>(call.steps) * kSlotBytes;
+        const int64_t row = static_cast<int64_t>(row_tile) * Tile::kRows + row_of_slot(slot);
+        x_ = static_cast<const char*>(call.x) + row * stride_ + part * 16;
+        const int64_t first = static_cast<int64_t>(column) * kTileClasses + class_of_slot(slot);
+        w_ = static_cast<const char*>(call.w) + first * stride_ + part * 16;
+        const int tile = call.first_tile + column;
+        tiles_left_ = tile < call.stop_tile ? (call.stop_tile - 1 - tile) / columns_ + 1 : 0;
+        classes_left_ = call.c - tile * kTileClasses - class_of_slot(slot);
+    }
+
+    // Starts the copies of the next step, if there is one.
+    __device__ __forceinline__ void next(int stage) {
+        if (tiles_left_ > 0) {
+            const uint32_t to = shared_ + stage * Tile::kStageBytes;
+            const int64_t offset = static_cast<int64_t>(step_) * kSlotBytes;
+#pragma unroll
+            for (int k = 0; k < Tile::kRows / 32; ++k)  // 32 slots further on, see row_of_slot
+                ptx::copy_async(to + k * 32 * kSlotBytes,
+                                x_ + offset + (k / 2 * 64 + k % 2 * 4) * stride_, true);
+#pragma unroll
+            for (int k = 0; k < kTileClasses / 32; ++k)  // classes that are not there are zeros
+                ptx::copy_async(to + (Tile::kRows + k * 32) * kSlotBytes,
+                                w_ + offset + k * 32 * stride_, k * 32 < classes_left_);
+            if (++step_ == steps_) {
+                step_ = 0;
+                --tiles_left_;
+                w_ += columns_ * kTileClasses * stride_;
+                classes_left_ -= columns_ * kTileClasses;
+            }
+        }
+        ptx::commit_async();
+    }
+
+  private:
+    const char *x_, *w_;
+    int64_t stride_;
+    uint32_t shared_;
+    int columns_, steps_, step_, tiles_left_, classes_left_;
+};
+
+// Where a thread reads its warp's operands in a stage, for ldmatrix.
+template <class Tile>
+struct Fragments {
+    uint32_t x, w;
+
+    __device__ __forceinline__ Fragments(const Position<Tile>& position) {
+        const int lane = threadIdx.x % kWarp;
+        const uint32_t base = ptx::shared_memory();
+        x = base + swizzled(position.row_warp * 64 + lane % 16, lane / 16);
+        const int slot = position.class_warp * Tile::kWarpClasses + lane / 16 * 8 + lane % 8;
+        w = base + Tile::kRows * kSlotBytes + swizzled(slot, lane / 8 % 2);
+    }
+
+    // sums += the products of a stage's 32 features
+    template <class T>
+    __device__ __forceinline__ void multiply_add(Accumulator<Tile>& sums, int stage) const {
+        constexpr int kTilesOf8 = Tile::kWarpClasses / 8;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // 16 features: parts 2 and 3 are 0 and 1, xor 2
+            const uint32_t x_half = (x ^ half * 32) + stage * Tile::kStageBytes;
+            const uint32_t w_half = (w ^ half * 32) + stage * Tile::kStageBytes;
+            uint32_t rows[4][4], classes[kTilesOf8][2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) ptx::load_matrices(rows[i], x_half + i * 16 * kSlotBytes);
+#pragma unroll
+            for (int j = 0; j < kTilesOf8; j += 2) {
+                uint32_t pair[4];
+                ptx::load_matrices(pair, w_half + j * 8 * kSlotBytes);
+                classes[j][0] = pair[0], classes[j][1] = pair[1];
+                classes[j + 1][0] = pair[2], classes[j + 1][1] = pair[3];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int j = 0; j < kTilesOf8; ++j)
+                    ptx::multiply_add<T>(sums.c[i][j], rows[i], classes[j]);
+        }
+    }
+};
+
+// Row tiles vary fastest over blocks: those that run together share their tile of w in L2.
+__device__ __forceinline__ int row_tile_of_block(const TileCall& call) {
+    return blockIdx.x % call.row_tiles;
+}
+__device__ __forceinline__ int column_of_block(const TileCall& call) {
+    return blockIdx.x / call.row_tiles;
+}
+
+// Calls epilogue(sums, class tile) for each class tile of this block.
+template <class T, class Tile, class Epilogue>
+__device__ __forceinline__ void for_each_tile(const TileCall& call, const Position<Tile>& position,
+                                              Epilogue&& epilogue) {
+    const int column = column_of_block(call);
+    Loader<Tile> loader(call, row_tile_of_block(call), column);
+    const Fragments<Tile> fragments(position);
+    for (int stage = 0; stage < call.stages - 1; ++stage) loader.next(stage);
+    int stage = 0, last = call.stages - 1;
+    for (int tile = call.first_tile + column; tile < call.stop_tile; tile += call.columns) {
+        Accumulator<Tile> sums = {};
+        for (int step = 0; step < call.steps; ++step) {
+            // all stages but the last ones have landed, for this thread and then for all
+            if (call.stages == kMostStages) {
+                ptx::wait_async<kMostStages - 2>();
+            } else {
+                ptx::wait_async<kFewestStages - 2>();
+            }
+            __syncthreads();
+            loader.next(last);  // the stage that all have read before the barrier
+            fragments.template multiply_add<T>(sums, stage);
+            last = stage;
+            stage = stage + 1 == call.stages ? 0 : stage + 1;
+        }
+        epilogue(sums, tile);
+    }
+    ptx::wait_async<0>();
+}
+
+// Whether the tile needs a mask: it holds a target of these rows, or ends beyond the last class.
+__device__ __forceinline__ bool is_flagged(const TileCall& call, int tile) {
+    const int64_t row_tile = row_tile_of_block(call);
+    return call.flags[row_tile * call.class_tiles + tile] != 0 ||
+           (tile + 1) * kTileClasses > call.c;
+}
+
+// Calls f(row, block, class) for a thread's targets and classes that do not exist.
+template <class Tile, class F>
+__device__ __forceinline__ void for_each_dead(const TileCall& call, const Position<Tile>& position,
+                                              int tile, F&& f) {
+    const int first_class = tile * kTileClasses + position.class_;
+    const int first_row = row_tile_of_block(call) * Tile::kRows + position.row;
+#pragma unroll
+    for (int row = 0; row < 8; ++row) {
+        const int64_t label = first_row + row < call.n ? call.y[first_row + row] : -1;
+        const int target = static_cast<int>(label) - first_class;
+#pragma unroll
+        for (int block = 0; block < Accumulator<Tile>::kClassBlocks; ++block)
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                if (target == block * 32 + k || first_class + block * 32 + k >= call.c)
+                    f(row, block, k);
+    }
+}
+
+// Eight numbers of neighbouring rows or classes.
+__device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const auto four = reinterpret_cast<const Four<float>*>(from)[half];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) to[half * 4 + k] = four.v[k];
+    }
+}
+
+// Eight numbers, rounded, to where neighbouring rows of a class lie.
+template <class T>
+__device__ __forceinline__ void store_eight(void* to, int64_t offset, const float (&from)[8]) {
+    Four<uint32_t> packed;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) packed.v[k] = ptx::pack<T>(from[2 * k], from[2 * k + 1]);
+    *reinterpret_cast<Four<uint32_t>*>(static_cast<T*>(to) + offset) = packed;
+}
+
+}  // namespace marginkernels::cuda
