@@ -103,4 +103,30 @@ struct ArcNegative {
     }
 };
 
+// The functors by their names in marginkernels/transforms.py.
+enum class Transform {
+    kIdentity,
+    kAirFace,
+    kInterclassFilter,
+    kMVSoftmax,
+    kCurricular,
+    kArcNegative,
+};
+
+struct NamedTransform {
+    const char* name;
+    Transform transform;
+    int constants;
+    bool per_row;  // whether it takes a parameter of the row
+};
+
+constexpr NamedTransform kTransforms[] = {
+    {"identity", Transform::kIdentity, Identity::kConstants, false},
+    {"airface", Transform::kAirFace, AirFace::kConstants, false},
+    {"interclass_filter", Transform::kInterclassFilter, InterclassFilter::kConstants, false},
+    {"mv_softmax", Transform::kMVSoftmax, MVSoftmax::kConstants, true},
+    {"curricular", Transform::kCurricular, Curricular::kConstants, true},
+    {"arc_negative", Transform::kArcNegative, ArcNegative::kConstants, true},
+};
+
 }  // namespace mk

@@ -8,7 +8,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../transforms.h"
+#include "../arguments.h"
 #include "head.h"
 
 #ifdef __linux__
@@ -73,55 +73,12 @@ Parallel at_parallel() {
             }};
 }
 
-struct NamedTransform {
-    const char* name;
-    Transform transform;
-    int constants;
-    bool per_row;  // whether it takes a parameter of the row
-};
-
-constexpr NamedTransform kTransforms[] = {
-    {"identity", Transform::kIdentity, mk::Identity::kConstants, false},
-    {"airface", Transform::kAirFace, mk::AirFace::kConstants, false},
-    {"interclass_filter", Transform::kInterclassFilter, mk::InterclassFilter::kConstants, false},
-    {"mv_softmax", Transform::kMVSoftmax, mk::MVSoftmax::kConstants, true},
-    {"curricular", Transform::kCurricular, mk::Curricular::kConstants, true},
-    {"arc_negative", Transform::kArcNegative, mk::ArcNegative::kConstants, true},
-};
-
-void set_transform(Sweep& s, c10::string_view name, const OptionalTensor& row_parameter,
-                   const OptionalTensor& constants) {
-    std::string names;
-    for (const NamedTransform& known : kTransforms) {
-        names += (names.empty() ? "" : ", ") + std::string(known.name);
-        if (name != known.name) continue;
-        const int64_t given = constants.has_value() ? constants->numel() : 0;
-        TORCH_CHECK_VALUE(given == known.constants, "constants: expected ", known.constants,
-                          " for the transform '", name, "', got ", given);
-        TORCH_CHECK_VALUE(known.transform == Transform::kIdentity || s.bias == nullptr,
-                          "bias: expected none with the transform '", name, "'");
-        TORCH_CHECK_VALUE(!row_parameter.has_value() || row_parameter->numel() == s.n,
-                          "row_parameter: expected (N,) = ", s.n, ", got ",
-                          row_parameter.has_value() ? row_parameter->sizes() : at::IntArrayRef());
-        TORCH_CHECK_VALUE(row_parameter.has_value() || !known.per_row,
-                          "row_parameter: expected (N,) for the transform '", name, "', got none");
-        s.transform = known.transform;
-        s.row_parameter = pointer(row_parameter);
-        for (int64_t i = 0; i < given; ++i) s.constants[i] = (*constants)[i].item<float>();
-        return;
-    }
-    TORCH_CHECK_VALUE(false, "transform: the native backend knows ", names, ", got '", name, "'");
-}
-
 // The part of the sweep that both ops are called with; the tensors must outlive it.
 Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
                const OptionalTensor& bias, bool normalize_x, bool normalize_w,
                at::ScalarType compute_dtype, c10::string_view transform,
                const OptionalTensor& row_parameter, const OptionalTensor& constants) {
-    TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1),
-                      "w: expected (C, D) for x (N, D) = ", x.sizes(), ", got ", w.sizes());
-    TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0),
-                      "y: expected (N,) for x (N, D) = ", x.sizes(), ", got ", y.sizes());
+    check_shapes(x, w, y);
     Sweep s = {};
     s.x = rows_of(x, "x");
     s.w = rows_of(w, "w");
@@ -134,7 +91,10 @@ Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& 
     s.n = x.size(0);
     s.c = w.size(0);
     s.d = x.size(1);
-    set_transform(s, transform, row_parameter, constants);
+    s.transform = checked_transform(transform, bias, row_parameter, constants, s.n);
+    s.row_parameter = pointer(row_parameter);
+    for (int64_t i = 0; constants.has_value() && i < constants->numel(); ++i)
+        s.constants[i] = (*constants)[i].item<float>();
     return s;
 }
 

@@ -23,14 +23,7 @@ struct Rows {
 };
 
 // of the negatives' cosines; csrc/transforms.h
-enum class Transform {
-    kIdentity,
-    kAirFace,
-    kInterclassFilter,
-    kMVSoftmax,
-    kCurricular,
-    kArcNegative
-};
+using mk::Transform;
 
 // saved tiles have their rows padded to a multiple of this, whatever the vectors are
 constexpr int64_t kTileColumns = 16;

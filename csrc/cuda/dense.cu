@@ -9,18 +9,6 @@
 namespace marginkernels::cuda {
 namespace {
 
-template <class F>
-void with_transform(Transform transform, F&& f) {
-    switch (transform) {
-        case Transform::kIdentity: return f(mk::Identity());
-        case Transform::kAirFace: return f(mk::AirFace());
-        case Transform::kInterclassFilter: return f(mk::InterclassFilter());
-        case Transform::kMVSoftmax: return f(mk::MVSoftmax());
-        case Transform::kCurricular: return f(mk::Curricular());
-        case Transform::kArcNegative: return f(mk::ArcNegative());
-    }
-}
-
 // Calls f with values of the type of numbers and of the functor.
 template <class F>
 void dispatch(Transform transform, Type type, F&& f) {

@@ -11,7 +11,6 @@
 
 #pragma once
 
-#include "../transforms.h"
 #include "warp.cuh"
 
 namespace marginkernels::cuda {
@@ -44,7 +43,7 @@ __device__ __forceinline__ A exp_of(A x) {
 
 // Softmax statistics of every `slices`-th batch of classes of the chunk: a thread per row.
 template <class A, class F>
-__global__ void dense_statistics_kernel(const DenseStatistics call) {
+__global__ void __launch_bounds__(kDenseRows) dense_statistics_kernel(const DenseStatistics call) {
     const DenseCall& chunk = call.chunk;
     const int64_t row =
         static_cast<int64_t>(blockIdx.x % call.row_blocks) * kDenseRows + threadIdx.x;
@@ -103,7 +102,7 @@ __global__ void dense_statistics_kernel(const DenseStatistics call) {
 
 // G in the place of the products: a warp per class.
 template <class A, class F>
-__global__ void dense_gradient_kernel(const DenseGradient call) {
+__global__ void __launch_bounds__(kRowThreads) dense_gradient_kernel(const DenseGradient call) {
     const DenseCall& chunk = call.chunk;
     const int64_t class_ = row_of_warp();
     const int lane = threadIdx.x % kWarp;

@@ -18,18 +18,18 @@ void run(const GradientCall& call, Stream stream) {
 
 template <class T>
 void run(const GradientCall& call, const TileVariant& variant, Stream stream) {
-    switch (variant.transform) {
-        case Transform::kIdentity:
-            if (variant.general) return run<T, SmallTile, mk::Identity, true>(call, stream);
-            if (variant.small) return run<T, SmallTile, mk::Identity, false>(call, stream);
-            return run<T, BigTile, mk::Identity, false>(call, stream);
-        case Transform::kAirFace: return run<T, SmallTile, mk::AirFace, true>(call, stream);
-        case Transform::kInterclassFilter:
-            return run<T, SmallTile, mk::InterclassFilter, true>(call, stream);
-        case Transform::kMVSoftmax: return run<T, SmallTile, mk::MVSoftmax, true>(call, stream);
-        case Transform::kCurricular: return run<T, SmallTile, mk::Curricular, true>(call, stream);
-        case Transform::kArcNegative: return run<T, SmallTile, mk::ArcNegative, true>(call, stream);
-    }
+    with_transform(variant.transform, [&](auto functor) {
+        using F = decltype(functor);
+        if constexpr (!std::is_same_v<F, mk::Identity>) {
+            run<T, SmallTile, F, true>(call, stream);
+        } else if (variant.general) {
+            run<T, SmallTile, F, true>(call, stream);
+        } else if (variant.small) {
+            run<T, SmallTile, F, false>(call, stream);
+        } else {
+            run<T, BigTile, F, false>(call, stream);
+        }
+    });
 }
 
 }  // namespace

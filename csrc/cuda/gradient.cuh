@@ -13,7 +13,6 @@
 
 #include <type_traits>
 
-#include "../transforms.h"
 #include "tile.cuh"
 
 namespace marginkernels::cuda {

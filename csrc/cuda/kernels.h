@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../transforms.h"
+
 struct CUstream_st;
 
 namespace marginkernels::cuda {
@@ -20,14 +22,7 @@ namespace marginkernels::cuda {
 using Stream = CUstream_st*;
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Transform {
-    kIdentity,
-    kAirFace,
-    kInterclassFilter,
-    kMVSoftmax,
-    kCurricular,
-    kArcNegative,
-};
+using mk::Transform;
 
 constexpr int kWarp = 32;
 constexpr double kLn2 = 0.69314718055994531;

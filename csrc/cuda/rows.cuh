@@ -14,10 +14,10 @@ namespace marginkernels::cuda {
 
 // 1 / |row|, at most `limit`: exactly that marks a zero row. Padding gets it too.
 template <class T>
-__global__ void inverse_norm_kernel(const T* rows,             // (count, width)
-                                    statistics_t<T>* inverse,  // (padded,)
-                                    int64_t count, int64_t padded, int width,
-                                    statistics_t<T> limit) {
+__global__ void __launch_bounds__(kRowThreads)
+    inverse_norm_kernel(const T* rows,             // (count, width)
+                        statistics_t<T>* inverse,  // (padded,)
+                        int64_t count, int64_t padded, int width, statistics_t<T> limit) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     A squares = 0;
@@ -35,9 +35,10 @@ __global__ void inverse_norm_kernel(const T* rows,             // (count, width)
 }
 
 // Marks the tiles that hold a target: only those pay for a mask.
-__global__ void flag_kernel(const int64_t* y,  // (N,)
-                            uint8_t* flags,    // (row tiles, class tiles), zeros
-                            int n, int tile_rows, int class_tiles) {
+__global__ void __launch_bounds__(kRowThreads)
+    flag_kernel(const int64_t* y,  // (N,)
+                uint8_t* flags,    // (row tiles, class tiles), zeros
+                int n, int tile_rows, int class_tiles) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     // rows that share a tile store the same value
     if (row < n && y[row] >= 0) flags[row / tile_rows * class_tiles + y[row] / kTileClasses] = 1;
@@ -46,10 +47,11 @@ __global__ void flag_kernel(const int64_t* y,  // (N,)
 // What the statistics' epilogue multiplies the dot products of a row with: scale / |x_i| in units
 // of ln 2, or plain before a bias, or without the scale before a transform. Positive in rows that
 // are not there, since a masked logit is -inf times this.
-__global__ void statistics_rows_kernel(const float* x_inv,  // (N,)
-                                       const float* scale,  // ()
-                                       float* rate,         // (padded,)
-                                       int n, int padded, float unit, bool with_scale) {
+__global__ void __launch_bounds__(kRowThreads)
+    statistics_rows_kernel(const float* x_inv,  // (N,)
+                           const float* scale,  // ()
+                           float* rate,         // (padded,)
+                           int n, int padded, float unit, bool with_scale) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (row >= padded) return;
     const float r = row < n ? x_inv[row] : 1.0F;
@@ -58,7 +60,7 @@ __global__ void statistics_rows_kernel(const float* x_inv,  // (N,)
 
 // What the gradient's epilogue needs of a row. For the plain case all but the dot product and the
 // class's factor is folded in; the general case needs it apart.
-__global__ void gradient_rows_kernel(const GradientRows call) {
+__global__ void __launch_bounds__(kRowThreads) gradient_rows_kernel(const GradientRows call) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (row >= call.padded) return;
     const bool there = row < call.n;
@@ -89,7 +91,7 @@ __global__ void gradient_rows_kernel(const GradientRows call) {
 
 // Merges the partial statistics of a row, and takes <x_i, w_y>.
 template <class T>
-__global__ void finish_rows_kernel(const FinishRows call) {
+__global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const FinishRows call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;

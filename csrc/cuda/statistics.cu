@@ -16,11 +16,6 @@ void run(const StatisticsCall& call, Stream stream) {
            call.tile.stages * Tile::kStageBytes, stream, call);
 }
 
-template <class T, class F>
-void run_transformed(const StatisticsCall& call, Stream stream) {
-    run<T, SmallTile, StatisticsOptions<F, false, true, false>>(call, stream);
-}
-
 template <class T, class Tile, bool kMore>
 void run_identity(const StatisticsCall& call, Stream stream) {
     using F = mk::Identity;
@@ -37,18 +32,18 @@ void run_identity(const StatisticsCall& call, Stream stream) {
 
 template <class T>
 void run(const StatisticsCall& call, const TileVariant& variant, Stream stream) {
-    switch (variant.transform) {
-        case Transform::kIdentity:
-            if (variant.general) return run_identity<T, SmallTile, true>(call, stream);
-            if (variant.small) return run_identity<T, SmallTile, false>(call, stream);
-            return run_identity<T, BigTile, false>(call, stream);
-        case Transform::kAirFace: return run_transformed<T, mk::AirFace>(call, stream);
-        case Transform::kInterclassFilter:
-            return run_transformed<T, mk::InterclassFilter>(call, stream);
-        case Transform::kMVSoftmax: return run_transformed<T, mk::MVSoftmax>(call, stream);
-        case Transform::kCurricular: return run_transformed<T, mk::Curricular>(call, stream);
-        case Transform::kArcNegative: return run_transformed<T, mk::ArcNegative>(call, stream);
-    }
+    with_transform(variant.transform, [&](auto functor) {
+        using F = decltype(functor);
+        if constexpr (!std::is_same_v<F, mk::Identity>) {
+            run<T, SmallTile, StatisticsOptions<F, false, true, false>>(call, stream);
+        } else if (variant.general) {
+            run_identity<T, SmallTile, true>(call, stream);
+        } else if (variant.small) {
+            run_identity<T, SmallTile, false>(call, stream);
+        } else {
+            run_identity<T, BigTile, false>(call, stream);
+        }
+    });
 }
 
 }  // namespace

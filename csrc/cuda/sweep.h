@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The marginkernels authors
+
+// What both sweeps share: the operands as the kernels read them, chunk by chunk.
+//
+// Nothing here reads a number from the device, and launches depend on shapes alone: both ops can be
+// captured in a CUDA graph. Workspaces are tensors, of PyTorch's caching allocator.
+
+#pragma once
+
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "head.h"
+#include "kernels.h"
+
+namespace marginkernels::cuda {
+
+// A GEMM's dot products of a chunk of classes: they should still be in L2 when they are read.
+constexpr int64_t kProductBytes = 16 << 20;
+
+// The arguments that both ops are called with.
+struct Problem {
+    Tensor x, w, y;  // (N, D), (C, D), (N,)
+    Tensor scale;    // ()
+    OptionalTensor bias;
+    bool normalize_w;
+    at::ScalarType compute;
+    c10::string_view transform;
+    OptionalTensor row_parameter, constants;
+};
+
+inline int64_t ceil_div(int64_t value, int64_t divisor) {
+    return (value + divisor - 1) / divisor;
+}
+inline int64_t round_up(int64_t value, int64_t multiple) {
+    return ceil_div(value, multiple) * multiple;
+}
+
+// What kernels take for a tensor that is not there.
+inline const void* pointer(const OptionalTensor& t) {
+    return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+inline const float* floats(const Tensor& t) {
+    return t.const_data_ptr<float>();
+}
+inline const float* floats(const OptionalTensor& t) {
+    return t.has_value() ? floats(*t) : nullptr;
+}
+
+Type type_of(at::ScalarType type, const char* name);
+
+// One pass over the classes.
+//
+// Rows are `width` numbers wide for the kernels, D up to a multiple of what they read at once,
+// zeros from D on: no load has a mask, and every row starts at a multiple of 16 bytes. 16-bit types
+// go through the tile program, the others through the vendor's GEMM.
+class Sweep {
+  public:
+    Sweep(const Problem&, bool general);
+
+    Stream stream;
+    Type type;
+    Transform transform;
+    at::ScalarType compute;
+    bool tiled;  // through the tile program
+    bool small;  // its small tiles
+    bool general;
+    bool normalize_w;
+    double inverse_limit;  // 1 / norm of a zero row
+    int64_t n, c, d, width;
+    int64_t rows;     // N up to a multiple of the tile's
+    int64_t classes;  // C up to a multiple of the tile's
+    int64_t tile_rows;
+    Tensor x;                                 // (rows, width) in the compute type, zeros from N on
+    Tensor y, scale;                          // (N,), ()
+    OptionalTensor bias;                      // (classes,)
+    OptionalTensor row_parameter, constants;  // (rows,), (K,)
+
+    int64_t row_tiles() const { return rows / tile_rows; }
+    int64_t class_tiles() const { return classes / kTileClasses; }
+
+    // A tensor on the device; statistics are fp32, or fp64 where that is computed in.
+    Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
+    Tensor statistics(at::IntArrayRef sizes) const;
+
+    // Classes of a chunk with room for so many bytes of `per_class`: whole tiles.
+    int64_t chunk_classes(int64_t bytes, int64_t per_class) const;
+
+    // f(first class, their rows (., width) in the compute type) for one chunk after the other. A w
+    // of another type, width or layout is rounded into one buffer.
+    template <class F>
+    void for_each_chunk(int64_t most, F&& f) {
+        for (int64_t first = 0; first < c; first += most)
+            f(first, readable_classes(first, std::min(first + most, c)));
+    }
+
+    // 1 / |row| into `inverse`, which may be longer than rows are.
+    void inverse_norms(const Tensor& rows, int64_t count, const Tensor& inverse) const;
+
+    // The rows of w that the labels name, rounded, (N, width) in the type of statistics.
+    Tensor label_rows() const;
+
+    // (C,) or (N,) continued to `size`.
+    Tensor padded(const Tensor& t, int64_t size, double value) const;
+
+    // Blocks per row tile, at most `most`: together they fill the device once.
+    int64_t columns(int64_t most) const;
+
+    // What the tile program is called with for a chunk.
+    TileCall tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q, const Tensor& flags,
+                       int64_t columns) const;
+    TileVariant variant() const { return {type, small, transform, general}; }
+    Tensor flags() const;  // (row tiles, class tiles)
+
+    // What the kernels over a GEMM's result are called with for a chunk.
+    DenseCall dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
+                         const Tensor& w_inv) const;
+
+  private:
+    Tensor w_, w_buffer_;
+    bool w_is_readable_;
+
+    Tensor readable_classes(int64_t first, int64_t stop);
+};
+
+// For the time of an op: its device is the current one, and neither autocast nor autograd sees the
+// GEMMs inside.
+struct OpGuard {
+    explicit OpGuard(const Tensor& x) : device(x.device()) {}
+
+    c10::DeviceGuard device;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace marginkernels::cuda
