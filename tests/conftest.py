@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has."""
+"""Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has; the
+CUDA kernels too, on the CPU.
+"""
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ import torch
 import simulation
 from marginkernels import backend_report
 from marginkernels.backends import reasons
+from tests.cuda import host
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-BACKENDS = list(backend_report())
+BACKENDS = [*backend_report(), host.NAME]
 
 
 def pytest_addoption(parser):
@@ -32,6 +35,12 @@ def backend(request, device):
     simulator = request.config.getoption("--simulate")
     if simulator and (request.param, device) == ("triton", "cpu"):
         with simulation.simulated(simulator):
+            yield request.param
+        return
+    if request.param == host.NAME:
+        if device != "cpu":
+            pytest.skip("the CUDA kernels run as they are there")
+        with host.executed():
             yield request.param
         return
     why_not = reasons(request.param, device)

@@ -66,21 +66,28 @@ class Facts:
 def facts(compiled, target: str) -> Facts:
     if target == "gfx942":
         return _amd_facts(compiled)
-    sass = _tool("nvdisasm", "-c", compiled.asm["cubin"])
-    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    sass = tool("nvdisasm", "-c", compiled.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    metadata = compiled.metadata
+    return nvidia_facts(sass, registers, metadata.shared, metadata.num_warps * 32, MMA[target])
+
+
+def nvidia_facts(sass: str, registers: int, shared: int, threads: int, mma: str) -> Facts:
+    """Of one kernel's listing; ``mma`` is the name of its matrix instructions."""
     code = parse(sass)
     text = [instruction.text for instruction in code]
-    loop, epilogue = hot_path(code, MMA[target])
+    loop, epilogue = hot_path(code, mma)
     return Facts(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spilled=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in text),
-        shared=compiled.metadata.shared,
-        threads=compiled.metadata.num_warps * 32,
-        mma=_count(text, MMA[target]),
+        registers=registers,
+        spilled=count(text, "(STL|LDL)"),
+        shared=shared,
+        threads=threads,
+        mma=count(text, mma),
         async_copies=sum(bool(ASYNC_COPY.search(line)) for line in text),
         loop=len(loop),
-        loop_mma=_count([instruction.text for instruction in loop], MMA[target]),
-        loop_flops=sum(_flops(i.text, compiled.metadata.num_warps) for i in loop),
+        loop_mma=count([instruction.text for instruction in loop], mma),
+        loop_flops=sum(_flops(i.text, threads // 32) for i in loop),
         epilogue=epilogue,
     )
 
@@ -180,7 +187,8 @@ def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]
     return code[start : stop + 1], 0
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """Output of one of the tools in the triton wheel."""
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -191,7 +199,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     return result.stdout
 
 
-def _count(text: list[str], mnemonic: str) -> int:
+def count(text: list[str], mnemonic: str) -> int:
     return sum(bool(re.search(rf"\b{mnemonic}\b", line)) for line in text)
 
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The CUDA backend without a GPU: its kernels and launchers compiled by the C++ compiler alone, a
+fiber for every CUDA thread (fibers.h), as one more backend for CPU tensors.
+
+CUDA_HOST_SANITIZE=1 compiles with address sanitizer, whose run-time library has to be preloaded.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from marginkernels import backends, ops
+
+NAME = "cuda_host"
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SANITIZE = os.environ.get("CUDA_HOST_SANITIZE") == "1"
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
+FLAGS += ["-O1", "-g", "-fsanitize=address"] if SANITIZE else ["-O2"]
+
+NINJA_FILE = """\
+rule compile
+  command = {compiler} {flags} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {compiler} {link_flags} -shared $in {libraries} -o $out
+"""
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here."""
+    compiler = os.environ.get("CXX", "g++")
+    missing = [tool for tool in (compiler, "ninja") if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def build(name: str, sources: list[Path], with_torch: bool) -> Path:
+    """A shared library from CUDA sources; only what changed is compiled again."""
+    folder = ROOT / "build" / (name + "_sanitized" * SANITIZE)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags, libraries = [*FLAGS, f"-include {HERE / 'fibers.h'}", f"-I{ROOT / 'csrc'}"], []
+    if with_torch:
+        flags += [f"-isystem {path}" for path in cpp_extension.include_paths()]
+        flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        flags += [f"-DBUILT_FOR_TORCH={torch.__version__}"]  # another one: compile all again
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        libraries += ["-lc10", "-ltorch_cpu"]
+    text = NINJA_FILE.format(
+        compiler=os.environ.get("CXX", "g++"),
+        flags=" ".join(flags),
+        link_flags="-fsanitize=address" * SANITIZE,
+        libraries=" ".join(libraries),
+    )
+    objects = [f"{source.name}.o" for source in sources]
+    lines = [f"build {o}: compile {s}" for o, s in zip(objects, sources, strict=True)]
+    lines += [f"build {name}.so: link {' '.join(objects)}", f"default {name}.so", ""]
+    _write(folder / "build.ninja", text + "\n".join(lines))
+    done = subprocess.run(
+        ["ninja", "-j2", "-C", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} does not compile:\n{done.stdout}{done.stderr}")
+    if "warning:" in done.stdout:
+        print(done.stdout, file=sys.stderr)
+    return folder / f"{name}.so"
+
+
+def _write(path: Path, text: str) -> None:
+    """Nothing where nothing changed, so that nothing is compiled again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The backend's library; loading it registers the ops."""
+    for op, schema, fake in (
+        ("head_fwd", ops._FWD_SCHEMA, functools.partial(ops._head_fwd_fake, "native")),
+        ("head_bwd", ops._BWD_SCHEMA, ops._head_bwd_fake),
+    ):
+        ops._define(f"{op}_{NAME}", schema, fake)
+    folder = ROOT / "csrc" / "cuda"
+    # as one: most of the time would go into ATen's headers
+    schedule = ROOT / "build" / "cuda_host_schedule.cpp"
+    included = [f'#include "cuda/{path.name}"\n' for path in sorted(folder.glob("*.cpp"))]
+    _write(schedule, "".join(included))
+    library = build(NAME, [*sorted(folder.glob("*.cu")), HERE / "host.cpp", schedule], True)
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+@contextlib.contextmanager
+def executed():
+    """``backend="cuda_host"`` inside this context."""
+    if reason := why_not():
+        pytest.skip(reason)
+    load()
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in = SimpleNamespace(unavailable_reasons=lambda *_: [])
+        patch.setitem(backends._MODULES, NAME, stand_in)
+        yield
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int):
+    """As many as launchers see inside this context."""
+    number = ctypes.c_int.in_dll(load(), "_ZN6fibers15multiprocessorsE")
+    before = number.value
+    number.value = count
+    try:
+        yield
+    finally:
+        number.value = before
