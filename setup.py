@@ -5,6 +5,7 @@
 MARGINKERNELS_EXT=0          no extension, an install in pure Python
 MARGINKERNELS_CUDA=auto|0|1  CUDA kernels where torch is a CUDA build and there is an nvcc; never;
                              or always, failing with what is missing
+TORCH_CUDA_ARCH_LIST         for which GPUs, by default all that the kernels are tested for
 """
 
 import json
@@ -20,6 +21,9 @@ NAME = "marginkernels._C"
 # alone: the linker would add a second OpenMP runtime beside the one that torch brings
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-fopenmp"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "--threads=2"]
+# machine code for each, and PTX for what comes later
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 NO_TORCH = (
     "marginkernels: its C++ extension is built against the torch of the environment that it is "
     "installed in, and there is none: install torch first, pass --no-build-isolation if your tool "
@@ -62,7 +66,7 @@ def extension() -> dict:
         return {}
     choice = setting("MARGINKERNELS_CUDA", "auto", "0", "1")
     files = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-    cuda_files = sorted(glob("csrc/cuda/*.cu"))
+    cuda_files = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
     try:
         import torch
         from torch.utils import cpp_extension
@@ -86,12 +90,14 @@ def extension() -> dict:
             record = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
             record.write_text(json.dumps(built_for))
 
-    flags = {"cxx": CXX_FLAGS, "nvcc": ["-O3"]}
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
     if wants_cuda(choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files):
         # torch's wheels bring the CUDA libraries' headers, which a bare toolkit lacks
         headers = [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
         files += cuda_files
-        options = dict(include_dirs=headers, extra_compile_args=flags)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        macros = [("MARGINKERNELS_CUDA", None)]
+        options = dict(include_dirs=headers, extra_compile_args=flags, define_macros=macros)
         module = cpp_extension.CUDAExtension(NAME, files, **options)
         module.libraries.remove("cudart")  # torch has loaded its own
     else:
