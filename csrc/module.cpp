@@ -2,15 +2,21 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // The Python module marginkernels._C: what was built, and the host side of math.h for parity tests.
-// The ops are not here: loading the library registers them with PyTorch (cpu/ops.cpp).
+// The ops are not here: loading the library registers them with PyTorch (cpu/ops.cpp,
+// cuda/ops.cpp).
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
+#if defined(MARGINKERNELS_CUDA)
+#include "cuda/kernels.h"
+#endif
 #include "math.h"
 
 namespace py = pybind11;
@@ -25,6 +31,20 @@ std::string compiler() {
 #endif
 }
 
+#if defined(MARGINKERNELS_CUDA)
+// Compute capabilities that the kernels were compiled for: "8.0", "8.6".
+std::vector<std::string> cuda_architectures() {
+    std::vector<std::string> found;
+    std::istringstream list(marginkernels::cuda::architectures());
+    for (std::string entry; std::getline(list, entry, ',');) {
+        const int architecture = std::stoi(entry);  // 860 for 8.6
+        found.push_back(std::to_string(architecture / 100) + "." +
+                        std::to_string(architecture % 100 / 10));
+    }
+    return found;
+}
+#endif
+
 py::dict build_info() {
     py::dict info;
     info["marginkernels"] = BUILT_FOR_MARGINKERNELS;
@@ -33,7 +53,13 @@ py::dict build_info() {
     info["cxx_standard"] = __cplusplus / 100 % 100;
     info["cpu_capability"] = marginkernels::cpu_capability();
     info["cpu_capabilities_compiled"] = marginkernels::cpu_capabilities_compiled();
-    info["cuda"] = py::none();  // no CUDA sources yet
+#if defined(MARGINKERNELS_CUDA)
+    const int version = marginkernels::cuda::cuda_version();  // 13020 for 13.2
+    info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+    info["cuda_architectures"] = cuda_architectures();
+#else
+    info["cuda"] = py::none();
+#endif
     return info;
 }
 

@@ -49,16 +49,6 @@ int stages_per_block() {
     return shared >= wanted ? kMostStages : kFewestStages;
 }
 
-int device_count() {
-    int count = 0;
-    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
-}
-
-int compute_capability(int device) {
-    return attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
-           attribute(cudaDevAttrComputeCapabilityMinor, device);
-}
-
 int cuda_version() {
     return CUDART_VERSION;
 }

@@ -219,11 +219,9 @@ void launch_dense_gradient(const DenseGradient&, Transform, Type, Stream);
 
 // device.cu:
 
-int multiprocessors();               // of the current device
-int stages_per_block();              // of the tile program's pipeline there
-int device_count();                  // 0 where there is none, or no driver
-int compute_capability(int device);  // 80 for 8.0
-int cuda_version();                  // that the kernels were compiled with, 13000 for 13.0
-const char* architectures();         // that they were compiled for: "800,860"
+int multiprocessors();        // of the current device
+int stages_per_block();       // of the tile program's pipeline there
+int cuda_version();           // that the kernels were compiled with, 13000 for 13.0
+const char* architectures();  // that they were compiled for, "800,860"
 
 }  // namespace marginkernels::cuda

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The two ops in C++ (csrc/): loading the extension registers them.
+"""The two ops in C++ and CUDA (csrc/): loading the extension registers them.
 
 An extension that was compiled for another torch may crash on loading. The build leaves the versions
 that it was made for in a file beside it; they are compared first.
@@ -55,8 +55,32 @@ def unavailable_reasons(
 ) -> list[str]:
     """Every reason why the extension cannot run here, on this device, or in this type."""
     found = list(_load_failure)
-    if device_type not in (None, "cpu"):
-        found.append(f"it was built for the CPU, got a tensor on {device_type}")
-    if compute_dtype not in (None, *_COMPUTE_DTYPES):
-        found.append(f"it computes in float32, bfloat16 and float16, got {compute_dtype}")
+    allowed = list(_COMPUTE_DTYPES)
+    if device_type == "cuda":
+        found += _cuda_obstacles()
+        allowed.append(torch.float64)
+    elif device_type not in (None, "cpu"):
+        found.append(f"it runs on the CPU and on CUDA, got a tensor on {device_type}")
+    if compute_dtype not in (None, *allowed):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found.append(f"it computes in {names} there, got {compute_dtype}")
     return found
+
+
+def _cuda_obstacles() -> list[str]:
+    """Why the extension's CUDA kernels cannot run."""
+    if extension is None:
+        return []
+    info = extension.build_info()
+    if info["cuda"] is None:
+        return ["it was built without CUDA, which takes a CUDA build of torch and nvcc"]
+    if not torch.cuda.is_available():
+        return ["there is no GPU, or none that this torch can use"]
+    least = min(tuple(map(int, name.split("."))) for name in info["cuda_architectures"])
+    has = torch.cuda.get_device_capability()
+    if has < least:
+        return [
+            f"it was built for compute capability {least[0]}.{least[1]} and later, got "
+            f"{has[0]}.{has[1]}"
+        ]
+    return []
