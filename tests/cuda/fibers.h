@@ -363,9 +363,9 @@ inline void run_block() {
     switch_context(m.host, self());
 }
 
-// Takes every launch over, if it is set, as a simulator of another kind may: the kernel, and each
-// of its `count` arguments with its size.
-using Intercept = void (*)(const void* kernel, unsigned grid, unsigned block, size_t shared_bytes,
+// Hears of every launch, if it is set, and may take it over: of the kernel, and of each of its
+// `count` arguments and its size.
+using Intercept = bool (*)(const void* kernel, unsigned grid, unsigned block, size_t shared_bytes,
                            int count, const void* const* arguments, const size_t* bytes);
 inline Intercept intercept = nullptr;
 
@@ -380,18 +380,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
                                  std::to_string(grid.x) + " blocks of " + std::to_string(block.x) +
                                  " threads and " + std::to_string(shared_bytes) + " bytes");
     }
-    if (intercept) {
-        const std::tuple<Parameters...> converted(arguments...);
-        std::apply(
-            [&](const auto&... each) {
-                const void* const pointers[] = {&each...};
-                const size_t bytes[] = {sizeof each...};
-                intercept(reinterpret_cast<const void*>(kernel), grid.x, block.x, shared_bytes,
-                          sizeof...(each), pointers, bytes);
-            },
-            converted);
-        return;
-    }
+    const std::tuple<Parameters...> converted(arguments...);
+    const auto heard = [&](const auto&... each) {
+        const void* const pointers[] = {&each...};
+        const size_t bytes[] = {sizeof each...};
+        return intercept(reinterpret_cast<const void*>(kernel), grid.x, block.x, shared_bytes,
+                         sizeof...(each), pointers, bytes);
+    };
+    if (intercept && std::apply(heard, converted)) return;
     if (m.threads.size() < block.x) create_threads(block.x);
     void* shared = nullptr;  // exactly as large as asked for, so that sanitizers see its end
     if (posix_memalign(&shared, 1024, shared_bytes)) throw std::bad_alloc();
@@ -399,7 +395,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     std::iota(order.begin(), order.end(), 0U);
     std::shuffle(order.begin(), order.end(), random);
     m.name = name;
-    m.kernel = [&] { kernel(static_cast<Parameters>(arguments)...); };
+    m.kernel = [&] { std::apply(kernel, converted); };
     m.count = block.x;
     m.shared = static_cast<char*>(shared);
     m.shared_bytes = shared_bytes;

@@ -11,16 +11,16 @@
 
 namespace {
 
-using Callback = void (*)(const char* symbol, unsigned grid, unsigned block, size_t shared_bytes,
+using Callback = bool (*)(const char* symbol, unsigned grid, unsigned block, size_t shared_bytes,
                           int count, const void* const* arguments, const size_t* bytes);
 Callback callback = nullptr;
 
-void name_and_call(const void* kernel, unsigned grid, unsigned block, size_t shared_bytes,
+bool name_and_call(const void* kernel, unsigned grid, unsigned block, size_t shared_bytes,
                    int count, const void* const* arguments, const size_t* bytes) {
     Dl_info found = {};
     dladdr(kernel, &found);
-    callback(found.dli_sname ? found.dli_sname : "a kernel without external linkage", grid, block,
-             shared_bytes, count, arguments, bytes);
+    return callback(found.dli_sname ? found.dli_sname : "a kernel without external linkage", grid,
+                    block, shared_bytes, count, arguments, bytes);
 }
 
 // By address: the allocations of torch and how to free them.

@@ -17,8 +17,8 @@ import pytest
 
 from . import host, nvcc
 
-_INTERCEPT = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
+_HEAR = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),
 )  # fmt: skip
 
@@ -32,20 +32,21 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def intercepted(take):
-    """``take(launch)`` instead of every launch inside this context, which raises its errors."""
+def _intercepted(hear):
+    """Inside this context ``hear(launch)`` says of every launch whether it has taken it over."""
     errors = []
 
     def call(symbol, grid, block, shared_bytes, count, arguments, sizes):
         if errors:
-            return
+            return True
         values = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
         try:
-            take(Launch(symbol.decode(), grid, block, shared_bytes, values))
+            return hear(Launch(symbol.decode(), grid, block, shared_bytes, values))
         except BaseException as error:  # must not cross into C++
             errors.append(error)
+            return True
 
-    library, callback = host.load(), _INTERCEPT(call)
+    library, callback = host.load(), _HEAR(call)
     library.intercept_launches(callback)
     try:
         yield
@@ -55,42 +56,54 @@ def intercepted(take):
             raise errors[0]
 
 
+@contextlib.contextmanager
+def recorded():
+    """A list that fills with the launches inside this context; fibers execute them."""
+    launches = []
+    with host.executed(), _intercepted(lambda launch: bool(launches.append(launch))):
+        yield launches
+
+
 @functools.cache
-def _module(symbol: str):
+def _module(symbols: frozenset[str]):
     from ptxsim import Module
 
-    (name,) = nvcc.demangled([symbol])
-    return Module.from_ptx(nvcc.compile_as("ptx", nvcc.instances([name]), "sm_80").decode())
+    source = nvcc.instances(nvcc.demangled(sorted(symbols)))
+    return Module.from_ptx(nvcc.compile_as("ptx", source, "sm_80"))
 
 
-def why_not() -> str | None:
-    return host.why_not() or nvcc.why_not()
+def twice(function):
+    """What ``function`` returns when fibers execute its launches, what it returns when they run as
+    PTX with every check on, and the simulator's counters of each launch.
 
-
-@contextlib.contextmanager
-def simulated(on_result=lambda launch, stats: None):
-    """``backend="cuda_host"`` runs as PTX inside this context, with every check on."""
+    The function has to create its operands itself.
+    """
     pytest.importorskip("ptxsim", reason="the package ptxsim is not installed")
-    if reason := why_not():
+    if reason := nvcc.why_not():
         pytest.skip(reason)
+    with recorded() as launches:
+        by_fibers = function()
+    module = _module(frozenset(launch.symbol for launch in launches))
+    counters = []
 
-    def run(launch: Launch) -> None:
-        module = _module(launch.symbol)
+    def run(launch: Launch) -> bool:
         module.device.allocs, module.device.bases = _allocations()
         stats = module.launch(
             launch.symbol, launch.grid, launch.block, launch.arguments, launch.shared_bytes,
             checks="strict",
         )  # fmt: skip
-        on_result(launch, stats)
+        counters.append((launch, stats))
+        return True
 
     library = host.load()
     with host.executed():
         library.record_allocations(1)
         try:
-            with intercepted(run):
-                yield
+            with _intercepted(run):
+                by_ptx = function()
         finally:
             library.record_allocations(0)
+    return by_fibers, by_ptx, counters
 
 
 def _allocations():
