@@ -8,6 +8,7 @@
 #pragma once
 
 #include "math.h"
+#include "transform.h"
 
 namespace mk {
 
@@ -104,15 +105,6 @@ struct ArcNegative {
 };
 
 // The functors by their names in marginkernels/transforms.py.
-enum class Transform {
-    kIdentity,
-    kAirFace,
-    kInterclassFilter,
-    kMVSoftmax,
-    kCurricular,
-    kArcNegative,
-};
-
 struct NamedTransform {
     const char* name;
     Transform transform;

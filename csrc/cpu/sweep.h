@@ -12,6 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../transform.h"
+
 namespace marginkernels {
 
 enum class Type { kFloat32, kBFloat16, kFloat16 };
@@ -22,8 +24,7 @@ struct Rows {
     Type type;
 };
 
-// of the negatives' cosines; csrc/transforms.h
-using mk::Transform;
+using mk::Transform;  // of the negatives' cosines
 
 // saved tiles have their rows padded to a multiple of this, whatever the vectors are
 constexpr int64_t kTileColumns = 16;
