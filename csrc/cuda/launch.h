@@ -34,7 +34,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     if (shared_bytes > kDefaultSharedBytes)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    shared_bytes));
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream> > >(arguments...);
+    // clang-format off
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+    // clang-format on
     check(cudaGetLastError());
 #endif
 }
