@@ -7,12 +7,13 @@ each kind, under the fibers, in the PTX simulator and in the gate.
 import ctypes
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.cuda import host, nvcc
+from tests.cuda import gate, host, nvcc
 
 TOY = Path(__file__).parent / "cuda" / "toy.cu"
 BUGS = (
@@ -124,3 +125,32 @@ def test_ptx_simulator(bug, complaint):
         errors = pytest.importorskip("ptxsim.errors")
         with pytest.raises(errors.SimError, match=complaint):
             launch()
+
+
+def test_ptx_simulator_counts_bank_conflicts():
+    numbers, expected = operands()
+    out = np.zeros_like(expected)
+    stats = ptx_module().launch(
+        f"toy<{BUGS.index('bank conflicts')}>", grid=1, block=TILE,
+        args=[numbers[:ROWS].copy(), out, ROWS], shared_bytes=shared_bytes("bank conflicts"),
+    )  # fmt: skip
+    assert np.array_equal(out, expected) and all(n > 0 for n in stats.bank_conflicts().values())
+
+
+@pytest.mark.skipif(nvcc.why_not() is not None, reason=str(nvcc.why_not()))
+def test_gate():
+    """Spills; then the right kernel in the place of one that has to have matrix instructions, and
+    of one that has to fit more often.
+    """
+    pytest.importorskip("triton", reason="its wheel brings the tools that read machine code")
+    by_bug = {kernel.name: kernel for kernel in gate.kernels_of(TOY, "sm_80")}
+    right, spilling = (by_bug[f"toy<{BUGS.index(bug)}>"] for bug in ("none", "spills"))
+    assert not gate.problems_of(right)
+    assert any("spills" in problem for problem in gate.problems_of(spilling))
+    no_mma = right._replace(name="toy<Tile<2, 64>>")
+    assert gate.problems_of(no_mma) == ["no matrix instruction"]
+    empty = no_mma._replace(load_matrices=0, facts=replace(right.facts, async_copies=0, mma=1))
+    assert gate.problems_of(empty) == ["no load of matrices", "no asynchronous copy"]
+    for limit in (dict(registers=255, threads=256), dict(shared=100 << 10)):
+        (problem,) = gate.problems_of(no_mma._replace(facts=replace(right.facts, mma=1, **limit)))
+        assert "1 blocks per multiprocessor, 2 planned" in problem

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Compiles the CUDA kernels for every supported GPU and checks what came out.
+
+    python -m tests.cuda.gate                                # every kernel for every target
+    python -m tests.cuda.gate --table docs/cuda_kernels.md   # with the table of facts
+
+Checked are spills, registers and shared memory for the planned occupancy, matrix instructions,
+loads of matrices from shared memory, and asynchronous copies. The table needs ptxsim too. No GPU is
+needed. The exit status is 1 if anything fails.
+"""
+
+import argparse
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.gpu.machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia_facts, tool
+
+from . import nvcc
+
+MMA, LOAD_MATRICES = "HMMA", "LDSM"
+# of 128 threads, per multiprocessor: loads enough in flight where next to nothing is computed
+ROW_BLOCKS = 4
+FEATURES = 32  # per stage of a tile
+
+
+class Tile(NamedTuple):
+    """A tile of csrc/cuda/kernels.h."""
+
+    rows: int
+    classes: int
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.rows + self.classes) * FEATURES * 2
+
+
+class Kernel(NamedTuple):
+    target: str
+    name: str
+    facts: Facts
+    load_matrices: int
+
+    @property
+    def tile(self) -> Tile | None:
+        return tile_of(self.name)
+
+
+def header(constant: str) -> int:
+    """A number from csrc/cuda/kernels.h."""
+    text = (nvcc.KERNELS / "kernels.h").read_text()
+    return int(re.search(rf"\b{constant} = (\d+)", text)[1])
+
+
+def tile_of(name: str) -> Tile | None:
+    """Of a tile kernel; the others have none."""
+    found = re.search(r"\bTile<(\d+), (\d+)>", name)
+    if found is None:
+        return None
+    row_warps, warp_classes = int(found[1]), int(found[2])
+    return Tile(64 * row_warps, 4 // row_warps * warp_classes)
+
+
+def stages(target: str) -> int:
+    """What stages_per_block() in csrc/cuda/device.cu answers there."""
+    most, fewest, blocks = (
+        header(f"k{name}") for name in ("MostStages", "FewestStages", "BlocksPerSm")
+    )
+    wanted = blocks * (most * Tile(128, 128).stage_bytes + RESERVED_SHARED)
+    return most if SHARED[target][0] >= wanted else fewest
+
+
+def planned_blocks(kernel: str) -> int:
+    return header("kBlocksPerSm") if tile_of(kernel) else ROW_BLOCKS
+
+
+def kernels_of(source: Path | str, target: str) -> list[Kernel]:
+    """Everything in a file or a text, compiled."""
+    cubin = nvcc.compile_as("cubin", source, target)
+    listing = tool("nvdisasm", "-c", cubin)
+    sections = re.split(r"^\.text\.(\S+):$", listing, flags=re.M)[1:]
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) .*?SHARED:(\d+)", tool("cuobjdump", "-res-usage", cubin)
+    )
+    resources = {symbol: (int(registers), int(shared)) for symbol, registers, shared in usage}
+    threads = _threads(tool("nvdisasm", "-hex", cubin))
+    found = []
+    symbols, texts = sections[::2], sections[1::2]
+    for symbol, name, text in zip(symbols, nvcc.demangled(symbols), texts, strict=True):
+        registers, shared = resources[symbol]
+        name = short(name)
+        if tile := tile_of(name):
+            shared += stages(target) * tile.stage_bytes
+        facts = nvidia_facts(text, registers, shared, threads[symbol], MMA)
+        found.append(Kernel(target, name, facts, count(text.splitlines(), LOAD_MATRICES)))
+    return found
+
+
+def _threads(listing: str) -> dict[str, int]:
+    """Of a block, by symbol, from the attribute that __launch_bounds__ leaves."""
+    found = {}
+    for section in re.split(r"^\s*\.section\s+\.nv\.info\.", listing, flags=re.M)[1:]:
+        limit = re.search(r"EIATTR_MAX_THREADS.*?\.word\s+(0x\w+)", section, re.S)
+        found[section.split(",")[0]] = int(limit[1], 16) if limit else 1024
+    return found
+
+
+def short(name: str) -> str:
+    """Without namespaces and arguments."""
+    return re.sub(r"marginkernels::cuda::|mk::", "", name).split("(")[0].replace("> >", ">>")
+
+
+def problems_of(kernel: Kernel) -> list[str]:
+    """What the gate objects to."""
+    facts, problems = kernel.facts, []
+    if facts.spilled:
+        problems.append(f"{facts.spilled} spills")
+    blocks, planned = facts.occupancy(kernel.target), planned_blocks(kernel.name)
+    if blocks < planned:
+        problems.append(
+            f"{blocks} blocks per multiprocessor, {planned} planned ({facts.registers} registers, "
+            f"{facts.threads} threads, {facts.shared} bytes of shared memory)"
+        )
+    if kernel.tile:
+        if facts.mma == 0:
+            problems.append("no matrix instruction")
+        if kernel.load_matrices == 0:
+            problems.append("no load of matrices")
+        if facts.async_copies == 0:
+            problems.append("no asynchronous copy")
+    return problems
+
+
+def check_all(jobs: int) -> list[Kernel]:
+    """Every kernel that launchers may launch, for every target."""
+    todo = [(path, target) for target in nvcc.TARGETS for path in sorted(nvcc.KERNELS.glob("*.cu"))]
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda each: kernels_of(*each), todo)
+        return [kernel for kernels in found for kernel in kernels]
+
+
+def describe(kernel: Kernel) -> str:
+    where, facts = f"{kernel.target} {kernel.name}", kernel.facts
+    if problems := problems_of(kernel):
+        return f"FAIL {where}: " + "; ".join(problems)
+    return f"ok   {where}: {facts.registers} registers, {facts.shared} bytes shared"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", metavar="FILE", help="write the table of facts too")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="also what passes")
+    arguments = parser.parse_args()
+    if reason := nvcc.why_not():
+        print(f"skipped: {reason}")
+        return 0
+    kernels = check_all(arguments.jobs)
+    failed = [kernel for kernel in kernels if problems_of(kernel)]
+    for kernel in kernels if arguments.verbose else failed:
+        print(describe(kernel))
+    if arguments.table:
+        from . import table
+
+        Path(arguments.table).write_text(table.render(kernels))
+    print(f"{len(kernels)} kernels for {len(nvcc.TARGETS)} targets, {len(failed)} failures")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
