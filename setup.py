@@ -10,6 +10,8 @@ TORCH_CUDA_ARCH_LIST         for which GPUs, by default all that the kernels are
 
 import json
 import os
+import re
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def wants_cuda(choice: str, torch_cuda: str | None, cuda_home: str | None, files
     return choice != "0" and not missing
 
 
+def cuda_headers(site_packages: Path, nvcc: Path) -> list[str]:
+    """Folders of headers: torch's wheels bring the CUDA libraries', which a bare toolkit lacks, and
+    the toolkit has some that the wheels lack; where, nvcc knows, which may be a script elsewhere.
+    """
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
+    toolkit = re.findall(r'^#\$ INCLUDES="-I([^"]+)"', said, re.M)
+    return [*map(str, site_packages.glob("nvidia/cu*/include")), *toolkit]
+
+
 class BuildWithoutTorch(build_ext):
     """An sdist needs no torch, so that only the attempt to build is an error."""
 
@@ -92,8 +105,8 @@ def extension() -> dict:
 
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
     if wants_cuda(choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files):
-        # torch's wheels bring the CUDA libraries' headers, which a bare toolkit lacks
-        headers = [str(p) for p in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
+        nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+        headers = cuda_headers(Path(torch.__file__).parents[1], nvcc)
         files += cuda_files
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         macros = [("MARGINKERNELS_CUDA", None)]
