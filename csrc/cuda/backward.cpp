@@ -57,6 +57,8 @@ class TileGradient {
     TileGradient(Sweep& sweep, const Gradients& g, const Tensor& dbias)
         : x(sweep.x.narrow(0, 0, sweep.n)), sweep_(sweep), flags_(sweep.flags()), dbias_(dbias) {
         need_scale_ = g.need_scale;
+        general_ = sweep.bias.has_value() || sweep.transform != Transform::kIdentity ||
+                   g.need_bias || g.need_scale;
         if (sweep.type == Type::kFloat16) {
             g_scale_ = power_of_two(sweep, g);
             dx_factor = dw_factor = g_scale_->reciprocal();
@@ -79,7 +81,7 @@ class TileGradient {
         call.inverse_limit = static_cast<float>(sweep.inverse_limit);
         call.n = static_cast<int>(sweep.n);
         call.padded = static_cast<int>(sweep.rows);
-        call.general = sweep.general;
+        call.general = general_;
         launch_gradient_rows(call, sweep.stream);
         columns_ = sweep.columns(chunk / kTileClasses);
     }
@@ -91,6 +93,7 @@ class TileGradient {
     Tensor next(int64_t first, const Tensor& w_chunk) {
         GradientCall call = {};
         call.tile = sweep_.tile_call(first, w_chunk, q_, flags_, columns_);
+        call.general = general_;
         call.rows = floats(rows_);
         call.inverse_limit = static_cast<float>(sweep_.inverse_limit);
         call.g = g_.mutable_data_ptr();
@@ -120,7 +123,7 @@ class TileGradient {
     Tensor flags_, q_, rows_, g_, dbias_;
     OptionalTensor g_scale_;
     int64_t stride_, columns_;
-    bool need_scale_;
+    bool need_scale_, general_;
 };
 
 // G (classes, N) over the vendor's GEMM, in one buffer.
@@ -308,10 +311,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants) {
     const OpGuard guard(x);
-    const bool general = grad_sum.has_value() || need_bias || need_scale;
     Sweep sweep(
         {x, w, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
-        general && tiles.numel() == 0);
+        need_bias || need_scale);
     const auto contiguous = [](const OptionalTensor& t) {
         return t.has_value() ? OptionalTensor(t->contiguous()) : t;
     };

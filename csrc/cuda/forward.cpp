@@ -17,7 +17,8 @@ constexpr int kDenseClasses = 64;
 // Statistics by the tile program.
 class TileStatistics {
   public:
-    TileStatistics(Sweep& sweep, const Tensor& x_inv, const Tensor& w_inv, const Tensor& saved)
+    TileStatistics(Sweep& sweep, const Tensor& x_inv, const Tensor& w_inv, const Tensor& saved,
+                   const FinishRows& wanted)
         : sweep_(sweep), flags_(sweep.flags()), columns_(sweep.columns(sweep.class_tiles())) {
         q_ = sweep.normalize_w ? w_inv : at::ones_like(w_inv);
         rate_ = sweep.statistics({sweep.rows});
@@ -28,7 +29,10 @@ class TileStatistics {
                                log2_units && !transformed, !transformed, sweep.stream);
         const int64_t warps = sweep.small ? SmallTile::kClassWarps : BigTile::kClassWarps;
         partials = sweep.statistics({kPlanes, columns_ * warps, sweep.n});
-        maximum_plane = saved.numel() > 0 || transformed ? kLogitMaximum : kMaximum;
+        want_sum_ = wanted.logit_sum != nullptr;
+        want_max_ = wanted.logit_max != nullptr;
+        const bool own_maximum = transformed || (saved.numel() > 0 && want_max_);
+        maximum_plane = own_maximum ? kLogitMaximum : kMaximum;
         saved_ = saved;
     }
 
@@ -39,6 +43,8 @@ class TileStatistics {
     void add(int64_t first, const Tensor& w_chunk) {
         StatisticsCall call = {};
         call.tile = sweep_.tile_call(first, w_chunk, q_, flags_, columns_);
+        call.want_sum = want_sum_;
+        call.want_max = want_max_;
         call.rate = floats(rate_);
         call.partials = partials.mutable_data_ptr<float>();
         call.carry = first > 0;
@@ -54,6 +60,7 @@ class TileStatistics {
     Sweep& sweep_;
     Tensor flags_, q_, rate_, saved_;
     int64_t columns_;
+    bool want_sum_, want_max_;
 };
 
 // Statistics over the vendor's GEMM.
@@ -67,7 +74,11 @@ class GemmStatistics {
             int64_t{multiprocessors()} * kDenseBlocksPerSm / std::max<int64_t>(row_blocks_, 1);
         slices_ = std::max<int64_t>(1, std::min(blocks, chunk / kDenseClasses));
         partials = sweep.statistics({kPlanes, slices_, sweep.n});
-        if (saved.numel() == 0) products_ = sweep.statistics({std::min(chunk, sweep.c), sweep.n});
+        if (saved.numel() > 0) {
+            saved.narrow(1, sweep.n, saved.size(1) - sweep.n).zero_();
+            return;
+        }
+        products_ = sweep.statistics({std::min(chunk, sweep.c), sweep.n});
     }
 
     Tensor partials;
@@ -128,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     const OpGuard guard(x);
     Sweep sweep(
         {x, w, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
-        want_sum || want_max);
+        save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
                         sweep.transform == Transform::kIdentity && compute_dtype != at::kHalf),
@@ -166,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     finish.normalize_w = normalize_w;
     if (sweep.tiled) {
         const int64_t chunk = sweep.chunk_classes(std::numeric_limits<int64_t>::max(), 1);
-        take_statistics(sweep, TileStatistics(sweep, x_inv, w_inv, saved), w_inv, chunk, finish);
+        take_statistics(sweep, TileStatistics(sweep, x_inv, w_inv, saved, finish), w_inv, chunk,
+                        finish);
     } else {
         const int64_t chunk = sweep.chunk_classes(kProductBytes, n * sweep.x.element_size());
         take_statistics(sweep, GemmStatistics(sweep, x_inv, w_inv, saved, chunk), w_inv, chunk,

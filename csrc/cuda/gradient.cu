@@ -22,7 +22,7 @@ void run(const GradientCall& call, const TileVariant& variant, Stream stream) {
         using F = decltype(functor);
         if constexpr (!std::is_same_v<F, mk::Identity>) {
             run<T, SmallTile, F, true>(call, stream);
-        } else if (variant.general) {
+        } else if (call.general) {
             run<T, SmallTile, F, true>(call, stream);
         } else if (variant.small) {
             run<T, SmallTile, F, false>(call, stream);

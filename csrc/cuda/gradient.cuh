@@ -17,33 +17,34 @@
 
 namespace marginkernels::cuda {
 
-// The plain case: exponents are v q rate - shift in units of ln 2, G is a times their exponential.
+// The plain case: exponents are v q rate - shift in units of ln 2, and G is a times their
+// exponential plus u, but for the class's factor.
 template <class Tile>
 __device__ __forceinline__ void plain_gradient(Accumulator<Tile>& sums, const GradientCall& call,
-                                               int first_row, int b, const float (&q)[8],
-                                               const float (&fold)[8]) {
+                                               int first_row, int b, const float (&q)[8]) {
     const float* const rows = call.rows + first_row;
     const int64_t plane = call.tile.row_tiles * Tile::kRows;
-    float rate[8], shift[8], a[8];
+    float rate[8], shift[8], a[8], u[8];
     load_eight(rate, rows + kRate * plane);
     load_eight(shift, rows + kShift * plane);
     load_eight(a, rows + kA * plane);
+    load_eight(u, rows + kU * plane);
 #pragma unroll
     for (int row = 0; row < 8; ++row)
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             float& v = sums.at(row, b, k);
-            v = a[row] * ptx::exp2(v * q[k] * rate[row] - shift[row]) * fold[k];
+            v = a[row] * ptx::exp2(v * q[k] * rate[row] - shift[row]) + u[row];
         }
 }
 
-// Every option: a transform, a bias, gradients of the sum of logits, of the bias and of the scale.
-// The dead ones are masked before sums are taken.
+// Every option: a transform, a bias, gradients of the bias and of the scale. The dead ones are
+// masked before sums are taken.
 template <class F, class Tile>
 __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const GradientCall& call,
                                                  int first_row, int tile, int first_class,
-                                                 const float (&q)[8], const float (&fold)[8],
-                                                 float (&dbias)[8], float& dscale) {
+                                                 const float (&q)[8], float (&dbias)[8],
+                                                 float& dscale) {
     const TileCall& tile_call = call.tile;
     const float* const rows = call.rows + first_row;
     const int64_t plane = tile_call.row_tiles * Tile::kRows;
@@ -72,7 +73,7 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
             g = target == k || k >= classes ? 0.0F : g;
             dbias[k] += g;
             dscale += g * f.value;
-            v = g * f.slope * row_fold[row] * fold[k];
+            v = g * f.slope * row_fold[row];
         }
     }
 }
@@ -99,15 +100,15 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
     for_each_tile<T>(tile_call, position, [&](Sums& sums, int tile) {
         const int first_class = tile * kTileClasses + position.class_;
         const int64_t in_launch = first_class - tile_call.first_tile * kTileClasses;
+        float fold[Sums::kClassBlocks][8];
 #pragma unroll
         for (int b = 0; b < Sums::kClassBlocks; ++b) {
-            float q[8], fold[8], dbias[8] = {};
+            float q[8], dbias[8] = {};
             load_eight(q, tile_call.q + first_class + b * 32);
 #pragma unroll
-            for (int k = 0; k < 8; ++k) fold[k] = q[k] < call.inverse_limit ? q[k] : 1.0F;
+            for (int k = 0; k < 8; ++k) fold[b][k] = q[k] < call.inverse_limit ? q[k] : 1.0F;
             if constexpr (kGeneral) {
-                general_gradient<F>(sums, call, first_row, tile, first_class, q, fold, dbias,
-                                    dscale);
+                general_gradient<F>(sums, call, first_row, tile, first_class, q, dbias, dscale);
                 if (call.dbias == nullptr) continue;
                 const int64_t classes = (tile_call.stop_tile - tile_call.first_tile) * kTileClasses;
 #pragma unroll
@@ -116,24 +117,14 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
                     if (lane < 4) call.dbias[row_tile * classes + in_launch + k] = sum;
                 }
             } else {
-                plain_gradient(sums, call, first_row, b, q, fold);
+                plain_gradient(sums, call, first_row, b, q);
             }
         }
         if (!kGeneral && is_flagged(tile_call, tile))
             for_each_dead(tile_call, position, tile,
                           [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
-        if (first_row >= call.g_stride) return;
-#pragma unroll
-        for (int b = 0; b < Sums::kClassBlocks; ++b)
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                if (first_class + b * 32 + k >= tile_call.c) continue;
-                float column[8];
-#pragma unroll
-                for (int row = 0; row < 8; ++row) column[row] = sums.at(row, b, k);
-                store_eight<T>(call.g, (in_launch + b * 32 + k) * call.g_stride + first_row,
-                               column);
-            }
+        store_classes<T>(sums, fold, call.g, call.g_stride, in_launch, first_row,
+                         tile_call.c - first_class);
     });
     if (kGeneral && call.dscale) {
         dscale = sum_over_lanes<1>(dscale);

@@ -42,7 +42,8 @@ struct Tile {
 
 // Most work per byte of shared memory that fits the registers.
 using BigTile = Tile<2, 64>;
-// For few rows, and where the epilogue of an option needs registers.
+// For few rows, and where the epilogue of an option needs registers: a transform, a bias, the
+// maximum beside saved exponentials, gradients of the bias and of the scale.
 using SmallTile = Tile<1, 32>;
 
 constexpr int kTileClasses = 128;  // of both
@@ -78,6 +79,7 @@ constexpr float kNoMaximum = -1e30F;
 
 struct StatisticsCall {
     TileCall tile;
+    bool want_sum, want_max;
     const float* rate;    // (padded rows,): see statistics_rows_kernel
     float* partials;      // (kPlanes, columns * class warps, N)
     bool carry;           // go on from the partials of the launch before
@@ -91,6 +93,7 @@ constexpr int kRate = 0, kShift = 1, kA = 2, kU = 3, kFold = 4, kGradientPlanes 
 
 struct GradientCall {
     TileCall tile;
+    bool general;       // beside the plain case: a transform, a bias, its gradient or the scale's
     const float* rows;  // (kGradientPlanes, padded rows): see gradient_rows_kernel
     float inverse_limit;
     void* g;        // (classes of this launch, g_stride)
@@ -103,8 +106,6 @@ struct TileVariant {
     Type type;  // kBFloat16 or kFloat16
     bool small;
     Transform transform;
-    bool
-        general;  // beside the plain case: sum or maximum wanted; bias; gradients of it, scale, sum
 };
 
 void launch_statistics(const StatisticsCall&, const TileVariant&, Stream);

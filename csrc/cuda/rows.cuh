@@ -72,11 +72,12 @@ __global__ void __launch_bounds__(kRowThreads) gradient_rows_kernel(const Gradie
     float a = there ? call.grad_lse[row] : 0.0F;
     // a row without negatives has lse = -inf, and no G
     float shift = there && call.lse[row] != -INFINITY ? call.lse[row] : 0.0F;
-    float rate = inverse;
+    float rate = inverse, u = there && call.grad_sum ? call.grad_sum[row] : 0.0F;
     if (!call.general) {
         // what rounding takes from the shift, at a scale of 256 several digits, goes into a
         const float rounded = shift * kLog2E;
         a *= fold * ptx::exp2(-fmaf(shift, kLog2E, -rounded));
+        u *= fold;
         shift = rounded;
         rate *= scale * kLog2E;
     }
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads) gradient_rows_kernel(const Gradie
     plane[kRate * stride] = rate;
     plane[kShift * stride] = shift;
     plane[kA * stride] = a;
-    plane[kU * stride] = there && call.grad_sum ? call.grad_sum[row] : 0.0F;
+    plane[kU * stride] = u;
     plane[kFold * stride] = fold;
 }
 

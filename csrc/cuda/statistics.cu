@@ -16,15 +16,18 @@ void run(const StatisticsCall& call, Stream stream) {
            call.tile.stages * Tile::kStageBytes, stream, call);
 }
 
-template <class T, class Tile, bool kMore>
+template <class T, class Tile>
 void run_identity(const StatisticsCall& call, Stream stream) {
     using F = mk::Identity;
     if (call.tile.bias) {
-        run<T, SmallTile, StatisticsOptions<F, true, true, false>>(call, stream);
+        run<T, SmallTile, StatisticsOptions<F, true, true>>(call, stream);
     } else if (call.saved == nullptr) {
-        run<T, Tile, StatisticsOptions<F, false, kMore, false>>(call, stream);
+        if (call.want_sum) return run<T, Tile, StatisticsOptions<F, false, true>>(call, stream);
+        run<T, Tile, StatisticsOptions<F>>(call, stream);
     } else if constexpr (std::is_same_v<T, bf16>) {
-        run<T, Tile, StatisticsOptions<F, false, kMore, true>>(call, stream);
+        if (call.want_max)
+            return run<T, SmallTile, StatisticsOptions<F, false, false, true, true>>(call, stream);
+        run<T, Tile, StatisticsOptions<F, false, false, true>>(call, stream);
     } else {
         throw std::invalid_argument("save_tiles: expected bfloat16, got float16");
     }
@@ -35,13 +38,11 @@ void run(const StatisticsCall& call, const TileVariant& variant, Stream stream) 
     with_transform(variant.transform, [&](auto functor) {
         using F = decltype(functor);
         if constexpr (!std::is_same_v<F, mk::Identity>) {
-            run<T, SmallTile, StatisticsOptions<F, false, true, false>>(call, stream);
-        } else if (variant.general) {
-            run_identity<T, SmallTile, true>(call, stream);
+            run<T, SmallTile, StatisticsOptions<F, false, true, false, true>>(call, stream);
         } else if (variant.small) {
-            run_identity<T, SmallTile, false>(call, stream);
+            run_identity<T, SmallTile>(call, stream);
         } else {
-            run_identity<T, BigTile, false>(call, stream);
+            run_identity<T, BigTile>(call, stream);
         }
     });
 }

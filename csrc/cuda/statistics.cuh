@@ -18,54 +18,131 @@
 namespace marginkernels::cuda {
 
 // Options that a kernel is compiled for.
-template <class F, bool kBias_, bool kMore_, bool kSave_>
+template <class F, bool kBias_ = false, bool kSum_ = false, bool kSave_ = false, bool kTop_ = false>
 struct StatisticsOptions {
     using Functor = F;
     static constexpr bool kBias = kBias_;
-    static constexpr bool kMore = kMore_;  // sum and maximum of the logits
+    static constexpr bool kSum = kSum_;    // of the logits
     static constexpr bool kSave = kSave_;  // exponentials with a constant offset
+    static constexpr bool kTop = kTop_;    // the logits' maximum is not that of the exponents
     static constexpr bool kTransformed = !std::is_same_v<F, mk::Identity>;
     // logits are in units of ln 2 where the row's factor takes that in; with a bias they are plain,
     // which keeps the digits of a large one
     static constexpr float kToLog2 = kBias ? kLog2E : 1.0F;
-    // where the maximum of the logits is not that of the exponents
-    static constexpr bool kOwnMaximum = kMore && (kSave || kTransformed);
 };
 
+// What a thread keeps of its 8 rows.
 template <class Options>
 struct RowStatistics {
     float m[8], l[8];
-    float sum[Options::kMore ? 8 : 1], top[Options::kOwnMaximum ? 8 : 1];
+    float sum[Options::kSum ? 8 : 1], top[Options::kTop ? 8 : 1];
+
+    __device__ __forceinline__ explicit RowStatistics(float first_maximum) {
+#pragma unroll
+        for (int row = 0; row < 8; ++row) {
+            m[row] = first_maximum;
+            l[row] = 0.0F;
+            if constexpr (Options::kSum) sum[row] = 0.0F;
+            if constexpr (Options::kTop) top[row] = kNoMaximum;
+        }
+    }
+
+    // Adds what another thread, or the launch before, has of a row.
+    __device__ __forceinline__ void merge(int row, float other_m, float other_l, float other_sum,
+                                          float other_top) {
+        const float higher = fmaxf(m[row], other_m);
+        l[row] = l[row] * ptx::exp2((m[row] - higher) * Options::kToLog2) +
+                 other_l * ptx::exp2((other_m - higher) * Options::kToLog2);
+        m[row] = higher;
+        if constexpr (Options::kSum) sum[row] += other_sum;
+        if constexpr (Options::kTop) top[row] = fmaxf(top[row], other_top);
+    }
+
+    // Four lanes have the same rows.
+    __device__ __forceinline__ void merge_lanes() {
+#pragma unroll
+        for (int row = 0; row < 8; ++row)
+#pragma unroll
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                const auto other = [&](float value) { return __shfl_xor_sync(~0U, value, lanes); };
+                const float other_m = other(m[row]), other_l = other(l[row]);
+                merge(row, other_m, other_l, Options::kSum ? other(sum[row]) : 0.0F,
+                      Options::kTop ? other(top[row]) : 0.0F);
+            }
+    }
+
+    __device__ __forceinline__ void load(const float* partial, int64_t plane, int row) {
+        merge(row, partial[kMaximum * plane], partial[kExponentials * plane],
+              Options::kSum ? partial[kLogitSum * plane] : 0.0F,
+              Options::kTop ? partial[kLogitMaximum * plane] : 0.0F);
+    }
+
+    __device__ __forceinline__ void store(float* partial, int64_t plane, int row) const {
+        partial[kMaximum * plane] = m[row];
+        partial[kExponentials * plane] = l[row];
+        if constexpr (Options::kSum) partial[kLogitSum * plane] = sum[row];
+        if constexpr (Options::kTop) partial[kLogitMaximum * plane] = top[row];
+    }
 };
 
-// Merges the statistics of two threads, or of the launch before.
+// Logits of a row and a block of classes, but for a factor that is returned: v are dot products
+// times q_j, -inf for the dead. `top` is the maximum before a transform.
 template <class Options>
-__device__ __forceinline__ void merge(RowStatistics<Options>& to, int row, float m, float l,
-                                      float sum, float top) {
-    const float higher = fmaxf(to.m[row], m);
-    to.l[row] = to.l[row] * ptx::exp2((to.m[row] - higher) * Options::kToLog2) +
-                l * ptx::exp2((m - higher) * Options::kToLog2);
-    to.m[row] = higher;
-    if constexpr (Options::kMore) to.sum[row] += sum;
-    if constexpr (Options::kOwnMaximum) to.top[row] = fmaxf(to.top[row], top);
-}
-
-// One row of a block of classes: v are dot products times q_j, -inf for the dead.
-template <class Options>
-__device__ __forceinline__ void to_logits(float (&v)[8], float rate, const float (&bias)[8],
-                                          float parameter, const float* constants, float scale,
-                                          float& top) {
+__device__ __forceinline__ float to_logits(float (&v)[8], float rate, const float (&bias)[8],
+                                           float parameter, const TileCall& call, float scale,
+                                           float& top) {
+    if constexpr (Options::kBias) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        if constexpr (Options::kBias) v[k] = v[k] * rate + bias[k];
-        if constexpr (Options::kTransformed) {
+        for (int k = 0; k < 8; ++k) v[k] = v[k] * rate + bias[k];
+        return 1.0F;
+    } else if constexpr (Options::kTransformed) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
             const float c = v[k] * rate;
             const bool dead = v[k] == -INFINITY;
             top = fmaxf(top, c * scale);
-            v[k] = scale * Options::Functor::apply(c, parameter, constants).value;
-            v[k] = dead ? -INFINITY : v[k];
+            const float f = scale * Options::Functor::apply(c, parameter, call.constants).value;
+            v[k] = dead ? -INFINITY : f;
         }
+        return 1.0F;
+    } else {
+        return rate;
     }
+}
+
+// Adds a tile's row to the statistics; leaves exponentials in it where they are saved.
+template <class Options, class Sums>
+__device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sums, int row,
+                                        float rate, const float (&bias)[Sums::kClassBlocks][8],
+                                        float parameter, const TileCall& call, float scale) {
+    float v[Sums::kClassBlocks][8], factor, highest = -INFINITY, top = kNoMaximum;
+#pragma unroll
+    for (int b = 0; b < Sums::kClassBlocks; ++b) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v[b][k] = sums.at(row, b, k);
+        factor = to_logits<Options>(v[b], rate, bias[b], parameter, call, scale, top);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) highest = fmaxf(highest, v[b][k]);
+    }
+    highest *= factor;  // a constant factor may be taken out of the maximum
+    float l = stats.l[row];
+    const float higher = Options::kSave ? stats.m[row] : fmaxf(stats.m[row], highest);
+    if constexpr (!Options::kSave) l *= ptx::exp2((stats.m[row] - higher) * Options::kToLog2);
+    stats.m[row] = higher;
+    float sum = 0.0F;
+#pragma unroll
+    for (int b = 0; b < Sums::kClassBlocks; ++b)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float p = ptx::exp2((v[b][k] * factor - higher) * Options::kToLog2);
+            if constexpr (Options::kSave) sums.at(row, b, k) = p;
+            if constexpr (Options::kSum) sum += v[b][k] == -INFINITY ? 0.0F : v[b][k];
+            l += p;
+        }
+    stats.l[row] = l;
+    if constexpr (Options::kSum) stats.sum[row] += sum * factor;
+    if constexpr (Options::kTop)
+        stats.top[row] = fmaxf(stats.top[row], Options::kSave ? highest : top);
 }
 
 template <class T, class Tile, class Options>
@@ -74,7 +151,7 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     const TileCall& tile_call = call.tile;
     const Position<Tile> position;
     const int first_row = row_tile_of_block(tile_call) * Tile::kRows + position.row;
-    const int lane = threadIdx.x % kWarp;
+    const int rows_here = threadIdx.x % 4 == 0 ? tile_call.n - first_row : 0;  // of the results
     const int partial = column_of_block(tile_call) * Tile::kClassWarps + position.class_warp;
     const int64_t plane = static_cast<int64_t>(tile_call.columns) * Tile::kClassWarps * tile_call.n;
     float* const partials = call.partials + static_cast<int64_t>(partial) * tile_call.n + first_row;
@@ -82,18 +159,10 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     const float scale = *tile_call.scale * kLog2E;
     // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
     const float offset = fmaxf(scale - 59.0F * kLog2E, 0.0F);
-    RowStatistics<Options> stats = {};
+    RowStatistics<Options> stats(Options::kSave ? offset : kNoMaximum);
 #pragma unroll
-    for (int row = 0; row < 8; ++row) {
-        stats.m[row] = Options::kSave ? offset : kNoMaximum;
-        if constexpr (Options::kOwnMaximum) stats.top[row] = kNoMaximum;
-        if (call.carry && lane % 4 == 0 && first_row + row < tile_call.n) {
-            const float* p = partials + row;
-            merge(stats, row, p[kMaximum * plane], p[kExponentials * plane],
-                  Options::kMore ? p[kLogitSum * plane] : 0.0F,
-                  Options::kOwnMaximum ? p[kLogitMaximum * plane] : 0.0F);
-        }
-    }
+    for (int row = 0; row < 8; ++row)
+        if (call.carry && row < rows_here) stats.load(partials + row, plane, row);
 
     for_each_tile<T>(tile_call, position, [&](Sums& sums, int tile) {
         const int first_class = tile * kTileClasses + position.class_;
@@ -115,78 +184,23 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
             for_each_dead(tile_call, position, tile,
                           [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
-        for (int row = 0; row < 8; ++row) {
-            float v[Sums::kClassBlocks][8];
-            float factor = rate[row];  // exponents are v times this
-            float highest = -INFINITY, top = kNoMaximum;
-#pragma unroll
-            for (int b = 0; b < Sums::kClassBlocks; ++b) {
-#pragma unroll
-                for (int k = 0; k < 8; ++k) v[b][k] = sums.at(row, b, k);
-                to_logits<Options>(v[b], factor, bias[b], parameter[row], tile_call.constants,
-                                   scale, top);
-#pragma unroll
-                for (int k = 0; k < 8; ++k) highest = fmaxf(highest, v[b][k]);
-            }
-            if constexpr (Options::kBias || Options::kTransformed) factor = 1.0F;
-            // a constant factor may be taken out of the maximum
-            const float higher = Options::kSave ? offset : fmaxf(stats.m[row], highest * factor);
-            float l = stats.l[row];
-            if constexpr (!Options::kSave)
-                l *= ptx::exp2((stats.m[row] - higher) * Options::kToLog2);
-            stats.m[row] = higher;
-#pragma unroll
-            for (int b = 0; b < Sums::kClassBlocks; ++b)
-#pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    const float z = v[b][k];
-                    if constexpr (Options::kMore)
-                        stats.sum[row] += z == -INFINITY ? 0.0F : z * factor;
-                    const float p = ptx::exp2((z * factor - higher) * Options::kToLog2);
-                    if constexpr (Options::kSave) sums.at(row, b, k) = p;
-                    l += p;
-                }
-            stats.l[row] = l;
-            if constexpr (Options::kOwnMaximum)
-                stats.top[row] = fmaxf(stats.top[row], Options::kSave ? highest * factor : top);
-        }
+        for (int row = 0; row < 8; ++row)
+            add_row(stats, sums, row, rate[row], bias, parameter[row], tile_call, scale);
         if constexpr (Options::kSave) {
-            if (first_row >= call.saved_stride) return;
 #pragma unroll
             for (int b = 0; b < Sums::kClassBlocks; ++b)
 #pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    if (first_class + b * 32 + k >= tile_call.c) continue;
-                    const float factor = q[b][k] < call.inverse_limit ? q[b][k] : 1.0F;
-                    float column[8];
-#pragma unroll
-                    for (int row = 0; row < 8; ++row) column[row] = sums.at(row, b, k) * factor;
-                    store_eight<T>(
-                        call.saved,
-                        static_cast<int64_t>(first_class + b * 32 + k) * call.saved_stride +
-                            first_row,
-                        column);
-                }
+                for (int k = 0; k < 8; ++k)
+                    q[b][k] = q[b][k] < call.inverse_limit ? q[b][k] : 1.0F;  // as in G
+            store_classes<T>(sums, q, call.saved, call.saved_stride, first_class, first_row,
+                             tile_call.c - first_class);
         }
     });
 
+    stats.merge_lanes();
 #pragma unroll
-    for (int row = 0; row < 8; ++row) {  // four lanes have the same rows
-#pragma unroll
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            const auto other = [&](float value) { return __shfl_xor_sync(~0U, value, lanes); };
-            const float m = other(stats.m[row]), l = other(stats.l[row]);
-            merge(stats, row, m, l, Options::kMore ? other(stats.sum[row]) : 0.0F,
-                  Options::kOwnMaximum ? other(stats.top[row]) : 0.0F);
-        }
-        if (lane % 4 == 0 && first_row + row < tile_call.n) {
-            float* const p = partials + row;
-            p[kMaximum * plane] = stats.m[row];
-            p[kExponentials * plane] = stats.l[row];
-            if constexpr (Options::kMore) p[kLogitSum * plane] = stats.sum[row];
-            if constexpr (Options::kOwnMaximum) p[kLogitMaximum * plane] = stats.top[row];
-        }
-    }
+    for (int row = 0; row < 8; ++row)
+        if (row < rows_here) stats.store(partials + row, plane, row);
 }
 
 }  // namespace marginkernels::cuda

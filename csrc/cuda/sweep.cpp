@@ -56,7 +56,7 @@ Type type_of(at::ScalarType type, const char* name) {
     }
 }
 
-Sweep::Sweep(const Problem& p, bool general_) {
+Sweep::Sweep(const Problem& p, bool needs_small_tiles) {
     check_shapes(p.x, p.w, p.y);
     transform = checked_transform(p.transform, p.bias, p.row_parameter, p.constants, p.x.size(0));
     type = type_of(p.compute, "compute_dtype");
@@ -72,8 +72,8 @@ Sweep::Sweep(const Problem& p, bool general_) {
     n = p.x.size(0), c = p.w.size(0), d = p.x.size(1);
 
     tiled = type == Type::kBFloat16 || type == Type::kFloat16;
-    general = general_ || p.bias.has_value() || transform != Transform::kIdentity;
-    small = general || n <= SmallTile::kRows;
+    needs_small_tiles |= p.bias.has_value() || transform != Transform::kIdentity;
+    small = needs_small_tiles || n <= SmallTile::kRows;
     tile_rows = !tiled ? 1 : small ? SmallTile::kRows : BigTile::kRows;
     rows = round_up(n, tile_rows);
     classes = tiled ? round_up(c, kTileClasses) : c;

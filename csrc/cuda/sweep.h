@@ -59,7 +59,7 @@ Type type_of(at::ScalarType type, const char* name);
 // go through the tile program, the others through the vendor's GEMM.
 class Sweep {
   public:
-    Sweep(const Problem&, bool general);
+    Sweep(const Problem&, bool needs_small_tiles);
 
     Stream stream;
     Type type;
@@ -67,7 +67,6 @@ class Sweep {
     at::ScalarType compute;
     bool tiled;  // through the tile program
     bool small;  // its small tiles
-    bool general;
     bool normalize_w;
     double inverse_limit;  // 1 / norm of a zero row
     int64_t n, c, d, width;
@@ -112,7 +111,7 @@ class Sweep {
     // What the tile program is called with for a chunk.
     TileCall tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q, const Tensor& flags,
                        int64_t columns) const;
-    TileVariant variant() const { return {type, small, transform, general}; }
+    TileVariant variant() const { return {type, small, transform}; }
     Tensor flags() const;  // (row tiles, class tiles)
 
     // What the kernels over a GEMM's result are called with for a chunk.

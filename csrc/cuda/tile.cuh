@@ -225,13 +225,27 @@ __device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
     }
 }
 
-// Eight numbers, rounded, to where neighbouring rows of a class lie.
-template <class T>
-__device__ __forceinline__ void store_eight(void* to, int64_t offset, const float (&from)[8]) {
-    Four<uint32_t> packed;
+// A thread's rows of its classes, times a factor per class, rounded: to where the rows of a class
+// lie next to each other, `stride` from those of the next one. `classes` are there.
+template <class T, class Sums>
+__device__ __forceinline__ void store_classes(Sums& sums,
+                                              const float (&factor)[Sums::kClassBlocks][8],
+                                              void* to, int64_t stride, int64_t first_class,
+                                              int first_row, int classes) {
+    if (first_row >= stride) return;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) packed.v[k] = ptx::pack<T>(from[2 * k], from[2 * k + 1]);
-    *reinterpret_cast<Four<uint32_t>*>(static_cast<T*>(to) + offset) = packed;
+    for (int b = 0; b < Sums::kClassBlocks; ++b)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (b * 32 + k >= classes) continue;
+            Four<uint32_t> packed;
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair)
+                packed.v[pair] = ptx::pack<T>(sums.at(2 * pair, b, k) * factor[b][k],
+                                              sums.at(2 * pair + 1, b, k) * factor[b][k]);
+            T* const rows = static_cast<T*>(to) + (first_class + b * 32 + k) * stride + first_row;
+            *reinterpret_cast<Four<uint32_t>*>(rows) = packed;
+        }
 }
 
 }  // namespace marginkernels::cuda
