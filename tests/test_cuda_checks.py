@@ -6,7 +6,10 @@ each kind, under the fibers, in the PTX simulator and in the gate.
 
 import ctypes
 import functools
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +89,27 @@ def test_fibers(bug, complaint, toy):
     else:
         assert report == ""
         assert np.array_equal(out, expected) is (complaint is None)
+
+
+def test_address_sanitizer_finds_a_missing_mask():
+    """Where nothing lies behind the rows; in a process of its own, which it ends."""
+    if reason := host.why_not():
+        pytest.skip(reason)
+    library = host.build("cuda_toy", [TOY], with_torch=False, sanitize=True)
+    code = f"""
+import ctypes, sys
+rows, out = (ctypes.create_string_buffer(16 * count) for count in ({ROWS}, {TILE}))
+toy = ctypes.CDLL({str(library)!r}).run_toy
+toy(int(sys.argv[1]), rows, out, {ROWS}, {shared_bytes("none")})
+"""
+    environment = os.environ | host.sanitizer_environment() | dict(PYTHONMALLOC="malloc")
+    for bug in ("none", "missing mask"):
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code, str(BUGS.index(bug))],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode == 0) is (bug == "none"), done.stderr
+    assert "heap-buffer-overflow" in done.stderr and "wait_async" in done.stderr
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 """The CUDA backend without a GPU: its kernels and launchers compiled by the C++ compiler alone, a
 fiber for every CUDA thread (fibers.h), as one more backend for CPU tensors.
 
-CUDA_HOST_SANITIZE=1 compiles with address sanitizer, whose run-time library has to be preloaded.
+CUDA_HOST_SANITIZE=1 compiles with address sanitizer, for processes with `sanitizer_environment()`.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SANITIZE = os.environ.get("CUDA_HOST_SANITIZE") == "1"
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
-FLAGS += ["-O1", "-g", "-fsanitize=address"] if SANITIZE else ["-O2"]
+
+SANITIZED = ["-O1", "-g", "-fsanitize=address"]
 
 NINJA_FILE = """\
 rule compile
@@ -46,11 +47,12 @@ def why_not() -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
-def build(name: str, sources: list[Path], with_torch: bool) -> Path:
+def build(name: str, sources: list[Path], with_torch: bool, sanitize: bool = SANITIZE) -> Path:
     """A shared library from CUDA sources; only what changed is compiled again."""
-    folder = ROOT / "build" / (name + "_sanitized" * SANITIZE)
+    folder = ROOT / "build" / (name + "_sanitized" * sanitize)
     folder.mkdir(parents=True, exist_ok=True)
-    flags, libraries = [*FLAGS, f"-include {HERE / 'fibers.h'}", f"-I{ROOT / 'csrc'}"], []
+    flags, libraries = [*FLAGS, *(SANITIZED if sanitize else ["-O2"])], []
+    flags += [f"-include {HERE / 'fibers.h'}", f"-I{ROOT / 'csrc'}"]
     if with_torch:
         flags += [f"-isystem {path}" for path in cpp_extension.include_paths()]
         flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
@@ -60,7 +62,7 @@ def build(name: str, sources: list[Path], with_torch: bool) -> Path:
     text = NINJA_FILE.format(
         compiler=os.environ.get("CXX", "g++"),
         flags=" ".join(flags),
-        link_flags="-fsanitize=address" * SANITIZE,
+        link_flags="-fsanitize=address" * sanitize,
         libraries=" ".join(libraries),
     )
     objects = [f"{source.name}.o" for source in sources]
@@ -75,6 +77,19 @@ def build(name: str, sources: list[Path], with_torch: bool) -> Path:
     if "warning:" in done.stdout:
         print(done.stdout, file=sys.stderr)
     return folder / f"{name}.so"
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """For a process that loads a library with address sanitizer."""
+    compiler = os.environ.get("CXX", "g++")
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for library in ("libasan.so", "libstdc++.so")
+    ]
+    # Python itself leaks
+    return dict(LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
 
 
 def _write(path: Path, text: str) -> None:
