@@ -14,9 +14,10 @@ CXX ?= g++
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)  # for ninja
 COMPILED := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+    -o -name '*.cuh')
 
-.PHONY: test demo gallery study bench gpu compile-gate lint format sanitize clean FORCE
+.PHONY: test demo gallery study bench gpu compile-gate lint format sanitize sanitize-cuda clean FORCE
 
 # threads that spin while they wait starve a machine that others use too
 test: export OMP_WAIT_POLICY ?= passive
@@ -40,9 +41,10 @@ bench: build/extension
 gpu: build/extension
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
-# the Triton kernels in every configuration for every target
+# the Triton and, where nvcc is, the CUDA kernels in every configuration for every target
 compile-gate: $(VENV)/package
 	$(BIN)/python -m tests.gpu.compile_gate --all
+	$(BIN)/python -m tests.cuda.gate
 
 lint: $(VENV)/package
 	ruff check .
@@ -60,6 +62,11 @@ sanitize: build/sanitize/native build/sanitize/emulated
 	MARGINKERNELS_CPU=default build/sanitize/emulated
 	MARGINKERNELS_CPU=avx2 build/sanitize/emulated
 	MARGINKERNELS_CPU=avx512 build/sanitize/emulated
+
+# the CUDA kernels with a fiber for every thread, and the launchers
+sanitize-cuda: build/extension
+	CUDA_HOST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+	    $$($(CXX) -print-file-name=libstdc++.so)" $(BIN)/python -m pytest -q tests/test_head.py -k cuda_host
 
 build/sanitize/emulated: EMULATE := -DMK_EMULATE -Wno-psabi
 build/sanitize/%: $(COMPILED) tests/native/driver.cpp

@@ -13,7 +13,9 @@ from marginkernels.backends import reasons
 from tests.cuda import host
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-BACKENDS = [*backend_report(), host.NAME]
+BACKENDS = list(backend_report())
+# what judges numbers; the rest is the same for every backend
+ON_FIBERS = ("test_head", "test_hard_cases", "test_losses", "test_transforms")
 
 
 def pytest_addoption(parser):
@@ -29,7 +31,13 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        fibers = [host.NAME] if metafunc.module.__name__ in ON_FIBERS else []
+        metafunc.parametrize("backend", BACKENDS + fibers, indirect=True)
+
+
+@pytest.fixture
 def backend(request, device):
     """A backend that can run on ``device``; skipped with its own reasons where it cannot."""
     simulator = request.config.getoption("--simulate")

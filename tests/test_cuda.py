@@ -7,6 +7,7 @@ what differs from one GPU to the next, its PTX in a simulator, and the gate for 
 import pytest
 import torch
 
+import test_integration as integration
 from marginkernels import ArcFace, MVSoftmax
 from problems import random_problem
 from tests.cuda import gate, host, nvcc, simulate
@@ -20,6 +21,13 @@ SAMPLES = [
     "(StatisticsCall)",
     "gradient_kernel<bf16, BigTile, mk::Identity, false>(GradientCall)",
 ]
+
+
+@pytest.mark.parametrize("save_tiles", [False, True])
+@pytest.mark.parametrize("compute_dtype", [F32, BF16])
+def test_opcheck(compute_dtype, save_tiles):
+    with host.executed():
+        integration.test_opcheck(compute_dtype, save_tiles, host.NAME, "cpu")
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 1000])

@@ -161,6 +161,7 @@ def test_build_info():
         "cpu_capability",
         "cpu_capabilities_compiled",
         "cuda",
+        *(["cuda_architectures"] if info["cuda"] else []),
     ]
     assert info["marginkernels"] == VERSION
     assert info["torch"] == torch.__version__
