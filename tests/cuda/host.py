@@ -8,6 +8,7 @@ CUDA_HOST_SANITIZE=1 compiles with address sanitizer, for processes with `saniti
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -69,9 +70,11 @@ def build(name: str, sources: list[Path], with_torch: bool, sanitize: bool = SAN
     lines = [f"build {o}: compile {s}" for o, s in zip(objects, sources, strict=True)]
     lines += [f"build {name}.so: link {' '.join(objects)}", f"default {name}.so", ""]
     _write(folder / "build.ninja", text + "\n".join(lines))
-    done = subprocess.run(
-        ["ninja", "-j2", "-C", str(folder)], capture_output=True, text=True, check=False
-    )
+    with open(folder / "lock", "w") as lock:  # another test run may build too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            ["ninja", "-j2", "-C", str(folder)], capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise RuntimeError(f"{name} does not compile:\n{done.stdout}{done.stderr}")
     if "warning:" in done.stdout:
