@@ -10,10 +10,10 @@ namespace marginkernels::cuda {
 namespace {
 
 // A chunk of G: the GEMM that makes dx of it needs many classes to run well.
-constexpr int64_t kGradientBytes = 64 << 20;
-// A chunk of dw before projection, likewise.
-constexpr int64_t kDwBytes = 16 << 20;
-// Bounds of AirFace's slope, see transforms.h.
+constexpr int64_t kGradientBytes = 64 * kMiB;
+// A chunk of dw: it should still be in L2 when it is projected.
+constexpr int64_t kDwBytes = 16 * kMiB;
+// The bound of AirFace's slope, see transforms.h.
 constexpr double kSteepestAirFace = 0.6366198 / 1e-4;
 
 struct Gradients {
@@ -27,7 +27,7 @@ Tensor steepest_slope(const Sweep& sweep) {
     const auto constant = [&](int64_t k) { return sweep.constants->select(0, k); };
     switch (sweep.transform) {
         case Transform::kAirFace: return at::full({}, kSteepestAirFace, sweep.scale.options());
-        case Transform::kMVSoftmax: return (constant(0).abs() + 1);
+        case Transform::kMVSoftmax: return constant(0).abs() + 1;
         case Transform::kCurricular: return constant(0).abs() + 2;
         case Transform::kArcNegative: return constant(0).abs();
         default: return at::ones({}, sweep.scale.options());
@@ -91,6 +91,7 @@ class TileGradient {
     int64_t chunk;
 
     Tensor next(int64_t first, const Tensor& w_chunk) {
+        const int64_t count = w_chunk.size(0);
         GradientCall call = {};
         call.tile = sweep_.tile_call(first, w_chunk, q_, flags_, columns_);
         call.general = general_;
@@ -100,8 +101,7 @@ class TileGradient {
         call.g_stride = static_cast<int>(stride_);
         Tensor dbias, dscale;
         if (dbias_.numel() > 0) {
-            dbias =
-                sweep_.statistics({sweep_.row_tiles(), round_up(w_chunk.size(0), kTileClasses)});
+            dbias = sweep_.statistics({sweep_.row_tiles(), round_up(count, kTileClasses)});
             call.dbias = dbias.mutable_data_ptr<float>();
         }
         if (need_scale_) {
@@ -109,11 +109,9 @@ class TileGradient {
             call.dscale = dscale.mutable_data_ptr<float>();
         }
         launch_gradient(call, sweep_.variant(), sweep_.stream);
-        if (dbias.defined())
-            dbias_.narrow(0, first, w_chunk.size(0))
-                .copy_(dbias.sum(0).narrow(0, 0, w_chunk.size(0)));
+        if (dbias.defined()) dbias_.narrow(0, first, count).copy_(dbias.narrow(1, 0, count).sum(0));
         if (dscale.defined()) dscales.push_back(dscale.sum());
-        return g_.narrow(0, 0, w_chunk.size(0)).narrow(1, 0, sweep_.n);
+        return g_.narrow(0, 0, count).narrow(1, 0, sweep_.n);
     }
 
     std::vector<Tensor> dscales;  // () each

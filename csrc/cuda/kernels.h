@@ -28,6 +28,8 @@ constexpr int kWarp = 32;
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kLog2E = 1.44269504088896341F;
 
+constexpr int kTileFeatures = 32;  // of a step of the tile program's main loop
+
 // A tile of rows x classes: four warps beside each other, each with 64 rows.
 template <int kRowWarps_, int kWarpClasses_>
 struct Tile {
@@ -35,8 +37,7 @@ struct Tile {
     static constexpr int kThreads = 4 * kWarp;
     static constexpr int kClassWarps = 4 / kRowWarps;
     static constexpr int kRows = kRowWarps * 64, kClasses = kClassWarps * kWarpClasses;
-    static constexpr int kFeatures = 32;  // of a step of the main loop
-    static constexpr int kStageBytes = (kRows + kClasses) * kFeatures * 2;
+    static constexpr int kStageBytes = (kRows + kClasses) * kTileFeatures * 2;
     static constexpr int kBlocksPerSm = 2;
 };
 
@@ -47,7 +48,6 @@ using BigTile = Tile<2, 64>;
 using SmallTile = Tile<1, 32>;
 
 constexpr int kTileClasses = 128;  // of both
-constexpr int kTileFeatures = 32;
 static_assert(BigTile::kClasses == kTileClasses && SmallTile::kClasses == kTileClasses);
 
 // Stages of the copy pipeline: as many as leave room for a second block.
@@ -79,13 +79,13 @@ constexpr float kNoMaximum = -1e30F;
 
 struct StatisticsCall {
     TileCall tile;
-    bool want_sum, want_max;
-    const float* rate;    // (padded rows,): see statistics_rows_kernel
-    float* partials;      // (kPlanes, columns * class warps, N)
-    bool carry;           // go on from the partials of the launch before
-    void* saved;          // (C, saved_stride) exp(z - offset) q_j, or null
-    int saved_stride;     // N up to a multiple of 16
-    float inverse_limit;  // 1 / norm of a zero row
+    bool want_sum, want_max;  // which variant to launch
+    const float* rate;        // (padded rows,): see statistics_rows_kernel
+    float* partials;          // (kPlanes, columns * class warps, N)
+    bool carry;               // go on from the partials of the launch before
+    void* saved;              // (C, saved_stride) exp(z - offset) q_j, or null
+    int saved_stride;         // N up to a multiple of 16
+    float inverse_limit;      // 1 / norm of a zero row
 };
 
 // Planes of (padded rows,) that the gradient's epilogue reads.
@@ -93,7 +93,7 @@ constexpr int kRate = 0, kShift = 1, kA = 2, kU = 3, kFold = 4, kGradientPlanes 
 
 struct GradientCall {
     TileCall tile;
-    bool general;       // beside the plain case: a transform, a bias, its gradient or the scale's
+    bool general;       // which variant: a transform, a bias, its gradient or the scale's
     const float* rows;  // (kGradientPlanes, padded rows): see gradient_rows_kernel
     float inverse_limit;
     void* g;        // (classes of this launch, g_stride)

@@ -15,7 +15,7 @@ namespace {
 // A class is an int in the kernels, up to the end of the last tile; so is a row.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;
 // A chunk of w rounded to the compute type.
-constexpr int64_t kBufferBytes = 32 << 20;
+constexpr int64_t kBufferBytes = 32 * kMiB;
 // What row kernels read at once: see Four.
 constexpr int64_t kDenseWidthUnit = 4;
 

@@ -18,8 +18,15 @@
 
 namespace marginkernels::cuda {
 
+// Sizes of workspaces are in these. On the host they are small, so that tests meet several chunks.
+#if defined(MK_ON_HOST)
+constexpr int64_t kMiB = 1 << 12;
+#else
+constexpr int64_t kMiB = 1 << 20;
+#endif
+
 // A GEMM's dot products of a chunk of classes: they should still be in L2 when they are read.
-constexpr int64_t kProductBytes = 16 << 20;
+constexpr int64_t kProductBytes = 16 * kMiB;
 
 // The arguments that both ops are called with.
 struct Problem {
