@@ -18,6 +18,7 @@ from . import gemm
 from .row_kernels import finish_rows_kernel, project_kernel, target_kernel
 from .sweep import Sweep
 from .tile_kernels import gradient_kernel, statistics_kernel
+from .transforms import Transform
 
 # a chunk of G: the GEMM that makes dx of it needs many classes to run well
 G_CHUNK_BYTES = 64 << 20
@@ -30,8 +31,8 @@ def head_fwd(
     want_max, transform, row_parameter, constants, config=None,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    _check_transform(transform)
     (n, d), c = x.shape, len(w)
+    transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
     sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
     block_c = sweep.config.block_c
     y, bias = y.contiguous(), sweep.padded(bias)
@@ -56,11 +57,11 @@ def head_fwd(
         sweep.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
         if n:
             statistics_kernel[(sweep.row_tiles * columns,)](
-                sweep.x, w_chunk, y, x_inv, w_inv, scale, bias, flags, partials,
-                tiles if save_tiles else None,
+                sweep.x, w_chunk, y, x_inv, w_inv, scale, bias, *transform.operands, flags,
+                partials, tiles if save_tiles else None,
                 N=n, C=c, first_tile=first, stop_tile=stop, flags_stride=sweep.class_tiles,
                 columns=columns, carry=int(first > 0), tiles_stride=tiles.shape[-1] // block_c,
-                NORMALIZE_W=normalize_w, SAVE_TILES=save_tiles,
+                TRANSFORM=transform.apply, NORMALIZE_W=normalize_w, SAVE_TILES=save_tiles,
                 WANT_SUM=want_sum, WANT_MAX=want_max, **sweep.tile_settings(),
             )  # fmt: skip
     w_inv = w_inv[:c]
@@ -69,7 +70,8 @@ def head_fwd(
             sweep.x, w, y, x_inv, w_inv, partials, lse, target, w_norm,
             logit_sum if want_sum else None, logit_max if want_max else None,
             N=n, D=d, w_stride_c=w.stride(0), w_stride_d=w.stride(1), columns=columns,
-            NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None, MAX_PLANE=3 if save_tiles else 0,
+            NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None,
+            MAX_PLANE=3 if save_tiles or transform.apply else 0,
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles
@@ -81,8 +83,8 @@ def head_bwd(
     transform, row_parameter, constants, config=None,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    _check_transform(transform)
     (n, d), c = x.shape, len(w)
+    transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
     sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
     y, lse, x_inv, w_inv, grad_lse, grad_target = (
         t.contiguous() for t in (y, lse, x_inv, w_inv, grad_lse, grad_target)
@@ -106,7 +108,7 @@ def head_bwd(
         source = SavedTiles(sweep, tiles, scale, lse, x_inv, grad_lse)
     else:
         source = GradientTiles(
-            sweep, y, scale, bias, lse, x_inv, w_inv, grad_lse, grad_sum,
+            sweep, y, scale, bias, transform, lse, x_inv, w_inv, grad_lse, grad_sum,
             normalize_w, need_bias, need_scale, chunk_tiles,
         )  # fmt: skip
 
@@ -155,15 +157,16 @@ class GradientTiles:
     dx_factor_stride = 0
 
     def __init__(
-        self, sweep, y, scale, bias, lse, x_inv, w_inv, grad_lse, grad_sum,
+        self, sweep, y, scale, bias, transform, lse, x_inv, w_inv, grad_lse, grad_sum,
         normalize_w, need_bias, need_scale, chunk_tiles,
     ):  # fmt: skip
         self.sweep, self.x, self.chunk_tiles = sweep, sweep.x, chunk_tiles
         g_scale = None
         if sweep.x.dtype == torch.float16:
             g_scale = _power_of_two(
-                sweep, scale, x_inv, w_inv if normalize_w else None, grad_lse, grad_sum
-            )
+                sweep, scale, x_inv, w_inv if normalize_w else None, grad_lse, grad_sum,
+                transform.steepest,
+            )  # fmt: skip
         self.dx_factor = self.dw_factor = None if g_scale is None else 1 / g_scale
         row_tiles, block_c = sweep.row_tiles, sweep.config.block_c
         g_width = chunk_tiles * block_c
@@ -171,17 +174,17 @@ class GradientTiles:
         self.dbias = lse.new_empty(row_tiles, g_width) if need_bias else None
         self.dscale = lse.new_empty(sweep.class_tiles, row_tiles) if need_scale else None
         self.operands = (
-            y, x_inv, sweep.padded(w_inv), scale, sweep.padded(bias), sweep.flags(y),
-            lse, grad_lse, grad_sum, g_scale, self.g, self.dbias, self.dscale,
+            y, x_inv, sweep.padded(w_inv), scale, sweep.padded(bias), *transform.operands,
+            sweep.flags(y), lse, grad_lse, grad_sum, g_scale, self.g, self.dbias, self.dscale,
         )  # fmt: skip
-        self.normalize_w = normalize_w
+        self.compiled = dict(TRANSFORM=transform.apply, NORMALIZE_W=normalize_w)
 
     def chunk(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         sweep = self.sweep
         gradient_kernel[(sweep.row_tiles * (stop - first),)](
             sweep.x, w_chunk, *self.operands,
             N=len(sweep.x), C=len(sweep.w), first_tile=first, flags_stride=sweep.class_tiles,
-            g_tiles=self.chunk_tiles, NORMALIZE_W=self.normalize_w, **sweep.tile_settings(),
+            g_tiles=self.chunk_tiles, **self.compiled, **sweep.tile_settings(),
         )  # fmt: skip
         return self.g[: len(sweep.x), : len(w_chunk)]
 
@@ -245,19 +248,14 @@ def _dw_parts(sweep: Sweep, classes: int) -> Iterator[slice]:
         yield slice(start, min(start + most, classes))
 
 
-def _power_of_two(sweep, scale, x_inv, w_inv, grad_lse, grad_sum) -> Tensor:
+def _power_of_two(sweep, scale, x_inv, w_inv, grad_lse, grad_sum, steepest) -> Tensor:
     """2^k (), such that the largest entry of G times it lies in fp16's upper range.
 
     Zero rows, whose inverse norms say nothing, count as 1, as they do in G.
     """
     limit = sweep.inverse_limit
     magnitude = grad_lse.abs() if grad_sum is None else grad_lse.abs() + grad_sum.abs()
-    largest = (magnitude * torch.where(x_inv < limit, x_inv * scale, 1.0)).amax()
+    largest = (magnitude * torch.where(x_inv < limit, x_inv * scale, 1.0)).amax() * steepest
     if w_inv is not None:
         largest = largest * torch.where(w_inv < limit, w_inv, 1.0).amax()
     return torch.exp2((14 - largest.log2()).floor().clamp(-126, 126))
-
-
-def _check_transform(transform: str) -> None:
-    if transform != "identity":
-        raise ValueError(f"transform: the triton backend knows 'identity', got {transform!r}")
