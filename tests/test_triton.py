@@ -208,7 +208,7 @@ def test_offsets_beyond_32_bits():
         statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None, None, None,
         torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
         tiles, 0, 0, TRANSFORM=None, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False,
-        WANT_MAX=False,
+        SEPARATE_MAX=False,
         PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3,
         ctas=range(tiles - 1, tiles), **common,
     )  # fmt: skip
@@ -290,7 +290,7 @@ def test_compile_gate_fires():
         ("half", Config(64, 64, 8, 4, 3, 1), "does not compile"),
         ("fp32", Config(64, 64, 16, 4, 3, 1), None),
     ):
-        case = gate.Case("sm_80", kind, config, ("plain",), kernels)
+        case = gate.Case("sm_80", kind, config, "plain", kernels)
         (row,) = gate.check(case)
         if complaint is None:
             assert not row.problems

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ... import ops
-from . import gemm
+from . import configs, gemm
 from .row_kernels import finish_rows_kernel, project_kernel, target_kernel
 from .sweep import Sweep
 from .tile_kernels import gradient_kernel, statistics_kernel
@@ -33,7 +33,9 @@ def head_fwd(
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
     (n, d), c = x.shape, len(w)
     transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
+    load = configs.load(transform.apply, bias is not None, save_tiles, want_sum)
+    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
+    separate_max = want_max and (save_tiles or transform.apply is not None)
     block_c = sweep.config.block_c
     y, bias = y.contiguous(), sweep.padded(bias)
 
@@ -62,7 +64,7 @@ def head_fwd(
                 N=n, C=c, first_tile=first, stop_tile=stop, flags_stride=sweep.class_tiles,
                 columns=columns, carry=int(first > 0), tiles_stride=tiles.shape[-1] // block_c,
                 TRANSFORM=transform.apply, NORMALIZE_W=normalize_w, SAVE_TILES=save_tiles,
-                WANT_SUM=want_sum, WANT_MAX=want_max, **sweep.tile_settings(),
+                WANT_SUM=want_sum, SEPARATE_MAX=separate_max, **sweep.tile_settings(),
             )  # fmt: skip
     w_inv = w_inv[:c]
     if n:
@@ -71,7 +73,7 @@ def head_fwd(
             logit_sum if want_sum else None, logit_max if want_max else None,
             N=n, D=d, w_stride_c=w.stride(0), w_stride_d=w.stride(1), columns=columns,
             NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None,
-            MAX_PLANE=3 if save_tiles or transform.apply else 0,
+            MAX_PLANE=3 if separate_max else 0,
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles
@@ -85,7 +87,8 @@ def head_bwd(
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
     (n, d), c = x.shape, len(w)
     transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
+    load = configs.load(transform.apply, bias is not None, grad_sum is not None, need_scale)
+    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
     y, lse, x_inv, w_inv, grad_lse, grad_target = (
         t.contiguous() for t in (y, lse, x_inv, w_inv, grad_lse, grad_target)
     )

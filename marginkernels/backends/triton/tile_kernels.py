@@ -55,6 +55,16 @@ def _row_factor(x_inv, scale, row, N):
     return tl.load(x_inv + row, mask=row < N, other=1.0) * tl.load(scale)
 
 
+@triton.jit
+def _without_dead(v, flag, label, start, C, BLOCK_C: tl.constexpr):
+    """-inf at targets and past the last class; only flagged tiles and the last one pay for it."""
+    col = start + tl.arange(0, BLOCK_C)
+    if (tl.load(flag) != 0) | (start + BLOCK_C > C):
+        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+        v = tl.where(dead, float("-inf"), v)
+    return v
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
 def statistics_kernel(
     x,  # (N, D_TILES * BLOCK_D)
@@ -83,7 +93,7 @@ def statistics_kernel(
     NORMALIZE_W: tl.constexpr,
     SAVE_TILES: tl.constexpr,
     WANT_SUM: tl.constexpr,
-    WANT_MAX: tl.constexpr,
+    SEPARATE_MAX: tl.constexpr,  # of the logits, where exponentials are not relative to it
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,8 +106,6 @@ def statistics_kernel(
     """
     UNIT: tl.constexpr = LOG2E if bias is None else 1.0
     TO_LOG2: tl.constexpr = 1.0 if bias is None else LOG2E
-    # otherwise the maximum that the exponentials are relative to
-    SEPARATE_MAX: tl.constexpr = WANT_MAX and (SAVE_TILES or TRANSFORM is not None)
     # row tiles vary fastest: programs that run together share their tile of w in L2
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
@@ -147,10 +155,8 @@ def statistics_kernel(
             rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
-        flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
-        if (flagged != 0) | (start + BLOCK_C > C):
-            dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-            v = tl.where(dead, float("-inf"), v)
+        flag = flags + row_tile.to(tl.int64) * flags_stride + tile
+        v = _without_dead(v, flag, label, start, C, BLOCK_C)
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
@@ -247,11 +253,16 @@ def gradient_kernel(
     rate = r  # the logits are v * rate, without the bias
     if TRANSFORM is not None:
         rate = tl.full((BLOCK_N,), tl.load(scale), tl.float32)
-        cosine = v * tl.where(row < N, inverse, 0.0)[:, None]
+        v *= tl.where(row < N, inverse, 0.0)[:, None]
+    # before anything is made of it: each tile that lives across the branch takes registers
+    flag = flags + row_tile.to(tl.int64) * flags_stride + tile
+    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    v = _without_dead(v, flag, label, start, C, BLOCK_C)
+    if TRANSFORM is not None:
         parameter = None
         if row_parameter is not None:
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
-        v, slope = TRANSFORM(cosine, parameter, constants)
+        v, slope = TRANSFORM(v, parameter, constants)
     if bias is not None:
         z = v * r[:, None] + tl.load(bias + col)[None, :]
         p = tl.exp2((z - offset[:, None]) * LOG2E)
@@ -264,12 +275,7 @@ def gradient_kernel(
     G = p * a[:, None]
     if grad_sum is not None:
         u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
-        G += u[:, None]
-    flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
-    if (flagged != 0) | (start + BLOCK_C > C):
-        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-        G = tl.where(dead, 0.0, G)
+        G = tl.where(v == float("-inf"), 0.0, G + u[:, None])
 
     unfold = 1 / fold
     g_col = col - first_tile * BLOCK_C
@@ -277,6 +283,7 @@ def gradient_kernel(
     if dbias is not None:
         tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
     if dscale is not None:
+        v = tl.where(v == float("-inf"), 0.0, v)
         total = tl.sum(tl.sum(G * v, 1) * (rate * unfold), 0)
         tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total)
     if TRANSFORM is not None:

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-# of the sine below the slope of an angle
-SIN_MIN = tl.constexpr(1e-4)
+# bound of 1 / sin(theta) in the slope of an angle
+MOST_PER_SINE = tl.constexpr(1e4)
 TWO_OVER_PI = tl.constexpr(0.636619772)
 
 
@@ -33,11 +33,10 @@ def _airface(c, parameter, constants):
     p = p * magnitude + 0.0889789874
     p = p * magnitude - 0.2145988016
     p = p * magnitude + 1.5707963050
-    root = tl.sqrt(1.0 - magnitude)
-    angle = root * p * TWO_OVER_PI  # in right angles
+    angle = tl.sqrt(1.0 - magnitude) * p * TWO_OVER_PI  # in right angles
     value = tl.where(c < 0.0, angle - 1.0, 1.0 - angle)
-    sine = tl.maximum(root * tl.sqrt(1.0 + magnitude), SIN_MIN)
-    return tl.where(c == float("-inf"), c, value), TWO_OVER_PI / sine
+    per_sine = tl.minimum(tl.rsqrt((1.0 - magnitude) * (1.0 + magnitude)), MOST_PER_SINE)
+    return tl.where(c == float("-inf"), c, value), TWO_OVER_PI * per_sine
 
 
 @triton.jit
@@ -76,7 +75,7 @@ class Functor(NamedTuple):
 
 FUNCTORS = {
     "identity": Functor(None, 0, False, lambda _: 1.0),
-    "airface": Functor(_airface, 0, False, lambda _: 2 / math.pi / SIN_MIN.value),
+    "airface": Functor(_airface, 0, False, lambda _: 2 / math.pi * MOST_PER_SINE.value),
     "interclass_filter": Functor(_interclass_filter, 1, False, lambda _: 1.0),
     "mv_softmax": Functor(_mv_softmax, 1, True, lambda k: (1 + k[0]).abs().clamp_min(1)),
     "curricular": Functor(_curricular, 1, True, lambda k: 2 + k[0].abs()),
