@@ -21,11 +21,11 @@ import test_head as head
 import test_losses as losses
 import test_transforms as transforms
 from losses import LOSSES, dense, fused, solve
-from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
+from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
-from problems import random_problem
+from problems import Problem, random_problem
 from simulation import simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -101,6 +101,16 @@ def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, compute_dtype,
         problem.check("triton")
 
 
+def test_ttsem_saved_tiles_of_small_rows_opposite_to_every_class(poisoned):
+    """exp(s), 1 / |x| and s, all factors of a row, are beyond fp32 together."""
+    direction = torch.randn(1, 32)
+    x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32))
+    w = -direction + 1e-2 * torch.randn(5, 32)
+    problem = Problem(x, w, torch.arange(6) % 5, settings=dict(margin=NSoftmax(), scale=72.9))
+    with simulated("ttsem"):
+        problem.check("triton", conditioning=72.9 / 2, save_tiles=True)
+
+
 @pytest.mark.parametrize(
     "name, dtype", [("CurricularFace", F16), ("ArcNegFace", BF16), ("inter-class filter", F32)]
 )
@@ -167,6 +177,16 @@ def test_chunks_of_w_and_of_g_give_the_same_bits(monkeypatch):
         if name == "dw":  # no sum runs across a chunk
             assert torch.equal(a, b)
         torch.testing.assert_close(a, b)
+
+
+def test_the_same_call_gives_the_same_bits(poisoned):
+    problem = random_problem(
+        70, 300, 40, dtypes=(BF16, BF16, None), bias=True, margin=ArcFace(0.3), scale=16.0,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    with simulated("ttsem", races="off"):
+        once, again = (problem.solve_fused("triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):

@@ -140,6 +140,8 @@ def head_bwd(
                 NORMALIZE=normalize_w, FACTOR_STRIDE=0, ROUND_TABLE=False, **projection,
             )  # fmt: skip
     if need_x:
+        if source.row_weight is not None:
+            dx_raw *= source.row_weight[:, None]
         project_kernel[(triton.cdiv(n, 4),)](
             dx_raw, sweep.x, x_inv, source.dx_factor, y, w, targets.coefficient, None, dx,
             R=n, table_stride_r=w.stride(0), table_stride_d=w.stride(1),
@@ -157,6 +159,7 @@ class GradientTiles:
     fp16 has too little range for G: there it is G times a power of two, chosen on the device.
     """
 
+    row_weight = None
     dx_factor_stride = 0
 
     def __init__(
@@ -195,10 +198,10 @@ class GradientTiles:
 class SavedTiles:
     """exp(z - offset) q_j as forward kept it: G but for a factor per row.
 
-    The factor goes into the rows of x for dw, and into those of the result for dx.
+    It goes into the rows of x for dw, and into those of the result for dx. Where all cosines are
+    near -1, row_weight is near the end of fp32's range: it only meets unit rows, or small sums.
     """
 
-    dw_factor = None
     dx_factor_stride = 1
 
     def __init__(self, sweep, tiles, scale, lse, x_inv, grad_lse):
@@ -206,8 +209,9 @@ class SavedTiles:
         offset = (scale - 59).clamp_min(0)
         # lse is -inf only in rows without negatives, whose exponentials are all 0
         exponent = torch.where(lse == -torch.inf, 0.0, offset - lse)
-        self.dx_factor = grad_lse * x_inv * scale * exponent.exp()
-        self.x = (sweep.x * self.dx_factor[:, None]).to(sweep.x.dtype)
+        self.row_weight = grad_lse * exponent.exp()
+        self.dw_factor, self.dx_factor = scale, x_inv * scale
+        self.x = (sweep.x * x_inv[:, None] * self.row_weight[:, None]).to(sweep.x.dtype)
 
     def chunk(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         start = first * self.sweep.config.block_c
