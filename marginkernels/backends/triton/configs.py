@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 
 
-class Load(enum.IntEnum):
+class Load(enum.IntFlag):
     """What is compiled into a tile kernel, and takes registers."""
 
-    PLAIN = 0
-    EXTRAS = 1  # a bias, sums of logits, saved tiles, the gradient of the scale
-    TRANSFORM = 2  # of the negatives, with all of those
+    PLAIN = 1
+    EXTRAS = 2  # a bias, sums of logits, saved tiles, the gradient of the scale
+    TRANSFORM = 4  # of the negatives, perhaps with sums and the gradient of the scale
+    LIGHT = PLAIN | EXTRAS
+    HEAVY = EXTRAS | TRANSFORM
+    ANY = PLAIN | EXTRAS | TRANSFORM
 
 
 class Config(NamedTuple):
@@ -27,39 +30,42 @@ class Config(NamedTuple):
     num_stages: int
     ctas: int  # programs that fit on a multiprocessor together
     min_rows: int = 0  # of the batch
-    most: Load = Load.TRANSFORM  # that fits into its registers
+    serves: Load = Load.ANY  # what fits into its registers
 
 
-# no batch is that large: only tried where MARGINKERNELS_AUTOTUNE=1 asks for it
-TUNING_ONLY = 1 << 62
-
-# by target and kind of arithmetic: the first one whose min_rows the batch has, and that takes the
+# by target and kind of arithmetic: the first one whose min_rows the batch has, and that serves the
 # load, is used. Large tiles, one program to a multiprocessor, where smaller ones would be bound by
 # L2.
 TABLE: dict[str, dict[str, list[Config]]] = {
     "sm_80": {
         "half": [
-            Config(128, 128, 64, 8, 3, 1, 65, Load.EXTRAS),
-            Config(64, 64, 64, 4, 3, 3, 0, Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1),
+            Config(128, 128, 64, 8, 3, 1, 65, Load.LIGHT),
+            Config(64, 64, 64, 4, 3, 3, 0, Load.LIGHT),
+            Config(128, 64, 64, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN), Config(128, 64, 32, 8, 3, 1)],
+        "tf32": [
+            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
+            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        ],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_86": {
         "half": [
-            Config(128, 128, 32, 8, 3, 1, 65, Load.EXTRAS),
-            Config(64, 64, 64, 4, 3, 3, 0, Load.EXTRAS),
-            Config(128, 64, 32, 8, 3, 1),
+            Config(128, 128, 32, 8, 3, 1, 65, Load.LIGHT),
+            Config(64, 64, 64, 4, 3, 3, 0, Load.LIGHT),
+            Config(128, 64, 32, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN), Config(128, 64, 32, 8, 3, 1)],
+        "tf32": [
+            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
+            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        ],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_90": {
         "half": [
             Config(256, 128, 64, 8, 3, 1, 256, Load.PLAIN),
             Config(128, 128, 64, 4, 3, 2, 65, Load.PLAIN),
-            Config(128, 128, 64, 8, 3, 1, 65),
+            Config(128, 128, 64, 8, 3, 1, 65, Load.HEAVY),
             Config(64, 128, 64, 4, 3, 2),
         ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
@@ -67,25 +73,30 @@ TABLE: dict[str, dict[str, list[Config]]] = {
     },
     "sm_100": {
         "half": [
-            Config(128, 64, 64, 4, 3, 2, TUNING_ONLY, Load.PLAIN),
-            Config(128, 128, 64, 8, 3, 1, 65),
-            Config(64, 128, 64, 4, 3, 2),
+            Config(128, 128, 64, 8, 3, 1, 65, Load.LIGHT),
+            Config(64, 128, 64, 4, 3, 2, 0, Load.LIGHT),
+            Config(128, 64, 64, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN), Config(128, 64, 32, 8, 3, 1)],
+        "tf32": [
+            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
+            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        ],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_120": {
         "half": [
-            Config(128, 128, 32, 8, 3, 1, 65, Load.EXTRAS),
-            Config(64, 128, 64, 4, 2, 2, 0, Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1),
+            Config(128, 128, 32, 8, 3, 1, 65, Load.LIGHT),
+            Config(64, 128, 64, 4, 2, 2, 0, Load.LIGHT),
+            Config(128, 64, 64, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN), Config(128, 64, 32, 8, 3, 1)],
+        "tf32": [
+            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
+            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        ],
         "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "gfx942": {
         "half": [
-            Config(128, 64, 64, 4, 2, 2, TUNING_ONLY),
             Config(128, 128, 64, 8, 2, 1, 65),
             Config(64, 64, 64, 4, 2, 2),
         ],
@@ -132,5 +143,5 @@ def choose(target_name: str, kind: str, load: Load, rows: int) -> Config:
     return next(
         config
         for config in TABLE[target_name][kind]
-        if rows >= config.min_rows and load <= config.most
+        if rows >= config.min_rows and load & config.serves
     )
