@@ -43,11 +43,11 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 64, 64, 4, 3, 3, 0, Load.LIGHT),
             Config(128, 64, 64, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [
-            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        "tf32": [Config(128, 64, 32, 8, 3, 1)],
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, 0, Load.PLAIN | Load.TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, 0, Load.EXTRAS),
         ],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_86": {
         "half": [
@@ -55,11 +55,11 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 64, 64, 4, 3, 3, 0, Load.LIGHT),
             Config(128, 64, 32, 8, 3, 1, 0, Load.TRANSFORM),
         ],
-        "tf32": [
-            Config(128, 64, 32, 4, 3, 2, 0, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, 0, Load.HEAVY),
+        "tf32": [Config(128, 64, 32, 8, 3, 1)],
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, 0, Load.PLAIN | Load.TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, 0, Load.EXTRAS),
         ],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
     },
     "sm_90": {
         "half": [
@@ -69,7 +69,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 128, 64, 4, 3, 2),
         ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+        "fp32": [Config(64, 64, 16, 8, 3, 1)],
     },
     "sm_100": {
         "half": [
