@@ -64,12 +64,14 @@ TABLE: dict[str, dict[str, list[Config]]] = {
     "sm_90": {
         "half": [
             Config(256, 128, 64, 8, 3, 1, 256, Load.PLAIN),
-            Config(128, 128, 64, 4, 3, 2, 65, Load.PLAIN),
-            Config(128, 128, 64, 8, 3, 1, 65, Load.HEAVY),
+            Config(128, 128, 64, 8, 3, 1, 65),
             Config(64, 128, 64, 4, 3, 2),
         ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
-        "fp32": [Config(64, 64, 16, 8, 3, 1)],
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, 0, Load.PLAIN | Load.TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, 0, Load.EXTRAS),
+        ],
     },
     "sm_100": {
         "half": [
