@@ -114,11 +114,7 @@ def sweep(backend, device, name, scale=2.0):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_backends_agree_with_the_definition(name, backend, device):
     scale, c = 2.0, cosines(name)
-    try:
-        (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale)
-    except ValueError as unknown:
-        assert "transform:" in str(unknown)
-        pytest.skip(str(unknown))
+    (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale)
     value, slope = (t[:, 0] for t in TRANSFORMS[name](c[:, None], *operands(name, len(c))))
     # a few units in the last place of fp32; the slope near |c| = 1 has the condition number of
     # 1 / sqrt(1 - c^2) at the nearest cosine, which fp32 holds exactly
@@ -134,21 +130,38 @@ def test_backends_agree_with_the_definition(name, backend, device):
 
 @pytest.mark.parametrize("name", ["curricular", "arc_negative"])
 def test_opcheck_with_operands(name, backend, device):
-    try:
-        _, calls = sweep(backend, device, name)
-    except ValueError as unknown:
-        pytest.skip(str(unknown))
+    _, calls = sweep(backend, device, name)
     for op, (args, settings) in zip((ops.head_fwd, ops.head_bwd), calls, strict=True):
         torch.library.opcheck(op(backend), args, settings)
 
 
-def test_an_unknown_transform_is_named(backend, device):
-    x, y = torch.rand(3, 2, device=device), torch.zeros(3, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match=r"transform: .*curricular.*'cubic'"):
+ROWS = torch.zeros(3)
+# transform, row parameter, constants, bias, complaint
+WRONG = {
+    "unknown": ("cubic", None, None, None, r"transform: .*curricular.*'cubic'"),
+    "too few": ("curricular", ROWS, None, None, "constants: expected 1 .*'curricular', got 0"),
+    "too many": ("airface", None, torch.zeros(1), None, "constants: expected 0 .*, got 1"),
+    "no rows": ("mv_softmax", None, torch.zeros(1), None, "row_parameter: expected .*got none"),
+    "other rows": ("mv_softmax", ROWS[:2], torch.zeros(1), None, r"row_parameter: .* = 3, got"),
+    "bias": ("airface", None, None, torch.zeros(4), "bias: expected none .*'airface'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_operands_are_named(case, backend, device):
+    if backend == "reference" and case != "unknown":
+        pytest.skip("the definitions are called with what they are given")
+    transform, parameter, constants, bias, complaint = WRONG[case]
+    x, w, y = torch.rand(3, 2), torch.rand(4, 2), torch.zeros(3, dtype=torch.int64)
+    x, w, y, scale, bias, parameter, constants = (
+        t if t is None else t.to(device)
+        for t in (x, w, y, torch.ones(()), bias, parameter, constants)
+    )
+    with pytest.raises(ValueError, match=complaint):
         ops.head_fwd(backend)(
-            x, x, y, torch.ones((), device=device), None, normalize_x=True, normalize_w=True,
-            compute_dtype=torch.float32, save_tiles=False, want_sum=False, want_max=False,
-            transform="cubic", row_parameter=None, constants=None,
+            x, w, y, scale, bias, normalize_x=True, normalize_w=True, compute_dtype=torch.float32,
+            save_tiles=False, want_sum=False, want_max=False, transform=transform,
+            row_parameter=parameter, constants=constants,
         )  # fmt: skip
 
 

@@ -18,9 +18,14 @@ import torch
 
 import test_hard_cases as hard
 import test_head as head
-from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
+import test_losses as losses
+import test_transforms as transforms
+from losses import LOSSES, dense, fused, solve
+from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
-from problems import random_problem
+from marginkernels.testing import assert_within_budget
+from marginkernels.transforms import TRANSFORMS
+from problems import Problem, random_problem
 from simulation import simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -51,6 +56,18 @@ HARD_CASES = {
     "large biases": (hard.test_large_biases, (1e4,)),
     "learnable scale": (head.test_learnable_scale_and_bias_gradients, ()),
     "gradients through norms": (head.test_gradients_flow_through_the_norms, ("none",)),
+    **{
+        f"cosines of {name}": (transforms.test_backends_agree_with_the_definition, (name,))
+        for name in TRANSFORMS
+        if name != "identity"
+    },
+    **{
+        f"operands, {case}": (transforms.test_wrong_operands_are_named, (case,))
+        for case in transforms.WRONG
+    },
+    "AirFace": (losses.test_backends_stay_in_the_definitions_budget, ("AirFace", F32)),
+    "AirFace at the ends": (losses.test_finite_at_the_ends, ("AirFace", F16)),
+    "MV-Softmax": (losses.test_backends_stay_in_the_definitions_budget, ("MV-AM-Softmax", BF16)),
 }
 
 
@@ -82,6 +99,38 @@ def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, compute_dtype,
     )  # fmt: skip
     with simulated("ttsem"):
         problem.check("triton")
+
+
+def test_ttsem_saved_tiles_of_small_rows_opposite_to_every_class(poisoned):
+    """exp(s), 1 / |x| and s, all factors of a row, are beyond fp32 together."""
+    direction = torch.randn(1, 32)
+    x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32))
+    w = -direction + 1e-2 * torch.randn(5, 32)
+    problem = Problem(x, w, torch.arange(6) % 5, settings=dict(margin=NSoftmax(), scale=72.9))
+    with simulated("ttsem"):
+        problem.check("triton", conditioning=72.9 / 2, save_tiles=True)
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("CurricularFace", F16), ("ArcNegFace", BF16), ("inter-class filter", F32)]
+)
+def test_ttsem_transforms_across_tiles(name, dtype, poisoned):
+    """Two tiles of rows, several of classes, in each type; the definition is the plain path."""
+    x, w, y = losses.operands(n=70, d=48, dtype=dtype)
+    w = torch.cat([w, x[:11] + torch.randn(11, 48).to(dtype), torch.randn(200, 48).to(dtype)])
+    loss, settings = LOSSES[name], losses.settings_of("label_smoothing", len(x))
+    exact = solve(lambda x, w: dense(loss, x, w, y, **settings), x.double(), w.double())
+    draws = []
+    for _ in range(6):
+        order = torch.randperm(x.shape[1])
+        rows, dx, dw = solve(
+            lambda x, w: losses.plain(loss, x, w, y, settings), x[:, order], w[:, order]
+        )
+        draws.append([rows, dx[:, order.argsort()], dw[:, order.argsort()]])
+    with simulated("ttsem"):
+        ours = solve(lambda x, w: fused(loss, x, w, y, backend="triton", **settings), x, w)
+    for index, what in enumerate(("loss", "dx", "dw")):
+        assert_within_budget(what, ours[index], [d[index] for d in draws], exact[index])
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, None), (F32, F32, F16)], ids=["bf16", "fp16"])
@@ -130,6 +179,16 @@ def test_chunks_of_w_and_of_g_give_the_same_bits(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_the_same_call_gives_the_same_bits(poisoned):
+    problem = random_problem(
+        70, 300, 40, dtypes=(BF16, BF16, None), bias=True, margin=ArcFace(0.3), scale=16.0,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    with simulated("ttsem", races="off"):
+        once, again = (problem.solve_fused("triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
 def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
     from marginkernels.backends.triton import configs
 
@@ -166,9 +225,10 @@ def test_offsets_beyond_32_bits():
     x, y, tiles = torch.randn(n, d).to(BF16), torch.full((n,), -1), c // 128
     partials = torch.zeros(4, tiles, n)
     adapter.run(
-        statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None,
+        statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None, None, None,
         torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
-        tiles, 0, 0, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False, WANT_MAX=False,
+        tiles, 0, 0, TRANSFORM=None, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False,
+        SEPARATE_MAX=False,
         PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3,
         ctas=range(tiles - 1, tiles), **common,
     )  # fmt: skip
@@ -250,7 +310,7 @@ def test_compile_gate_fires():
         ("half", Config(64, 64, 8, 4, 3, 1), "does not compile"),
         ("fp32", Config(64, 64, 16, 4, 3, 1), None),
     ):
-        case = gate.Case("sm_80", kind, config, ("plain",), kernels)
+        case = gate.Case("sm_80", kind, config, "plain", kernels)
         (row,) = gate.check(case)
         if complaint is None:
             assert not row.problems

@@ -3,8 +3,7 @@
 """Compiles the Triton kernels for every supported GPU and checks what came out.
 
     python -m tests.gpu.compile_gate              # one configuration per target
-    python -m tests.gpu.compile_gate --all        # every configuration, of what trains by default
-    python -m tests.gpu.compile_gate --variants   # and with all that may be compiled in: some spill
+    python -m tests.gpu.compile_gate --all        # each with all that may be compiled into it
     python -m tests.gpu.compile_gate --table docs/triton_kernels.md
 
 Checked are spills, registers and shared memory for the planned occupancy, matrix instructions, and
@@ -12,7 +11,6 @@ asynchronous copies. No GPU is needed. The exit status is 1 if anything fails.
 """
 
 import argparse
-import functools
 import multiprocessing
 import sys
 import traceback
@@ -22,83 +20,95 @@ from typing import NamedTuple
 import torch
 import triton
 
-from marginkernels.backends.triton import configs, launch
+from marginkernels.backends.triton import configs, launch, transforms
 from marginkernels.backends.triton.configs import Config
 
 from . import aot, kernel_table
 from .machine_code import Facts, facts
 
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
-ROWS, CLASSES = 300, 1000  # any will do: sizes are not compiled in
+ROWS, CLASSES = 30, 100  # any will do: sizes are not compiled in
 
-PLAIN = dict(bias=False, want_sum=False, want_max=False, extras=False)
-# what may be compiled in or out of the tile kernels, and the layouts that the others see
+# what may be compiled in or out, as much as possible at once where that asks for more registers
+EXTRAS = dict(want_sum=True, want_max=True, extras=True)
 VARIANTS: dict[str, dict] = {
     "plain": {},
-    "with statistics": dict(want_max=True),
-    "label smoothing": dict(want_sum=True),
-    "bias": dict(bias=True, extras=True),
-    "everything": dict(bias=True, want_sum=True, want_max=True, extras=True),
-    "not normalised": dict(normalize=(False, False), want_sum=True, want_max=True, extras=True),
-    "not normalised, bias": dict(normalize=(False, False), bias=True, extras=True),
-    "saved tiles": dict(save_tiles=True),
-    "saved tiles with statistics": dict(save_tiles=True, want_max=True),
     "fp32 weights, odd D": dict(w_dtype=torch.float32, d=500),
     "fp16": dict(dtype=torch.float16),
-    "fp16 everything": dict(
-        dtype=torch.float16, bias=True, want_sum=True, want_max=True, extras=True
-    ),
+    "not normalised, bias": dict(normalize=(False, False), bias=True, **EXTRAS),
+}
+# these differ from those in the tile kernels alone, or hardly in the others
+TILE_VARIANTS: dict[str, dict] = {
+    "label smoothing": dict(want_sum=True, want_max=True),
+    "bias": dict(bias=True, **EXTRAS),
+    "fp16, bias": dict(dtype=torch.float16, bias=True, **EXTRAS),
+    "saved tiles": dict(save_tiles=True, want_max=True),
+    **{
+        name: dict(transform=name, **EXTRAS)
+        for name in transforms.FUNCTORS
+        if name != "identity"
+    },
 }  # fmt: skip
-
-# these may not fail; the others share their tiles, which are too large for some of them yet
-GATED = ("plain", "with statistics", "fp32 weights, odd D", "fp16")
+ALL_VARIANTS = VARIANTS | TILE_VARIANTS
 
 
 class Case(NamedTuple):
     target: str
     kind: str
     config: Config
-    variants: tuple[str, ...]
-    kernels: tuple[str, ...] | None  # None: all
+    variant: str = "plain"
+    kernels: tuple[str, ...] | None = None  # None: all
 
 
 class Row(NamedTuple):
     case: Case
-    variant: str
     kernel: str
     facts: Facts | None
     problems: list[str]
 
 
-def cases(everything: bool, variants: tuple[str, ...] = GATED) -> list[Case]:
-    found = []
-    for target in aot.GPU_TARGETS:
-        kinds = configs.TABLE[aot.table_name(target)]
-        if not everything:
-            config = configs.choose(aot.table_name(target), "half", 1024)
-            found.append(Case(target, "half", config, ("plain",), TILE_KERNELS))
-            continue
-        for kind, table in kinds.items():
-            names = [
-                name
-                for name, variant in VARIANTS.items()
-                if name in variants and (kind == "half" or not {"dtype", "w_dtype"} & set(variant))
-            ]
-            for config in table:
-                found += [Case(target, kind, config, (name,), None) for name in names]
-    return found
+def cases(everything: bool) -> list[Case]:
+    if everything:
+        return [
+            Case(target, kind, config, variant, TILE_KERNELS if variant in TILE_VARIANTS else None)
+            for target in aot.GPU_TARGETS
+            for kind, table in configs.TABLE[aot.table_name(target)].items()
+            for config in table
+            for variant in ALL_VARIANTS
+            if fits(variant, kind, config)
+        ]
+    chosen = {
+        target: configs.choose(aot.table_name(target), "half", configs.Load.PLAIN, 1024)
+        for target in aot.GPU_TARGETS
+    }
+    return [
+        Case(target, "half", config, "plain", TILE_KERNELS) for target, config in chosen.items()
+    ]
+
+
+def fits(variant: str, kind: str, config: Config) -> bool:
+    """Whether a configuration serves a variant."""
+    settings = ALL_VARIANTS[variant]
+    extras = (settings.get(name, False) for name in ("bias", "want_sum", "extras", "save_tiles"))
+    load = configs.load(settings.get("transform"), *extras)
+    return bool(load & config.serves) and (
+        kind == "half" or not {"dtype", "w_dtype"} & set(settings)
+    )
 
 
 def run_launchers(
     dtype, w_dtype=None, d=512, normalize=(True, True), bias=False, want_sum=False, want_max=False,
-    extras=False, save_tiles=False, n=ROWS, c=CLASSES, config=None,
+    extras=False, save_tiles=False, transform="identity", n=ROWS, c=CLASSES, config=None,
 ) -> None:  # fmt: skip
     """One forward and one backward call on operands without content."""
+    functor = transforms.FUNCTORS[transform]
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
     y, scale, b = torch.zeros(n, dtype=torch.int64), torch.ones(()), torch.zeros(c)
     shared = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
-        transform="identity", row_parameter=None, constants=None, config=config,
+        transform=transform, config=config,
+        row_parameter=torch.zeros(n) if functor.per_row else None,
+        constants=torch.zeros(functor.constants) if functor.constants else None,
     )  # fmt: skip
     b = b if bias else None
     lse, _, _, _, _, x_inv, w_inv, tiles = launch.head_fwd(
@@ -112,14 +122,15 @@ def run_launchers(
     )  # fmt: skip
 
 
-def launches_of(case: Case, variant: str) -> list[aot.Launch]:
+def launches_of(case: Case) -> list[aot.Launch]:
     """What the launchers launch for a case, each specialisation once."""
     dtype = torch.bfloat16 if case.kind == "half" else torch.float32
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.kind == "tf32" else "ieee"
-    settings = dict(dict(dtype=dtype), **VARIANTS[variant])
+    settings = dict(dict(dtype=dtype), **ALL_VARIANTS[case.variant])
     with aot.recorded_launches(case.target) as launches:
         run_launchers(config=case.config, **settings)
-    return list({(found.kernel, found.key): found for found in launches}.values())
+    wanted = (found for found in launches if found.kernel in (case.kernels or (found.kernel,)))
+    return list({(found.kernel, found.key): found for found in wanted}.values())
 
 
 def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
@@ -144,49 +155,50 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
     return problems
 
 
-@functools.cache
-def facts_of(launch: aot.Launch, target: str) -> Facts:
-    """Most kernels along rows are the same in many variants."""
-    with aot.quiet():
-        return facts(aot.compile_launch(launch, target), target)
-
-
-def check(case: Case) -> list[Row]:
-    """Compiles the kernels of a case and judges them; a failed compilation is a problem too."""
+def check(case: Case, wanted: set[tuple[str, str]] | None = None) -> list[Row]:
+    """Compiles the kernels of a case, or those wanted, and judges them; a failed compilation is a
+    problem too.
+    """
     rows = []
-    for variant in case.variants:
-        for found in launches_of(case, variant):
-            if case.kernels is not None and found.kernel not in case.kernels:
-                continue
-            try:
-                code = facts_of(found, case.target)
-            except Exception:
-                last = traceback.format_exc().strip().splitlines()[-1]
-                rows.append(Row(case, variant, found.kernel, None, [f"does not compile: {last}"]))
-                continue
-            problems = problems_of(case, found.kernel, code)
-            rows.append(Row(case, variant, found.kernel, code, problems))
+    for found in launches_of(case):
+        if wanted is not None and (found.kernel, found.key) not in wanted:
+            continue
+        try:
+            with aot.quiet():
+                code = facts(aot.compile_launch(found, case.target), case.target)
+            rows.append(Row(case, found.kernel, code, problems_of(case, found.kernel, code)))
+        except Exception:
+            last = traceback.format_exc().strip().splitlines()[-1]
+            rows.append(Row(case, found.kernel, None, [f"does not compile: {last}"]))
     return rows
 
 
 def check_all(todo: list[Case], jobs: int = 2) -> list[Row]:
-    """In processes of their own: a compiler that aborts must not take the check along."""
+    """Each kernel once, however many cases launch it; in processes of their own: a compiler that
+    aborts must not take the check along.
+    """
     spawn = multiprocessing.get_context("spawn")
     rows: list[Row] = []
+    seen: set[tuple[str, str, str]] = set()
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        futures = [pool.submit(check, case) for case in todo]
-        for case, future in zip(todo, futures, strict=True):
+        futures = {}
+        for case in todo:
+            launches = {(case.target, found.kernel, found.key) for found in launches_of(case)}
+            if fresh := {key[1:] for key in launches - seen}:
+                futures[pool.submit(check, case, fresh)] = case
+            seen |= launches
+        for future, case in futures.items():
             try:
                 rows += future.result()
             except Exception as error:
-                rows.append(Row(case, case.variants[0], "?", None, [f"worker died: {error!r}"]))
+                rows.append(Row(case, "?", None, [f"worker died: {error!r}"]))
     return rows
 
 
 def describe(row: Row) -> str:
     case, config = row.case, row.case.config
     tile = f"{config.block_n}x{config.block_c}x{config.block_d}"
-    where = f"{case.target} {case.kind} {tile} {row.variant}: {row.kernel}"
+    where = f"{case.target} {case.kind} {tile} {case.variant}: {row.kernel}"
     if row.problems:
         return f"FAIL {where}: " + "; ".join(row.problems)
     return f"ok   {where}: {row.facts.registers} registers, {row.facts.shared} bytes shared"
@@ -194,28 +206,23 @@ def describe(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every configuration")
-    parser.add_argument("--variants", action="store_true", help="also what is not gated yet")
+    parser.add_argument("--all", action="store_true", help="everything that is shipped")
     parser.add_argument("--table", metavar="FILE", help="write the table of facts and stop")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="also what passes")
     arguments = parser.parse_args()
     if arguments.table:
-        everything = [case for case in cases(True) if case.variants in (("plain",),)]
-        rows = check_all(everything, arguments.jobs)
+        shown = [case for case in cases(True) if case.variant in kernel_table.VARIANTS]
+        rows = check_all(shown, arguments.jobs)
         with open(arguments.table, "w") as file:
             file.write(kernel_table.render(rows))
     else:
-        variants = tuple(VARIANTS) if arguments.variants else GATED
-        everything = arguments.all or arguments.variants
-        rows = check_all(cases(everything, variants), arguments.jobs)
+        rows = check_all(cases(arguments.all), arguments.jobs)
     failed = [row for row in rows if row.problems]
     for row in rows if arguments.verbose else failed:
         print(describe(row))
-    kernels = {(row.case.target, row.case.kind, row.case.config, row.variant, row.kernel)
-               for row in rows}  # fmt: skip
     print(
-        f"triton {triton.__version__}: {len(kernels)} kernels for {len(aot.GPU_TARGETS)} targets, "
+        f"triton {triton.__version__}: {len(rows)} kernels for {len(aot.GPU_TARGETS)} targets, "
         f"{len(failed)} failures"
     )
     return bool(failed)

@@ -5,6 +5,7 @@
 import triton
 
 D = 512  # of the bytes per logit
+VARIANTS = ("plain", "bias", "airface")
 
 HEADER = """\
 # The Triton kernels, compiled
@@ -22,7 +23,9 @@ Facts read off the machine code of each target. Nothing here was timed: no GPU w
   are no multiple of the tile are rounded up to one on top of this.
 - bytes per logit at D = {d}: operands that a program reads, from L2 mostly, and G that it writes.
 
-"bf16" stands for fp16 too. The variant is the usual one: both sides normalised, no bias.
+"bf16" stands for fp16 too. Each tile with what the table of configurations uses it for: "plain",
+both sides normalised and nothing else; "bias", with label smoothing, the statistics and a learnable
+scale; "airface", the transform with most registers, with the same.
 """
 
 
@@ -31,8 +34,8 @@ def render(rows) -> str:
     tiles = [row for row in rows if row.kernel in ("statistics_kernel", "gradient_kernel")]
     lines += ["## Tile kernels", ""]
     lines += _table(
-        "target | type | kernel | tile | registers | shared KB | programs | loop | epilogue | MMA "
-        "| bytes per logit",
+        "target | type | kernel | tile | with | registers | shared KB | programs | loop | epilogue "
+        "| MMA | bytes per logit",
         [_tile_row(row) for row in tiles],
     )
     lines += ["", "## Row kernels", ""]
@@ -77,7 +80,7 @@ def _tile_row(row) -> str:
     needed = 2 * area * config.block_d
     issued = f"{found.loop_flops / needed:.2f}" if found.loop_flops else "-"
     return (
-        f"{target} | {name} | {row.kernel.removesuffix('_kernel')} | {tile} | {found.registers} "
-        f"| {found.shared / 1024:.0f} | {found.occupancy(target)} | {loop} | {epilogue} "
-        f"| {issued} | {read:.1f} + {written}"
+        f"{target} | {name} | {row.kernel.removesuffix('_kernel')} | {tile} | {row.case.variant} "
+        f"| {found.registers} | {found.shared / 1024:.0f} | {found.occupancy(target)} "
+        f"| {loop} | {epilogue} | {issued} | {read:.1f} + {written}"
     )

@@ -14,10 +14,11 @@ import triton
 from torch import Tensor
 
 from ... import ops
-from . import gemm
+from . import configs, gemm
 from .row_kernels import finish_rows_kernel, project_kernel, target_kernel
 from .sweep import Sweep
 from .tile_kernels import gradient_kernel, statistics_kernel
+from .transforms import Transform
 
 # a chunk of G: the GEMM that makes dx of it needs many classes to run well
 G_CHUNK_BYTES = 64 << 20
@@ -30,9 +31,11 @@ def head_fwd(
     want_max, transform, row_parameter, constants, config=None,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    _check_transform(transform)
     (n, d), c = x.shape, len(w)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
+    transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
+    load = configs.load(transform.apply, bias is not None, save_tiles, want_sum)
+    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
+    separate_max = want_max and (save_tiles or transform.apply is not None)
     block_c = sweep.config.block_c
     y, bias = y.contiguous(), sweep.padded(bias)
 
@@ -56,12 +59,12 @@ def head_fwd(
         sweep.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
         if n:
             statistics_kernel[(sweep.row_tiles * columns,)](
-                sweep.x, w_chunk, y, x_inv, w_inv, scale, bias, flags, partials,
-                tiles if save_tiles else None,
+                sweep.x, w_chunk, y, x_inv, w_inv, scale, bias, *transform.operands, flags,
+                partials, tiles if save_tiles else None,
                 N=n, C=c, first_tile=first, stop_tile=stop, flags_stride=sweep.class_tiles,
                 columns=columns, carry=int(first > 0), tiles_stride=tiles.shape[-1] // block_c,
-                NORMALIZE_W=normalize_w, SAVE_TILES=save_tiles,
-                WANT_SUM=want_sum, WANT_MAX=want_max, **sweep.tile_settings(),
+                TRANSFORM=transform.apply, NORMALIZE_W=normalize_w, SAVE_TILES=save_tiles,
+                WANT_SUM=want_sum, SEPARATE_MAX=separate_max, **sweep.tile_settings(),
             )  # fmt: skip
     w_inv = w_inv[:c]
     if n:
@@ -69,7 +72,8 @@ def head_fwd(
             sweep.x, w, y, x_inv, w_inv, partials, lse, target, w_norm,
             logit_sum if want_sum else None, logit_max if want_max else None,
             N=n, D=d, w_stride_c=w.stride(0), w_stride_d=w.stride(1), columns=columns,
-            NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None, MAX_PLANE=3 if save_tiles else 0,
+            NORMALIZE_W=normalize_w, LOG2_UNITS=bias is None,
+            MAX_PLANE=3 if separate_max else 0,
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles
@@ -81,9 +85,10 @@ def head_bwd(
     transform, row_parameter, constants, config=None,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    _check_transform(transform)
     (n, d), c = x.shape, len(w)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), config)
+    transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
+    load = configs.load(transform.apply, bias is not None, grad_sum is not None, need_scale)
+    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
     y, lse, x_inv, w_inv, grad_lse, grad_target = (
         t.contiguous() for t in (y, lse, x_inv, w_inv, grad_lse, grad_target)
     )
@@ -106,7 +111,7 @@ def head_bwd(
         source = SavedTiles(sweep, tiles, scale, lse, x_inv, grad_lse)
     else:
         source = GradientTiles(
-            sweep, y, scale, bias, lse, x_inv, w_inv, grad_lse, grad_sum,
+            sweep, y, scale, bias, transform, lse, x_inv, w_inv, grad_lse, grad_sum,
             normalize_w, need_bias, need_scale, chunk_tiles,
         )  # fmt: skip
 
@@ -135,6 +140,8 @@ def head_bwd(
                 NORMALIZE=normalize_w, FACTOR_STRIDE=0, ROUND_TABLE=False, **projection,
             )  # fmt: skip
     if need_x:
+        if source.row_weight is not None:
+            dx_raw *= source.row_weight[:, None]
         project_kernel[(triton.cdiv(n, 4),)](
             dx_raw, sweep.x, x_inv, source.dx_factor, y, w, targets.coefficient, None, dx,
             R=n, table_stride_r=w.stride(0), table_stride_d=w.stride(1),
@@ -152,18 +159,20 @@ class GradientTiles:
     fp16 has too little range for G: there it is G times a power of two, chosen on the device.
     """
 
+    row_weight = None
     dx_factor_stride = 0
 
     def __init__(
-        self, sweep, y, scale, bias, lse, x_inv, w_inv, grad_lse, grad_sum,
+        self, sweep, y, scale, bias, transform, lse, x_inv, w_inv, grad_lse, grad_sum,
         normalize_w, need_bias, need_scale, chunk_tiles,
     ):  # fmt: skip
         self.sweep, self.x, self.chunk_tiles = sweep, sweep.x, chunk_tiles
         g_scale = None
         if sweep.x.dtype == torch.float16:
             g_scale = _power_of_two(
-                sweep, scale, x_inv, w_inv if normalize_w else None, grad_lse, grad_sum
-            )
+                sweep, scale, x_inv, w_inv if normalize_w else None, grad_lse, grad_sum,
+                transform.steepest,
+            )  # fmt: skip
         self.dx_factor = self.dw_factor = None if g_scale is None else 1 / g_scale
         row_tiles, block_c = sweep.row_tiles, sweep.config.block_c
         g_width = chunk_tiles * block_c
@@ -171,17 +180,17 @@ class GradientTiles:
         self.dbias = lse.new_empty(row_tiles, g_width) if need_bias else None
         self.dscale = lse.new_empty(sweep.class_tiles, row_tiles) if need_scale else None
         self.operands = (
-            y, x_inv, sweep.padded(w_inv), scale, sweep.padded(bias), sweep.flags(y),
-            lse, grad_lse, grad_sum, g_scale, self.g, self.dbias, self.dscale,
+            y, x_inv, sweep.padded(w_inv), scale, sweep.padded(bias), *transform.operands,
+            sweep.flags(y), lse, grad_lse, grad_sum, g_scale, self.g, self.dbias, self.dscale,
         )  # fmt: skip
-        self.normalize_w = normalize_w
+        self.compiled = dict(TRANSFORM=transform.apply, NORMALIZE_W=normalize_w)
 
     def chunk(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         sweep = self.sweep
         gradient_kernel[(sweep.row_tiles * (stop - first),)](
             sweep.x, w_chunk, *self.operands,
             N=len(sweep.x), C=len(sweep.w), first_tile=first, flags_stride=sweep.class_tiles,
-            g_tiles=self.chunk_tiles, NORMALIZE_W=self.normalize_w, **sweep.tile_settings(),
+            g_tiles=self.chunk_tiles, **self.compiled, **sweep.tile_settings(),
         )  # fmt: skip
         return self.g[: len(sweep.x), : len(w_chunk)]
 
@@ -189,10 +198,10 @@ class GradientTiles:
 class SavedTiles:
     """exp(z - offset) q_j as forward kept it: G but for a factor per row.
 
-    The factor goes into the rows of x for dw, and into those of the result for dx.
+    It goes into the rows of x for dw, and into those of the result for dx. Where all cosines are
+    near -1, row_weight is near the end of fp32's range: it only meets unit rows, or small sums.
     """
 
-    dw_factor = None
     dx_factor_stride = 1
 
     def __init__(self, sweep, tiles, scale, lse, x_inv, grad_lse):
@@ -200,8 +209,9 @@ class SavedTiles:
         offset = (scale - 59).clamp_min(0)
         # lse is -inf only in rows without negatives, whose exponentials are all 0
         exponent = torch.where(lse == -torch.inf, 0.0, offset - lse)
-        self.dx_factor = grad_lse * x_inv * scale * exponent.exp()
-        self.x = (sweep.x * self.dx_factor[:, None]).to(sweep.x.dtype)
+        self.row_weight = grad_lse * exponent.exp()
+        self.dw_factor, self.dx_factor = scale, x_inv * scale
+        self.x = (sweep.x * x_inv[:, None] * self.row_weight[:, None]).to(sweep.x.dtype)
 
     def chunk(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         start = first * self.sweep.config.block_c
@@ -245,19 +255,14 @@ def _dw_parts(sweep: Sweep, classes: int) -> Iterator[slice]:
         yield slice(start, min(start + most, classes))
 
 
-def _power_of_two(sweep, scale, x_inv, w_inv, grad_lse, grad_sum) -> Tensor:
+def _power_of_two(sweep, scale, x_inv, w_inv, grad_lse, grad_sum, steepest) -> Tensor:
     """2^k (), such that the largest entry of G times it lies in fp16's upper range.
 
     Zero rows, whose inverse norms say nothing, count as 1, as they do in G.
     """
     limit = sweep.inverse_limit
     magnitude = grad_lse.abs() if grad_sum is None else grad_lse.abs() + grad_sum.abs()
-    largest = (magnitude * torch.where(x_inv < limit, x_inv * scale, 1.0)).amax()
+    largest = (magnitude * torch.where(x_inv < limit, x_inv * scale, 1.0)).amax() * steepest
     if w_inv is not None:
         largest = largest * torch.where(w_inv < limit, w_inv, 1.0).amax()
     return torch.exp2((14 - largest.log2()).floor().clamp(-126, 126))
-
-
-def _check_transform(transform: str) -> None:
-    if transform != "identity":
-        raise ValueError(f"transform: the triton backend knows 'identity', got {transform!r}")

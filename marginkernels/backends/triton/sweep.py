@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .configs import Config
+from .configs import Config, Load
 from .row_kernels import flag_kernel, norm_kernel
 
 # a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
@@ -43,13 +43,14 @@ class Sweep:
         w: Tensor,
         compute_dtype: torch.dtype,
         norm_min: float,
+        load: Load,
         config: Config | None,
     ) -> "Sweep":
         if len(w) >= MOST_CLASSES:
             raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {len(w)}")
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
-        config = config or configs.choose(target.name, kind, len(x))
+        config = config or configs.choose(target.name, kind, load, len(x))
         width = triton.cdiv(x.shape[1], config.block_d) * config.block_d
         if not _is_readable(x, width, compute_dtype):
             x = _copy_padded(x.new_zeros(len(x), width, dtype=compute_dtype), x)

@@ -55,6 +55,16 @@ def _row_factor(x_inv, scale, row, N):
     return tl.load(x_inv + row, mask=row < N, other=1.0) * tl.load(scale)
 
 
+@triton.jit
+def _without_dead(v, flag, label, start, C, BLOCK_C: tl.constexpr):
+    """-inf at targets and past the last class; only flagged tiles and the last one pay for it."""
+    col = start + tl.arange(0, BLOCK_C)
+    if (tl.load(flag) != 0) | (start + BLOCK_C > C):
+        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+        v = tl.where(dead, float("-inf"), v)
+    return v
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
 def statistics_kernel(
     x,  # (N, D_TILES * BLOCK_D)
@@ -64,6 +74,8 @@ def statistics_kernel(
     w_inv,  # (C,) and on to the end of the last tile
     scale,  # ()
     bias,  # (C,) and on to the end of the last tile, or None
+    row_parameter,  # (N,) of the transform, or None
+    constants,  # (K,) of the transform, or None
     flags,  # (row tiles, class tiles) int8: a target lies in the tile
     partials,  # (4, columns, N): maximum and sum of exp, sum and maximum of the logits
     tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
@@ -77,10 +89,11 @@ def statistics_kernel(
     carry,  # 1: go on from the partials of the launch before, 0: start
     tiles_stride,  # width of the saved tiles, in class tiles
     inverse_limit,  # 1 / norm of a zero row
+    TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
     NORMALIZE_W: tl.constexpr,
     SAVE_TILES: tl.constexpr,
     WANT_SUM: tl.constexpr,
-    WANT_MAX: tl.constexpr,
+    SEPARATE_MAX: tl.constexpr,  # of the logits, where exponentials are not relative to it
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -100,7 +113,15 @@ def statistics_kernel(
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    r = _row_factor(x_inv, scale, row, N) * UNIT
+    if TRANSFORM is None:
+        r = _row_factor(x_inv, scale, row, N) * UNIT
+    else:
+        # of cosines, which are 0 in rows that are not there
+        inverse = tl.load(x_inv + row, mask=row < N, other=0.0)[:, None]
+        r = tl.full((BLOCK_N,), tl.load(scale) * UNIT, tl.float32)
+        parameter = None
+        if row_parameter is not None:
+            parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
     stride = D_TILES * BLOCK_D
     x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
 
@@ -116,7 +137,7 @@ def statistics_kernel(
     l = tl.load(slot + plane, mask=resume, other=0.0)
     if WANT_SUM:
         total = tl.load(slot + 2 * plane, mask=resume, other=0.0)
-    if SAVE_TILES and WANT_MAX:
+    if SEPARATE_MAX:
         top = tl.load(slot + 3 * plane, mask=resume, other=NO_MAXIMUM)
 
     for tile in range(first_tile + column, stop_tile, columns):
@@ -128,32 +149,31 @@ def statistics_kernel(
         if NORMALIZE_W:
             q = tl.load(w_inv + col)
             v *= q[None, :]
-        rate = r[:, None]  # the logits are v * rate
+        rate = r  # the logits are v * rate
         if bias is not None:
-            v = v * rate + tl.load(bias + col)[None, :]
+            v = v * rate[:, None] + tl.load(bias + col)[None, :]
             rate = 1.0
+        if TRANSFORM is not None:
+            v *= inverse
+        flag = flags + row_tile.to(tl.int64) * flags_stride + tile
+        v = _without_dead(v, flag, label, start, C, BLOCK_C)
+        if SEPARATE_MAX:
+            top = tl.maximum(top, tl.max(v, 1) * rate)
+        if TRANSFORM is not None:
+            v, _ = TRANSFORM(v, parameter, constants)
         if WANT_SUM:
-            kept = v
-        flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
-        if (flagged != 0) | (start + BLOCK_C > C):
-            dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-            v = tl.where(dead, float("-inf"), v)
-            if WANT_SUM:
-                kept = tl.where(dead, 0.0, kept)
-        if WANT_SUM:
-            total += tl.sum(kept * rate, 1)
+            total += tl.sum(tl.where(v == float("-inf"), 0.0, v), 1) * rate
         if SAVE_TILES:
-            p = tl.exp2(v * rate - offset)
-            if WANT_MAX:
-                top = tl.maximum(top, tl.max(v, 1) * r)
+            p = tl.exp2(v * rate[:, None] - offset)
             row64 = row.to(tl.int64)[:, None] * (tiles_stride * BLOCK_C)
             q = tl.where(q < inverse_limit, q, 1.0)
             stored = (p * q[None, :]).to(tiles.dtype.element_ty)
             tl.store(tiles + row64 + col[None, :], stored, mask=(row < N)[:, None])
         else:
             # a constant factor may be taken out of the maximum, a row at a time
-            higher = tl.maximum(m, tl.max(v, 1) if bias is not None else tl.max(v, 1) * r)
-            p = tl.exp2((v * rate - higher[:, None]) * TO_LOG2)
+            higher = tl.maximum(m, tl.max(v, 1) * rate)
+            z = v if bias is not None else v * rate[:, None]
+            p = tl.exp2((z - higher[:, None]) * TO_LOG2)
             l *= tl.exp2((m - higher) * TO_LOG2)
             m = higher
         l += tl.sum(p, 1)
@@ -162,7 +182,7 @@ def statistics_kernel(
     tl.store(slot + plane, l, mask=row < N)
     if WANT_SUM:
         tl.store(slot + 2 * plane, total, mask=row < N)
-    if SAVE_TILES and WANT_MAX:
+    if SEPARATE_MAX:
         tl.store(slot + 3 * plane, top, mask=row < N)
 
 
@@ -175,6 +195,8 @@ def gradient_kernel(
     w_inv,  # (C,) and on to the end of the last tile
     scale,  # ()
     bias,  # (C,) and on to the end of the last tile, or None
+    row_parameter,  # (N,) of the transform, or None
+    constants,  # (K,) of the transform, or None
     flags,  # (row tiles, class tiles) int8: a target lies in the tile
     lse,  # (N,)
     grad_lse,  # (N,)
@@ -190,13 +212,16 @@ def gradient_kernel(
     flags_stride,
     g_tiles,
     inverse_limit,  # 1 / norm of a zero row
+    TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
     NORMALIZE_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets."""
+    """G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets; with a
+    transform times its slope.
+    """
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
     tile = first_tile + tl.program_id(0) // row_tiles
@@ -225,6 +250,19 @@ def gradient_kernel(
     if NORMALIZE_W:
         q = tl.load(w_inv + col)
         v *= q[None, :]
+    rate = r  # the logits are v * rate, without the bias
+    if TRANSFORM is not None:
+        rate = tl.full((BLOCK_N,), tl.load(scale), tl.float32)
+        v *= tl.where(row < N, inverse, 0.0)[:, None]
+    # before anything is made of it: each tile that lives across the branch takes registers
+    flag = flags + row_tile.to(tl.int64) * flags_stride + tile
+    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    v = _without_dead(v, flag, label, start, C, BLOCK_C)
+    if TRANSFORM is not None:
+        parameter = None
+        if row_parameter is not None:
+            parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
+        v, slope = TRANSFORM(v, parameter, constants)
     if bias is not None:
         z = v * r[:, None] + tl.load(bias + col)[None, :]
         p = tl.exp2((z - offset[:, None]) * LOG2E)
@@ -233,16 +271,11 @@ def gradient_kernel(
         shift = offset * LOG2E
         rest = tl.where(row < N, tl.fma(offset, LOG2E, -shift), 0.0)
         a *= tl.exp2(-rest)
-        p = tl.exp2(v * (r * LOG2E)[:, None] - shift[:, None])
+        p = tl.exp2(v * (rate * LOG2E)[:, None] - shift[:, None])
     G = p * a[:, None]
     if grad_sum is not None:
         u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
-        G += u[:, None]
-    flagged = tl.load(flags + row_tile.to(tl.int64) * flags_stride + tile)
-    if (flagged != 0) | (start + BLOCK_C > C):
-        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-        G = tl.where(dead, 0.0, G)
+        G = tl.where(v == float("-inf"), 0.0, G + u[:, None])
 
     unfold = 1 / fold
     g_col = col - first_tile * BLOCK_C
@@ -250,8 +283,11 @@ def gradient_kernel(
     if dbias is not None:
         tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
     if dscale is not None:
-        total = tl.sum(tl.sum(G * v, 1) * (r * unfold), 0)
+        v = tl.where(v == float("-inf"), 0.0, v)
+        total = tl.sum(tl.sum(G * v, 1) * (rate * unfold), 0)
         tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total)
+    if TRANSFORM is not None:
+        G *= slope
     if NORMALIZE_W:
         G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
     g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
