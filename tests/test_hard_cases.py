@@ -177,7 +177,8 @@ def test_ignored_rows_take_no_part(ignore_index, backend, device):
     assert (dx[~kept] == 0).all()
 
 
-def test_nothing_to_average_is_zero(backend, device):
+@TYPES
+def test_nothing_to_average_is_zero(compute_dtype, backend, device):
     problem = random_problem(6, 9, 5, device=device, margin=ArcFace(0.3), scale=20.0)
     for y, weight in (
         (torch.full_like(problem.y, -100), None),
@@ -185,8 +186,9 @@ def test_nothing_to_average_is_zero(backend, device):
     ):
         x, w = problem.x.clone().requires_grad_(), problem.w.clone().requires_grad_()
         loss = margin_cross_entropy(
-            x, w, y, sample_weight=weight, backend=backend, **problem.settings
-        )
+            x, w, y, sample_weight=weight, backend=backend, compute_dtype=compute_dtype,
+            **problem.settings,
+        )  # fmt: skip
         loss.backward()
         assert loss == 0 and (x.grad == 0).all() and (w.grad == 0).all()
 

@@ -52,6 +52,7 @@ HARD_CASES = {
     "cosines near -1": (hard.test_cosines_all_of_one_sign_at_large_scales, (-1, 256.0)),
     "cosines near 1": (hard.test_cosines_all_of_one_sign_at_large_scales, (1, 72.9)),
     "norms of 1e14": (hard.test_extreme_norms, (1e14, "both", F32)),
+    "nothing to average fp16": (hard.test_nothing_to_average_is_zero, (F16,)),
     "no rows": (hard.test_smallest_problems, (0, 5)),
     "large biases": (hard.test_large_biases, (1e4,)),
     "learnable scale": (head.test_learnable_scale_and_bias_gradients, ()),

@@ -265,4 +265,5 @@ def _power_of_two(sweep, scale, x_inv, w_inv, grad_lse, grad_sum, steepest) -> T
     largest = (magnitude * torch.where(x_inv < limit, x_inv * scale, 1.0)).amax() * steepest
     if w_inv is not None:
         largest = largest * torch.where(w_inv < limit, w_inv, 1.0).amax()
-    return torch.exp2((14 - largest.log2()).floor().clamp(-126, 126))
+    # not so large that the factor of a row is infinite times it, where all of the gradient is 0
+    return torch.exp2((14 - largest.log2()).floor().clamp(-126, 100))
