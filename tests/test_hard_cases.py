@@ -114,6 +114,16 @@ def test_cosines_all_of_one_sign_at_large_scales(sign, scale, backend, device):
     problem.check(backend, conditioning=scale / 2, save_tiles=False)
 
 
+def test_small_rows_opposite_to_every_class(backend, device):
+    """With tiles saved exp(s), 1 / |x| and s are factors of a row, beyond fp32 together."""
+    direction = torch.randn(1, 32, device=device)
+    x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32, device=device))
+    w = -direction + 1e-2 * torch.randn(5, 32, device=device)
+    y = torch.arange(6, device=device) % 5
+    problem = Problem(x, w, y, settings=dict(margin=NSoftmax(), scale=72.9))
+    problem.check(backend, conditioning=72.9 / 2, save_tiles="auto")
+
+
 @pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("normalize", ["both", "weight", "none"])
 @pytest.mark.parametrize("size", [1e-10, 1e14])

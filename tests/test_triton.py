@@ -21,11 +21,11 @@ import test_head as head
 import test_losses as losses
 import test_transforms as transforms
 from losses import LOSSES, dense, fused, solve
-from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy, ops
+from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
-from problems import Problem, random_problem
+from problems import random_problem
 from simulation import simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -49,6 +49,7 @@ HARD_CASES = {
     "zero rows fp16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (F16,)),
     "duplicates": (hard.test_all_rows_of_one_class_and_duplicates, ()),
     "easy rows, saved tiles": (hard.test_easy_rows_keep_relative_precision, ("auto",)),
+    "small rows opposite to every class": (hard.test_small_rows_opposite_to_every_class, ()),
     "cosines near -1": (hard.test_cosines_all_of_one_sign_at_large_scales, (-1, 256.0)),
     "cosines near 1": (hard.test_cosines_all_of_one_sign_at_large_scales, (1, 72.9)),
     "norms of 1e14": (hard.test_extreme_norms, (1e14, "both", F32)),
@@ -100,16 +101,6 @@ def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, compute_dtype,
     )  # fmt: skip
     with simulated("ttsem"):
         problem.check("triton")
-
-
-def test_ttsem_saved_tiles_of_small_rows_opposite_to_every_class(poisoned):
-    """exp(s), 1 / |x| and s, all factors of a row, are beyond fp32 together."""
-    direction = torch.randn(1, 32)
-    x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32))
-    w = -direction + 1e-2 * torch.randn(5, 32)
-    problem = Problem(x, w, torch.arange(6) % 5, settings=dict(margin=NSoftmax(), scale=72.9))
-    with simulated("ttsem"):
-        problem.check("triton", conditioning=72.9 / 2, save_tiles=True)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,9 @@ void load_tiles(const Sweep& s, int64_t begin, int64_t rows, int64_t first, int6
 
 // dw of the block: the targets' part, the projection, the radial part, and out.
 void finish_dw(const Sweep& s, int64_t first, int64_t count, const Scratch& scratch) {
+    if (s.tiles != nullptr)
+        for (int64_t k = 0; k < count * s.padded_d; k += kLanes)
+            store(scratch.dw + k, s.scale * load(scratch.dw + k));
     memset(scratch.radial, 0, count * sizeof(float));
     for_targets(s, 0, s.n, first, count, [&](int64_t i, int64_t j) {
         const float factor = s.target[i] * s.row_scale[i] * scratch.q[j];

@@ -81,7 +81,7 @@ struct Sweep {
     const float* target;       // (N,) dL/d(s d)
     const float* grad_w_norm;  // (N,) or null
     const float* row_weight;  // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack it, or 1
-    float* gradient_panels;   // row_weight_i r_i x_i, operand of dw
+    float* gradient_panels;   // row_weight_i r_i x_i, with tiles over the scale: operand of dw
     float* dx_partial;        // (stripes, N, padded_d)
     void* dx;                 // (N, D) in x's type
     void* dw;                 // (C, D) in w's type

@@ -138,9 +138,12 @@ template <class Op>
 void prepare_gradient(const Sweep& s, int64_t p) {
     const Panels panels = gradient_panels<Op>(s);
     const int64_t width = panels.width(p);
+    // the weight may be near the end of fp32's range: with tiles the scale comes last, see
+    // finish_dw
+    const float unscale = s.tiles != nullptr ? 1.0F / s.scale : 1.0F;
     const auto scaled = [&](int64_t i, int64_t column) {
         const float* row = s.x_rows + i * s.padded_d + p * kPanel;
-        const vfloat value = s.row_scale[i] * load(row + column) * s.row_weight[i];
+        const vfloat value = s.row_scale[i] * unscale * load(row + column) * s.row_weight[i];
         return Op::kPerUnit == 1 ? value : round_to_bf16(value);
     };
     for (int64_t k = 0; k < panels.depth; ++k) {

@@ -86,7 +86,8 @@ class TileGradient {
         columns_ = sweep.columns(chunk / kTileClasses);
     }
 
-    Tensor x;  // the other operand of dw
+    Tensor x;           // the other operand of dw
+    Tensor row_weight;  // of dx, where there is one
     OptionalTensor dx_factor, dw_factor;
     int64_t chunk;
 
@@ -134,7 +135,7 @@ class GemmGradient {
         g_ = sweep.statistics({chunk, sweep.n});
     }
 
-    Tensor x;
+    Tensor x, row_weight;
     OptionalTensor dx_factor, dw_factor;
     int64_t chunk;
 
@@ -167,7 +168,8 @@ class GemmGradient {
 };
 
 // exp(z - offset) q_j as forward kept it: G but for a factor per row. That goes into the rows of x
-// for dw, and into those of the result for dx.
+// for dw, and into those of the result for dx. Where all cosines are near -1 row_weight is near the
+// end of fp32's range: it only meets unit rows, or small sums.
 class SavedGradient {
   public:
     SavedGradient(Sweep& sweep, const Gradients& g, const Tensor& tiles)
@@ -175,13 +177,16 @@ class SavedGradient {
         const Tensor offset = (sweep.scale - 59).clamp_min(0);
         // lse is -inf only in rows without negatives, whose exponentials are all 0
         const Tensor exponent = at::where(g.lse.isinf(), 0, offset - g.lse);
-        dx_factor = g.grad_lse * g.x_inv * sweep.scale * exponent.exp();
+        row_weight = g.grad_lse * exponent.exp();
+        dx_factor = g.x_inv * sweep.scale;
+        dw_factor = sweep.scale;
         const Tensor rows = sweep.x.narrow(0, 0, sweep.n);
-        x = (rows * dx_factor->unsqueeze(1)).to(rows.scalar_type());
+        const Tensor units = rows * g.x_inv.unsqueeze(1);
+        x = (units * row_weight.unsqueeze(1)).to(rows.scalar_type());
         chunk = sweep.chunk_classes(kGradientBytes, sweep.n * sweep.x.element_size());
     }
 
-    Tensor x;
+    Tensor x, row_weight;
     OptionalTensor dx_factor, dw_factor;
     int64_t chunk;
 
@@ -280,6 +285,7 @@ void take_gradients(Sweep& sweep, Source&& source, const Gradients& g, const Ten
                      dw);
     });
     if (dx_raw.defined()) {
+        if (source.row_weight.defined()) dx_raw.mul_(source.row_weight.unsqueeze(1));
         Projection call = projection_of(sweep, dx_raw, x, dx);
         call.inverse = g.x_inv.const_data_ptr();
         call.factor = pointer(source.dx_factor);
