@@ -3,7 +3,7 @@
 """Compiles the CUDA kernels for every supported GPU and checks what came out.
 
     python -m tests.cuda.gate                                # every kernel for every target
-    python -m tests.cuda.gate --table docs/cuda_kernels.md   # with the table of facts
+    python -m tests.cuda.gate --table docs/cuda_kernels.md   # the table of facts, of the main ones
 
 Checked are spills, registers and shared memory for the planned occupancy, matrix instructions,
 loads of matrices from shared memory, and asynchronous copies. The table needs ptxsim too. No GPU is
@@ -134,9 +134,9 @@ def problems_of(kernel: Kernel) -> list[str]:
     return problems
 
 
-def check_all(jobs: int) -> list[Kernel]:
-    """Every kernel that launchers may launch, for every target."""
-    todo = [(path, target) for target in nvcc.TARGETS for path in sorted(nvcc.KERNELS.glob("*.cu"))]
+def check_all(sources: list[Path | str], jobs: int) -> list[Kernel]:
+    """Every kernel in the sources for every target."""
+    todo = [(source, target) for target in nvcc.TARGETS for source in sources]
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda each: kernels_of(*each), todo)
         return [kernel for kernels in found for kernel in kernels]
@@ -151,21 +151,23 @@ def describe(kernel: Kernel) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", metavar="FILE", help="write the table of facts too")
+    parser.add_argument("--table", metavar="FILE", help="write the table of facts and stop")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="also what passes")
     arguments = parser.parse_args()
     if reason := nvcc.why_not():
         print(f"skipped: {reason}")
         return 0
-    kernels = check_all(arguments.jobs)
-    failed = [kernel for kernel in kernels if problems_of(kernel)]
-    for kernel in kernels if arguments.verbose else failed:
-        print(describe(kernel))
     if arguments.table:
         from . import table
 
+        kernels = check_all([nvcc.instances(table.KERNELS)], arguments.jobs)
         Path(arguments.table).write_text(table.render(kernels))
+        return 0
+    kernels = check_all(sorted(nvcc.KERNELS.glob("*.cu")), arguments.jobs)
+    failed = [kernel for kernel in kernels if problems_of(kernel)]
+    for kernel in kernels if arguments.verbose else failed:
+        print(describe(kernel))
     print(f"{len(kernels)} kernels for {len(nvcc.TARGETS)} targets, {len(failed)} failures")
     return bool(failed)
 

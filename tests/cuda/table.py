@@ -8,6 +8,24 @@ from marginkernels import CosFace, margin_cross_entropy
 
 from . import gate, host, nvcc, simulate
 
+_STATISTICS = [
+    "BigTile, StatisticsOptions<mk::Identity>",
+    "SmallTile, StatisticsOptions<mk::Identity>",
+    "BigTile, StatisticsOptions<mk::Identity, false, true>",
+    "BigTile, StatisticsOptions<mk::Identity, false, false, true>",
+    "SmallTile, StatisticsOptions<mk::Identity, true, true>",
+    "SmallTile, StatisticsOptions<mk::Identity, false, false, true, true>",
+    "SmallTile, StatisticsOptions<mk::Curricular, false, true, false, true>",
+]
+_GRADIENT = [
+    "BigTile, mk::Identity, false",
+    "SmallTile, mk::Identity, false",
+    "SmallTile, mk::Identity, true",
+    "SmallTile, mk::Curricular, true",
+]
+KERNELS = [f"statistics_kernel<bf16, {options}>(StatisticsCall)" for options in _STATISTICS]
+KERNELS += [f"gradient_kernel<bf16, {options}>(GradientCall)" for options in _GRADIENT]
+
 HEADER = """\
 # The CUDA kernels, compiled and simulated
 
@@ -24,8 +42,9 @@ TILE_NOTES = """\
 - epilogue: instructions per logit and thread from the end of the main loop to the next tile (or the
   end of the program), along the shortest way: what only a tile with a target executes is left out.
 
-"more" adds what label smoothing, a bias, a learnable scale or the accuracy need; the other names
-are those of transforms (`csrc/transforms.h`). bf16 stands for fp16 too.
+"sum" is what label smoothing needs, "maximum" the accuracy where the statistics have it not anyway;
+"more" are label smoothing, the gradients of a bias and of a learnable scale. Curricular stands for
+the transforms (`csrc/transforms.h`), bf16 for fp16.
 """
 
 SIMULATED_NOTES = """\
@@ -46,12 +65,6 @@ def render(kernels: list[gate.Kernel]) -> str:
         "target | kernel | tile | registers | shared KB | blocks | loop | epilogue",
         [_tile_row(kernel) for kernel in kernels if kernel.tile and "bf16" in kernel.name],
     )
-    lines += ["", "## Row kernels", ""]
-    lines.append(
-        "Linear in N, C D or N D; of the instances of each the one with most registers. "
-        f"{gate.ROW_BLOCKS} blocks are planned.\n"
-    )
-    lines += _table("target | kernel | registers | shared bytes | blocks", _row_kernels(kernels))
     lines += ["", "## In the simulator", "", SIMULATED_NOTES]
     lines += _table(
         "N, C, D | kernel | blocks | MMA | conflicts | load sectors, used | store sectors, used",
@@ -70,7 +83,7 @@ def _variant(name: str) -> str:
     kind, options = name.split("_kernel<")[0], name.split(">, ")[1]
     flags = [flag.strip(" >") for flag in options.replace("StatisticsOptions<", "").split(",")]
     words = [] if flags[0] == "Identity" else [flags[0]]
-    names = ("bias", "more", "saved tiles") if kind == "statistics" else ("more",)
+    names = ("bias", "sum", "saved tiles", "maximum") if kind == "statistics" else ("more",)
     words += [word for word, flag in zip(names, flags[1:], strict=True) if flag == "true"]
     return f"{kind}: {', '.join(words) or 'plain'}"
 
@@ -83,21 +96,6 @@ def _tile_row(kernel: gate.Kernel) -> str:
         f"| {facts.registers} | {facts.shared / 1024:.0f} | {facts.occupancy(target)} "
         f"| {facts.loop}/{facts.loop_mma} | {facts.epilogue / logits:.1f}"
     )
-
-
-def _row_kernels(kernels: list[gate.Kernel]) -> list[str]:
-    most = {}
-    for kernel in kernels:
-        key = kernel.target, kernel.name.split("<")[0]
-        if not kernel.tile and (
-            key not in most or kernel.facts.registers > most[key].facts.registers
-        ):
-            most[key] = kernel
-    return [
-        f"{target} | {name} | {kernel.facts.registers} | {kernel.facts.shared} "
-        f"| {kernel.facts.occupancy(target)}"
-        for (target, name), kernel in most.items()
-    ]
 
 
 def _simulated(n: int, c: int, d: int) -> list[str]:
