@@ -43,7 +43,8 @@ __device__ __forceinline__ A exp_of(A x) {
 
 // Softmax statistics of every `slices`-th batch of classes of the chunk: a thread per row.
 template <class A, class F>
-__global__ void __launch_bounds__(kDenseRows) dense_statistics_kernel(const DenseStatistics call) {
+__global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
+    dense_statistics_kernel(const DenseStatistics call) {
     const DenseCall& chunk = call.chunk;
     const int64_t row =
         static_cast<int64_t>(blockIdx.x % call.row_blocks) * kDenseRows + threadIdx.x;
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(kDenseRows) dense_statistics_kernel(const Dens
 
 // G in the place of the products: a warp per class.
 template <class A, class F>
-__global__ void __launch_bounds__(kRowThreads) dense_gradient_kernel(const DenseGradient call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    dense_gradient_kernel(const DenseGradient call) {
     const DenseCall& chunk = call.chunk;
     const int64_t class_ = row_of_warp();
     const int lane = threadIdx.x % kWarp;

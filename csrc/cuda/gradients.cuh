@@ -15,7 +15,7 @@ namespace marginkernels::cuda {
 // What w_y of a row gets into dx, and what the rows of a class get into its dw: a warp per row. The
 // first row of each class adds up those of all rows of the class, in their order.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) target_kernel(const Targets call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) target_kernel(const Targets call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kRowThreads) target_kernel(const Targets call)
 // Without the part along the row, which normalisation takes no notice of; 0 for a zero row. Adds
 // the target's share, and what flows through the norm.
 template <class T, class Out>
-__global__ void __launch_bounds__(kRowThreads) projection_kernel(const Projection call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    projection_kernel(const Projection call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;

@@ -25,6 +25,10 @@ enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
 using mk::Transform;
 
 constexpr int kWarp = 32;
+
+// Planned, of 128 threads, for kernels that wait for memory: what the compiler may take registers
+// for.
+constexpr int kRowBlocksPerSm = 4;
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kLog2E = 1.44269504088896341F;
 

@@ -14,7 +14,7 @@ namespace marginkernels::cuda {
 
 // 1 / |row|, at most `limit`: exactly that marks a zero row. Padding gets it too.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     inverse_norm_kernel(const T* rows,             // (count, width)
                         statistics_t<T>* inverse,  // (padded,)
                         int64_t count, int64_t padded, int width, statistics_t<T> limit) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // Marks the tiles that hold a target: only those pay for a mask.
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     flag_kernel(const int64_t* y,  // (N,)
                 uint8_t* flags,    // (row tiles, class tiles), zeros
                 int n, int tile_rows, int class_tiles) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // What the statistics' epilogue multiplies the dot products of a row with: scale / |x_i| in units
 // of ln 2, or plain before a bias, or without the scale before a transform. Positive in rows that
 // are not there, since a masked logit is -inf times this.
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     statistics_rows_kernel(const float* x_inv,  // (N,)
                            const float* scale,  // ()
                            float* rate,         // (padded,)
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // What the gradient's epilogue needs of a row. For the plain case all but the dot product and the
 // class's factor is folded in; the general case needs it apart.
-__global__ void __launch_bounds__(kRowThreads) gradient_rows_kernel(const GradientRows call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    gradient_rows_kernel(const GradientRows call) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (row >= call.padded) return;
     const bool there = row < call.n;
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kRowThreads) gradient_rows_kernel(const Gradie
 
 // Merges the partial statistics of a row, and takes <x_i, w_y>.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const FinishRows call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    finish_rows_kernel(const FinishRows call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;

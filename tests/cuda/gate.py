@@ -22,8 +22,6 @@ from tests.gpu.machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia
 from . import nvcc
 
 MMA, LOAD_MATRICES = "HMMA", "LDSM"
-# of 128 threads, per multiprocessor: loads enough in flight where next to nothing is computed
-ROW_BLOCKS = 4
 FEATURES = 32  # per stage of a tile
 
 
@@ -74,7 +72,7 @@ def stages(target: str) -> int:
 
 
 def planned_blocks(kernel: str) -> int:
-    return header("kBlocksPerSm") if tile_of(kernel) else ROW_BLOCKS
+    return header("kBlocksPerSm" if tile_of(kernel) else "kRowBlocksPerSm")
 
 
 def kernels_of(source: Path | str, target: str) -> list[Kernel]:
