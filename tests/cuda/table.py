@@ -40,7 +40,8 @@ TILE_NOTES = """\
   planned.
 - loop: instructions of the main loop per HMMA in it, for one warp.
 - epilogue: instructions per logit and thread from the end of the main loop to the next tile (or the
-  end of the program), along the shortest way: what only a tile with a target executes is left out.
+  end of the program), along the shortest way, so a lower bound: what only tiles with a target
+  execute is left out, and so may be other branches.
 
 "sum" is what label smoothing needs, "maximum" the accuracy where the statistics have it not anyway;
 "more" are label smoothing, the gradients of a bias and of a learnable scale. Curricular stands for
