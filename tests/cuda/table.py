@@ -54,7 +54,8 @@ One forward and one backward call with bf16 operands, both sides normalised.
 - MMA: FLOPs that the matrix instructions issued over the 2NCD that are needed.
 - conflicts: wavefronts of shared memory beyond the least possible, of asynchronous copies and of
   loads of matrices.
-- sectors: of 32 bytes, per request of a warp; used: bytes asked for over bytes of the sectors.
+- sectors: of 32 bytes, per request of a warp; used: bytes asked for over bytes of the sectors, more
+  than all of them where lanes read the same numbers.
 """
 SHAPES = [(256, 512, 128), (70, 300, 100)]
 
