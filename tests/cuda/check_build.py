@@ -90,8 +90,10 @@ def compilation_traces_cuda_tensors() -> None:
 
 if __name__ == "__main__":
     print(marginkernels.__file__)
-    assert not torch.cuda.is_available(), "this is for machines without a GPU"
     ops_are_registered()
-    a_call_says_that_there_is_no_gpu()
-    compilation_traces_cuda_tensors()
+    if torch.cuda.is_available():
+        print("here is a GPU: the tests themselves run on it")
+    else:
+        a_call_says_that_there_is_no_gpu()
+        compilation_traces_cuda_tensors()
     print("the CUDA build is sound")
