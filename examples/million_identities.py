@@ -275,19 +275,19 @@ def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> 
         style = dict(color=color, marker="o", markersize=4, linewidth=2, label=label)
         left.plot(list(runs), [run.processor_seconds for run in runs.values()], **style)
         right.plot(list(runs), [run.peaks[0] / 2**30 for run in runs.values()], **style)
-        for classes in results[kind].keys() - runs.keys():
-            right.plot(classes, PLOT_LIMIT, "x", color=RED, markersize=9, markeredgewidth=2)
-            right.annotate(f"stopped at {PLOT_LIMIT:g} GiB", (classes, PLOT_LIMIT), (-8, 6),
-                           textcoords="offset points", ha="right", color=RED)  # fmt: skip
+        stopped = [c for c in results[kind] if c not in runs]
+        if stopped:
+            label = f"{label}, stopped at {PLOT_LIMIT:g} GiB"
+            right.plot(stopped, [PLOT_LIMIT] * len(stopped), "x", color=RED, label=label)
     floor = [12 * c * EMBEDDING_SIZE / 2**30 for c in PLOT_CLASSES]
     right.plot(PLOT_CLASSES, floor, ":", color="black", label="weights, gradient, momentum")
     left.set(xscale="log", yscale="log", xlabel="identities", ylabel="processor seconds")
-    left.set_title(f"A training step, batch {args.batch}")
+    left.set_title(f"A training step, batch {args.batch}, all threads together")
     right.set(xscale="log", yscale="log", xlabel="identities", ylabel="GiB")
     right.set_title("Peak resident memory of the process")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
     figure.savefig(PLOT, dpi=130)
     say(f"wrote {PLOT}")
 
