@@ -5,12 +5,14 @@
     python -m benchmarks.gpu                      # tests, benchmarks, kernels -> gpu_report.txt
     python -m benchmarks.gpu --report FILE --shape 1024 1000000 512
 
-Versions; the test suite on the device; every compiled contender against the fused head, with peak
-memory; the three GEMMs that no head can do without; the time of each kernel. Each part is a process
-of its own with a time limit: what fails is written down and the rest goes on.
+Versions; the test suite on the device; every compiled contender against the fused head of each
+backend, with peak memory; the three GEMMs that no head can do without; the time of each kernel.
+Each part is a process of its own with a time limit: what fails is written down and the rest goes
+on. Times are taken by triton.testing, which comes with torch's wheels for CUDA.
 """
 
 import argparse
+import importlib.metadata
 import subprocess
 import sys
 import time
@@ -25,13 +27,14 @@ from .contenders import Shape, problem
 
 SHAPES = [(256, 100_000, 512), (1024, 1_000_000, 512)]
 ROOT = Path(__file__).parents[1]
+BACKENDS = ("triton", "native")
 LIMIT_SECONDS = 1800
 
 
 def main() -> None:
     options = parse_options()
     if options.part:
-        PARTS[options.part](Shape(*options.shape[0]))
+        PARTS[options.part](Shape(*options.shape[0]), *options.backend or ())
         return
     with open(options.report, "w") as report:
         run(report, "versions", part("versions", SHAPES[0]))
@@ -40,11 +43,13 @@ def main() -> None:
             run(report, "tests", [sys.executable, "-m", "pytest", "tests", "-q", "-rfE"])
         for shape in options.shape or SHAPES:
             sizes = [str(size) for size in shape]
-            head = [sys.executable, "-m", "benchmarks.head", "--device", "cuda"]
-            head += ["--backend", options.backend, "--shape", *sizes]
-            run(report, f"head {shape}", head)
             run(report, f"gemms {shape}", part("gemms", shape))
-            run(report, f"kernels {shape}", part("kernels", shape))
+            for backend in options.backend or BACKENDS:
+                chosen = ["--backend", backend]
+                head = [sys.executable, "-m", "benchmarks.head", "--device", "cuda", *chosen]
+                run(report, f"head {shape} by {backend}", [*head, "--shape", *sizes])
+                kernels = [*part("kernels", shape), *chosen]
+                run(report, f"kernels {shape} of {backend}", kernels)
     print(f"written to {options.report}")
 
 
@@ -63,7 +68,9 @@ def parse_options() -> argparse.Namespace:
         metavar=("N", "C", "D"),
         help="may be repeated",
     )
-    parser.add_argument("--backend", default="triton", help="default: %(default)s")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, action="append", help="may be repeated, default: all"
+    )
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--part", choices=PARTS, help="one part, in this process")
     return parser.parse_args()
@@ -101,12 +108,12 @@ def run(report: TextIO, title: str, command: list[str]) -> None:
 
 
 def versions(_: Shape) -> None:
-    import triton
-
-    print(
-        "python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__
-    )
-    print("CUDA", torch.version.cuda, "HIP", torch.version.hip)
+    for package in ("torch", "triton", "marginkernels"):
+        try:
+            print(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            print(package, "is not installed")
+    print("python", sys.version.split()[0], "CUDA", torch.version.cuda, "HIP", torch.version.hip)
     for backend, reasons in backend_report().items():
         print(f"backend {backend}:", "; ".join(reasons) or "available")
     print(torch.cuda.get_device_properties())
@@ -125,7 +132,7 @@ def gemms(shape: Shape) -> None:
     print(f"{'sum':<8}{total:9.3f} ms {6e-9 * n * c * d / total:9.1f} TFLOP/s")
 
 
-def kernels(shape: Shape) -> None:
+def kernels(shape: Shape, backend: str) -> None:
     """Time of a step, peak memory, and the kernels of one step, of each setting."""
     x, w, y = problem(shape, "cuda")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -134,17 +141,18 @@ def kernels(shape: Shape) -> None:
                 name = f"{dtype} compute, {w_dtype} weights, save_tiles={save_tiles}"
                 print("\n" + name)
                 try:
-                    _one_setting(x, w.detach().to(w_dtype).requires_grad_(), y, dtype, save_tiles)
+                    typed = w.detach().to(w_dtype).requires_grad_()
+                    _one_setting(x, typed, y, dtype, save_tiles, backend)
                 except Exception as error:  # the other settings still say something
                     print(f"FAILED: {type(error).__name__}: {error}")
                 torch.cuda.empty_cache()
 
 
-def _one_setting(x, w, y, dtype, save_tiles) -> None:
+def _one_setting(x, w, y, dtype, save_tiles, backend) -> None:
     def step():
         loss = margin_cross_entropy(
             x, w, y, margin=ArcFace(0.5), scale=64.0, compute_dtype=dtype, save_tiles=save_tiles,
-            backend="triton",
+            backend=backend,
         )  # fmt: skip
         return loss, *torch.autograd.grad(loss, (x, w))
 
