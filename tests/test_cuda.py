@@ -7,7 +7,7 @@ what differs from one GPU to the next, its PTX in a simulator, and the gate for 
 import pytest
 import torch
 
-import test_integration as integration
+import test_compile as compiled
 from marginkernels import ArcFace, MVSoftmax
 from problems import random_problem
 from tests.cuda import gate, host, nvcc, simulate
@@ -27,7 +27,7 @@ SAMPLES = [
 @pytest.mark.parametrize("compute_dtype", [F32, BF16])
 def test_opcheck(compute_dtype, save_tiles):
     with host.executed():
-        integration.test_opcheck(compute_dtype, save_tiles, host.NAME, "cpu")
+        compiled.test_opcheck(compute_dtype, save_tiles, host.NAME, "cpu")
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 1000])
