@@ -44,12 +44,16 @@ def simulated(simulator: str, **settings):
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(backends.triton, "unavailable_reasons", lambda *_: [])
+        patch.setattr(backends.triton, "unavailable_reasons", _reasons)
         stack.enter_context(_session(simulator, **settings))
         if simulator == "ttsem":
             # torch.compile must not take the stand-in for a driver for one
             importlib.import_module("ttsem._fakedriver").unstub_torch_cuda()
         yield
+
+
+def _reasons(_, compute_dtype=None):
+    return ["no fp64 kernels"] if compute_dtype == torch.float64 else []
 
 
 def _session(simulator, **settings):

@@ -9,6 +9,7 @@ import torch
 
 from losses import LOSSES, C, dense, fused, operands, solve
 from marginkernels import CurricularFace, MVSoftmax, NSoftmax, margin_cross_entropy
+from marginkernels.backends import reasons
 from marginkernels.testing import assert_within_budget
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -84,8 +85,8 @@ def plain(loss, x, w, y, settings):
 @EACH
 def test_finite_at_the_ends(name, dtype, backend, device):
     """Features along and against their class, and along another: |c| = 1 on both sides."""
-    if dtype == F64 and backend != "reference":
-        pytest.skip(f"{backend} does not compute in fp64")
+    if why_not := reasons(backend, device, dtype):
+        pytest.skip("; ".join(why_not))
     w = torch.randn(C, 24, device=device)
     y = torch.arange(30, device=device)
     x = torch.cat([2 * w[:10], -0.5 * w[10:20], w[40:50]])
