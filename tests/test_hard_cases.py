@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy, ops
+from marginkernels import ArcFace, CosFace, MagFace, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget, row_errors
 from problems import Problem, random_problem
 
@@ -16,7 +16,7 @@ TYPES = pytest.mark.parametrize("compute_dtype", [F32, BF16, F16], ids=["fp32", 
 
 
 @TYPES
-@pytest.mark.parametrize("branch", ["hard", "easy", "none", "keep", "continuous"])
+@pytest.mark.parametrize("branch", ["hard", "easy", "none", "keep", "continuous", "monotone"])
 def test_target_cosine_of_plus_and_minus_one(branch, compute_dtype, backend, device):
     w = torch.randn(40, 24, device=device)
     y = torch.arange(20, device=device)
@@ -140,6 +140,37 @@ def test_extreme_norms(size, normalize, compute_dtype, backend, device):
     settings = dict(margin=ArcFace(0.3), scale=10.0)
     mixed = Problem(base.x * mixed_sizes, base.w, base.y, compute_dtype, settings=settings)
     mixed.check(backend)
+
+
+@pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(1.1e-12, 1), (1, 1.1e-12)], ids=["x", "w"])
+def test_large_gradients_of_small_rows(sizes, compute_dtype, backend, device):
+    """They are of 1e27, and the part that projection takes from them is 1e39 times the row."""
+    base = random_problem(40, 61, 8, device=device)
+    x, w = (
+        size * torch.nn.functional.normalize(t)
+        for size, t in zip(sizes, (base.x, base.w), strict=True)
+    )
+    weight = torch.full((40,), 1e14, device=device)
+    settings = dict(margin=ArcFace(0.3), scale=10.0, sample_weight=weight)
+    Problem(x, w, base.y, compute_dtype, settings=settings).check(backend)
+
+
+@pytest.mark.parametrize("compute_dtype", [F16, BF16], ids=["fp16", "bf16"])
+def test_gradients_of_norms_are_wide(compute_dtype, backend, device):
+    """Normalisation has no radial gradient: all of it is the regulariser's, beyond fp16 here."""
+    x, w = torch.randn(6, 24, device=device), torch.randn(9, 24, device=device)
+    x = x.to(compute_dtype).float().requires_grad_()  # so that its norm is that of the rounded row
+    loss = margin_cross_entropy(
+        x, w, torch.arange(6, device=device), margin=MagFace(1.0, 9.0, 0.5, 0.5), scale=16.0,
+        compute_dtype=compute_dtype, reduction="sum", backend=backend,
+    )  # fmt: skip
+    (dx,) = torch.autograd.grad(loss, x, torch.tensor(2.0**20, device=device))
+    norm = x.detach().double().norm(dim=1)
+    exact = 2**20 * 35 * (1 / 81 - 1 / norm**2)
+    radial = (dx.double() * x.detach()).sum(1) / norm
+    assert exact.abs().min() > 1e5
+    assert (radial - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("n, c", [(0, 5), (1, 1), (3, 1), (1, 2)])

@@ -118,8 +118,10 @@ void project(float* gradient, const float* row, float inverse_norm, const Sweep&
         memset(gradient, 0, s.padded_d * sizeof(float));
         return;
     }
-    const float radial = dot(gradient, row, s.padded_d) * inverse_norm * inverse_norm;
-    add_scaled(gradient, -radial, row, s.padded_d);
+    // of the unit row, whose factor does not overflow where that of a small row would
+    const float radial = dot(gradient, row, s.padded_d) * inverse_norm;
+    for (int64_t k = 0; k < s.padded_d; k += kLanes)
+        store(gradient + k, -radial * (inverse_norm * load(row + k)) + load(gradient + k));
 }
 
 // As bf16 numbers, of values that are ones already.

@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
 #pragma unroll
         for (int e = 0; e < 4; ++e) along += g.v[e] * v.v[e];
     }
-    A radius = -sum_over_warp(along) * inverse * inverse;
-    if (call.radial && picked >= 0) radius += static_cast<const A*>(call.radial)[picked] * inverse;
+    // of the unit row: that of a small row itself could overflow
+    A radius = -sum_over_warp(along) * inverse;
+    if (call.radial && picked >= 0) radius += static_cast<const A*>(call.radial)[picked];
     const bool zero = inverse >= A(call.inverse_limit);
     Out* const out = static_cast<Out*>(call.out) + row * call.d;
     for (int k = lane * 4; k < call.width; k += kWarp * 4) {
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         Four<Out> rounded;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const A tangent = g.v[e] + (zero ? A(0) : radius * v.v[e]);
+            const A tangent = g.v[e] + (zero ? A(0) : radius * (inverse * v.v[e]));
             ptx::round_to(rounded.v[e], zero && call.normalize ? A(0) : tangent);
         }
         if (call.d == call.width) {

@@ -254,9 +254,10 @@ def project_kernel(
                 table_stride_d, ROUND_TABLE,
             )  # fmt: skip
             along += g * v
-    radius = -tl.sum(along, 1) * inv * inv
+    # of the unit row: that of a small row itself could overflow
+    radius = -tl.sum(along, 1) * inv
     if radial is not None:
-        radius += tl.load(radial + picked, mask=picked >= 0, other=0.0) * inv
+        radius += tl.load(radial + picked, mask=picked >= 0, other=0.0)
     zero = inv >= inverse_limit
     out_stride = D.to(tl.int64)
     if EVEN_D:
@@ -268,7 +269,7 @@ def project_kernel(
             table_stride_d, ROUND_TABLE,
         )  # fmt: skip
         if NORMALIZE or radial is not None:
-            g += tl.where(zero, 0.0, radius)[:, None] * v
+            g += tl.where(zero, 0.0, radius)[:, None] * (inv[:, None] * v)
         if NORMALIZE:
             g = tl.where(zero[:, None], 0.0, g)
         kept = there[:, None] & (d < (width if EVEN_D else D))
