@@ -73,7 +73,7 @@ def annealed(margin: type, m: int, weight: float) -> nn.Module:
 def panels() -> dict[str, dict[str, Tensor]]:
     """Curves by panel and label; the labels of other classes' curves begin with "others"."""
     arcs = {branch: target(mk.ArcFace(branch=branch)) for branch in
-            ("none", "easy", "keep", "hard", "continuous")}  # fmt: skip
+            ("none", "easy", "keep", "hard", "continuous", "monotone")}  # fmt: skip
     return {
         "ArcFace, m = 0.5": arcs,
         "CombinedMargin, (1, 0.3, 0.2)": {

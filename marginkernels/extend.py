@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import distributed, validation
 from .distributed import ClassShard
-from .sampling import mixed
+from .generators import mixed
 
 
 class Grown(NamedTuple):

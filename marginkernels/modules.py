@@ -14,7 +14,8 @@ from . import distributed, ops, validation
 from .exchange import Exchange, Whole
 from .extend import extend
 from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
-from .sampling import Sampler, mixed
+from .generators import mixed
+from .sampling import Sampler
 
 # classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
 _CHUNK = 8192

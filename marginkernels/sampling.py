@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from .generators import StepGenerators
 
 
 def sample_classes(
@@ -65,37 +67,16 @@ def sampled(
     return w, bias, torch.where(owned, places, -1)
 
 
-class Sampler(nn.Module):
-    """A generator for each step, from a seed, the number of the step and the rank.
-
-    So the state, seed and step, is the same on all ranks: it is saved once, and goes on with
-    another number of ranks.
-    """
+class Sampler(StepGenerators):
+    """Those of a head's samples, from a seed that the ranks agree on."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        super().__init__()
-        self.seed, self.rank, self.step = int(torch.randint(2**62, ())), 0, 0
+        seed = [int(torch.randint(2**62, ()))]
         if group is not None:
-            seed = [self.seed]
             dist.broadcast_object_list(seed, group=group, group_src=0)
-            self.seed, self.rank = seed[0], dist.get_rank(group)
+        super().__init__(seed[0])
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     def forward(self, device: torch.device) -> torch.Generator:
         """The generator of the next step."""
-        self.step += 1
-        return torch.Generator(device).manual_seed(mixed(self.seed, self.rank, self.step))
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.step])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed, self.step = state.tolist()
-
-
-def mixed(*numbers: int) -> int:
-    """A seed of 32 bits, the same for the same numbers and else unrelated (FNV-1a by bytes)."""
-    state = 0x811C9DC5
-    for number in numbers:
-        for byte in number.to_bytes(8, "little", signed=True):
-            state = (state ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return state
+        return super().forward(device, self.rank)

@@ -12,12 +12,12 @@ import math
 import numbers
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .margins.statistics import masked_mean
+from .margins.statistics import WideAverages, masked_mean
 
 
-class AdaCos(nn.Module):
+class AdaCos(WideAverages):
     """s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019, arXiv:1905.00292),
     a scale for :class:`NSoftmax`.
 
@@ -46,6 +46,7 @@ class AdaCos(nn.Module):
         self.num_classes, self.dynamic, self.delayed = num_classes, bool(dynamic), bool(delayed)
         if dynamic:
             self.register_buffer("s", torch.tensor(self.fixed_scale))
+            self.averages = ("s",)
 
     def forward(self) -> float | Tensor:
         # a copy, because autograd keeps it while the next step moves s

@@ -49,12 +49,15 @@ class MarginSchedule:
             raise ValueError(f"ramp: expected 'exponential' or 'linear', got {ramp!r}")
         if not 0 <= start < finish:
             raise ValueError(f"start: expected 0 <= start < finish, got {start} and {finish}")
+        # a value out of range is noticed now, not in an hour
+        for name, m in (("initial", initial), ("final", final)):
+            if not margin.interval.first <= m <= margin.interval.last:
+                kind = type(margin).__name__
+                raise ValueError(f"{name}: expected {kind}'s m in {margin.interval}, got {m}")
         self.margin, self.initial, self.final = margin, float(initial), float(final)
         self.start, self.finish, self.ramp = start, finish, ramp
         self.current_step = 0
-        for m in (self.final, self.initial):  # a value out of range is noticed now, not in an hour
-            self._set(m)
-            margin.check_range()
+        self._set(self.initial)
 
     def value(self) -> float:
         """The margin at the current step."""

@@ -2,10 +2,11 @@
 # Copyright (c) 2026 The marginkernels authors
 """Negative transforms: what a loss makes of the cosines to the classes that are not the target.
 
-The only part of a loss that lives in kernels. The functions here are the definitions; csrc/ has
-the same as C++ functors. Each takes the cosines c (N, C), the parameter of each row (N,) and the
-constants of the loss (K,), and returns ``(value, slope)``, (N, C) each: the logit is z = scale
-value, and slope = d value / d c. Parameters and constants carry no gradient.
+The only part of a loss that lives in kernels. The functions here are the definitions; their twins
+are csrc/transforms.h and backends/triton/transforms.py. Each takes the cosines c (N, C), the
+parameter of each row (N,) and the constants of the loss (K,), and returns ``(value, slope)``,
+(N, C) each: the logit is z = scale value, and slope = d value / d c. Parameters and constants carry
+no gradient.
 """
 
 import math

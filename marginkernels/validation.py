@@ -186,7 +186,7 @@ def check_values(label, x_norm, scale, margin, row_margin, sample_weight) -> Ten
         m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
         if isinstance(m, Tensor):
             what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval}"
-            label = _checked(label, m, margin.interval.low, margin.interval.last, what)
+            label = _checked(label, m, margin.interval.first, margin.interval.last, what)
     return label
 
 

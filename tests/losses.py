@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import marginkernels as mk
+from marginkernels.generators import mixed
 
 PI = math.pi
 
@@ -80,7 +81,8 @@ def easy_rows(c, m):
 
 def elastic(plus):
     def t(c, _):
-        noise = torch.randn(len(c), generator=torch.Generator().manual_seed(5)).to(c.dtype)
+        generator = torch.Generator().manual_seed(mixed(5, 0, 1))  # seed, rank, step
+        noise = torch.randn(len(c), generator=generator).to(c.dtype)
         if plus:
             ranks = c.argsort(descending=True).tolist()
             smallest_first = sorted(noise.tolist())
@@ -92,7 +94,7 @@ def elastic(plus):
 
 
 def elastic_margin(plus):
-    return mk.ElasticFace(plus=plus, generator=torch.Generator().manual_seed(5))
+    return mk.ElasticFace(plus=plus, seed=5)
 
 
 def adam(c, y, x_norm):

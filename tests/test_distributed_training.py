@@ -14,6 +14,7 @@ import workers
 from marginkernels import (
     ArcFace,
     CurricularFace,
+    ElasticFace,
     GradScaler,
     MagFace,
     MarginSoftmaxHead,
@@ -248,6 +249,23 @@ def inside_ddp():
 
 def test_ddp_refuses_a_model_with_a_sharded_head():
     workers.run(2, inside_ddp)
+
+
+def draws_of_two_runs():
+    """This rank's next margins, in a run and in another that goes on from its state."""
+    head, resumed = (make_head(process_group=dist.group.WORLD, margin=ElasticFace(seed=s))
+                     for s in (5, 9))  # fmt: skip
+    head(torch.randn(4, D), torch.randint(0, C, (4,)))
+    state = [head.full_state_dict()]  # that of the first rank, as in a checkpoint
+    dist.broadcast_object_list(state)
+    resumed.load_state_dict(state[0])
+    return [each.margin.draw(torch.empty(6, D)) for each in (head, resumed)]
+
+
+def test_random_margins_go_on_from_one_state_and_differ_between_ranks():
+    first, second = workers.run(2, draws_of_two_runs)
+    assert torch.equal(*first) and torch.equal(*second)
+    assert not torch.equal(first[0], second[0])
 
 
 def step_without(victim):

@@ -42,6 +42,7 @@ MARGINS = [
     (ArcFace(0.5, branch="none"), lambda t: math.cos(t + 0.5), []),
     (ArcFace(0.5, branch="keep"), arc(0.5, lambda c: c), [PI - 0.5]),
     (ArcFace(0.5, branch="continuous"), arc(0.5, lambda c: c - 1 - math.cos(PI - 0.5)), [PI - 0.5]),
+    (ArcFace(0.5, branch="monotone"), lambda t: monotone(t + 0.5), [PI - 0.5]),
     (ArcFace(0.0), math.cos, []),
     (ArcFace(3.1), arc(3.1, lambda c: c - 3.1 * math.sin(3.1)), [PI - 3.1]),
     (
@@ -97,15 +98,16 @@ def test_branches_are_continuous_where_they_say_so():
     c = torch.tensor([math.cos(PI - 0.5 - 1e-9), math.cos(PI - 0.5 + 1e-9)], dtype=torch.float64)
     jump = {
         b: float(ArcFace(0.5, branch=b)(c, rows(2)).diff().abs())
-        for b in ("hard", "none", "continuous", "keep")
+        for b in ("hard", "none", "continuous", "monotone", "keep")
     }
-    assert jump["none"] < 1e-8 and jump["continuous"] < 1e-8
+    assert all(jump[branch] < 1e-8 for branch in ("none", "continuous", "monotone"))
     assert jump["hard"] == pytest.approx(
         0.5 * math.sin(0.5) + math.cos(PI - 0.5) * -1 - 1, abs=1e-6
     )
     assert jump["keep"] == pytest.approx(1 + math.cos(PI - 0.5), abs=1e-6)
     theta = torch.linspace(0, PI, 3001, dtype=torch.float64)
-    for margin in (SphereFace(3.3), CombinedMargin(1.7, 0.4, 0.1), ArcFace(0.5)):
+    falling = ArcFace(0.5), ArcFace(0.5, branch="monotone")
+    for margin in (SphereFace(3.3), CombinedMargin(1.7, 0.4, 0.1), *falling):
         assert (margin(torch.cos(theta), rows(3001)).diff() < 0).all(), margin
 
 

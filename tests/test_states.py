@@ -32,18 +32,14 @@ from marginkernels import (
 F64 = torch.float64
 
 
-def seeded_elastic(**settings):
-    return ElasticFace(generator=torch.Generator().manual_seed(3), **settings)
-
-
 # a fresh head's settings
 STATEFUL = {
     "L-Softmax": lambda: dict(margin=LSoftmax(3), scale=1.0, normalize="none"),
     "A-Softmax": lambda: dict(margin=ASoftmax(4), scale=1.0, normalize="weight"),
     "AdaFace": lambda: dict(margin=AdaFace(t_alpha=0.3), scale=16.0),
     "CurricularFace": lambda: dict(margin=CurricularFace(alpha=0.3), scale=16.0),
-    "ElasticFace": lambda: dict(margin=seeded_elastic(std=0.1), scale=16.0),
-    "ElasticFace+": lambda: dict(margin=seeded_elastic(std=0.1, plus=True), scale=16.0),
+    "ElasticFace": lambda: dict(margin=ElasticFace(std=0.1, seed=3), scale=16.0),
+    "ElasticFace+": lambda: dict(margin=ElasticFace(std=0.1, plus=True, seed=3), scale=16.0),
     "AdaCos": lambda: dict(margin=NSoftmax(), scale=AdaCos(C)),
     "AdaCos delayed": lambda: dict(margin=NSoftmax(), scale=AdaCos(C, delayed=True)),
 }
@@ -118,7 +114,7 @@ def test_ignored_rows_and_empty_batches_leave_statistics_alone(make):
 def test_compiles_whole(make):
     settings = make()
     if isinstance(settings["margin"], ElasticFace):
-        settings["margin"].generator = None  # torch.compile knows the default generator only
+        settings["margin"].generators = None  # torch.compile knows the default generator only
     head = head_of(settings)
     plain = copy.deepcopy(head)
     torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
@@ -155,11 +151,23 @@ def test_a_call_that_fails_spoils_no_state(make):
     (x, w, y), module = operands(dtype=torch.float32), make()
     is_scale = isinstance(module, AdaCos)
     margin, scale = (NSoftmax(), module) if is_scale else (module, 16.0)
-    for bad in (torch.cat([x[:-1], x[-1:] * torch.nan]), None):
-        wrong = (x, w * torch.nan, y) if bad is None else (bad, w, y)
+    fresh = copy.deepcopy(module.state_dict())
+    of_nobody = w.clone()
+    of_nobody[min(set(range(C)) - set(y.tolist()))] = torch.nan
+    bad_x = torch.cat([x[:-1], x[-1:] * torch.nan])
+    for wrong in ((bad_x, w, y), (x, w * torch.nan, y), (x, of_nobody, y)):
         with pytest.raises(ValueError, match="finite"):
             margin_cross_entropy(*wrong, margin=margin, scale=scale)
-    assert all(value.isfinite().all() for value in module.buffers())
+    assert same(fresh, module.state_dict())
+
+
+@pytest.mark.parametrize("make", [CurricularFace, AdaFace, lambda: AdaCos(C)])
+def test_averages_stay_wide_when_a_head_is_cast(make):
+    """Their small steps would be rounded away."""
+    module = make().bfloat16()
+    assert module.state_dict() and all(b.dtype == torch.float32 for b in module.buffers())
+    assert all(b.dtype == F64 for b in module.double().buffers())
+    assert ArcFace(torch.rand(C)).bfloat16().m.dtype == torch.bfloat16
 
 
 def test_annealing_falls_to_its_floor():
@@ -175,7 +183,7 @@ def test_elastic_plus_deals_large_margins_to_small_cosines():
     c = torch.linspace(0.9, -0.9, 50, dtype=F64)[torch.randperm(50)]
     kept = torch.arange(50) % 5 != 0
     label = torch.zeros(50, dtype=torch.int64)
-    margin = seeded_elastic(std=0.1, plus=True)
+    margin = ElasticFace(std=0.1, plus=True, seed=3)
     m = margin.of_rows(c, Rows(label, c, None, None, kept))
     assert (m[kept][c[kept].argsort()].diff() <= 0).all()
     assert (m[~kept] == 0.5).all() and m[kept].std() == pytest.approx(0.1, rel=0.4)
@@ -297,5 +305,7 @@ def test_margin_schedule(ramp, m):
     schedule.current_step = 8
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.margin.m == pytest.approx(values[8])
-    with pytest.raises(ValueError, match="expected m in"):
-        MarginSchedule(CosFace(0.1), final=2.5, finish=10)
+    untouched = CosFace(0.1)
+    with pytest.raises(ValueError, match=r"final: expected CosFace's m in \[0, 2\], got 2.5"):
+        MarginSchedule(untouched, final=2.5, finish=10)
+    assert untouched.m == 0.1

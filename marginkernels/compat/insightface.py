@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import distributed, functional, margins, ops
 from ..distributed import ClassShard
 from ..exchange import Exchange, Whole
-from ..sampling import mixed
+from ..generators import mixed
 
 # insightface takes -log(max(p, 1e-30))
 LOSS_CAP = -math.log(1e-30)

@@ -21,6 +21,7 @@ A margin may also have
 
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A range of numbers, either end open or closed."""
+    """A range of finite numbers, its upper end open or closed."""
 
     low: float
     high: float
@@ -54,9 +55,15 @@ class Interval(NamedTuple):
         return f"[{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
 
     @property
+    def first(self) -> float:
+        """The smallest float inside."""
+        return max(self.low, -sys.float_info.max)
+
+    @property
     def last(self) -> float:
         """The largest float inside."""
-        return math.nextafter(self.high, -math.inf) if self.open_high else self.high
+        high = math.nextafter(self.high, -math.inf) if self.open_high else self.high
+        return min(high, sys.float_info.max)
 
 
 def _with_slope(value: Tensor, slope: Tensor, c: Tensor) -> Tensor:
@@ -121,8 +128,8 @@ class Margin(nn.Module):
             low, high = (bound.item() for bound in self.m.detach().aminmax())
         else:
             low = high = self.m
-        if not (self.interval.low <= low and high <= self.interval.last):
-            wrong = high if self.interval.low <= low else low
+        if not (self.interval.first <= low and high <= self.interval.last):
+            wrong = high if self.interval.first <= low else low
             raise ValueError(f"{type(self).__name__}: expected m in {self.interval}, got {wrong}")
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:

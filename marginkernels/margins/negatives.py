@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..transforms import Transform
 from .base import Interval, Margin, Rows, safe_acos
-from .statistics import masked_mean, move_average
+from .statistics import WideAverages, masked_mean, moved_average
 from .target import ArcFace, arc
 
 
@@ -132,12 +132,12 @@ class MVSoftmax(Margin):
         return f"{super().extra_repr()}, kind={self.kind!r}, t={self.t:g}"
 
 
-class CurricularFace(ArcFace):
+class CurricularFace(WideAverages, ArcFace):
     """t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j > cos(theta_y + m):
     CurricularFace (Huang et al., 2020, arXiv:2004.00288).
 
-    ``t``, a buffer from 0, is the moving average of the target cosines of the batch, and moves in
-    training mode before it is used: hard classes count for little while training starts and for
+    ``t``, a buffer from 0, is the moving average of the target cosines, in training mode with those
+    of the present batch: hard classes count for little while training starts and for
     more later. Hard is what exceeds cos(theta_y + m) itself, not the value of the branch. Usual
     values: m = 0.5, scale 64, alpha = 0.01 (TFace: 0.1).
 
@@ -147,6 +147,7 @@ class CurricularFace(ArcFace):
     """
 
     needs_target_first = True
+    averages = ("t",)
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
         super().__init__(m)
@@ -155,12 +156,20 @@ class CurricularFace(ArcFace):
         self.alpha = float(alpha)
         self.register_buffer("t", torch.zeros(()))
 
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        if self.training:  # and the sweep has accepted the batch
+            self.t.copy_(self._present_t(c.detach(), rows))
+        return super().forward(c, rows)
+
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
-        if self.training:
-            mean, count = masked_mean(c, rows.kept)
-            move_average(self.t, mean, self.alpha, count > 0)
         threshold = arc(c, self.of_rows(c, rows), "none")
-        return Transform("curricular", threshold, self.t.reshape(1))
+        return Transform("curricular", threshold, self._present_t(c, rows).reshape(1))
+
+    def _present_t(self, c: Tensor, rows: Rows) -> Tensor:
+        if not self.training:
+            return self.t
+        mean, count = masked_mean(c, rows.kept)
+        return moved_average(self.t, mean, self.alpha, count > 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha:g}"

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .base import Interval, Margin, Rows, safe_acos
-from .statistics import masked_mean, masked_std, move_average
-from .target import arc
+from .statistics import WideAverages, masked_mean, masked_std, moved_average
+from .target import BRANCHES, arc
 
 
-class AdaFace(Margin):
+class AdaFace(WideAverages, Margin):
     """t = cos(theta - m q) - m - m q, q = clip(h (|x| - mean) / std, -1, 1): AdaFace (Kim et al.,
     2022, arXiv:2204.00964).
 
@@ -36,6 +36,7 @@ class AdaFace(Margin):
     """
 
     interval = Interval(0, 1)
+    averages = ("batch_mean", "batch_std")
     _EPSILON = 1e-3
 
     def __init__(
@@ -72,8 +73,8 @@ class AdaFace(Margin):
         if self.training:
             mean, count = masked_mean(norm, rows.kept)
             std, _ = masked_std(norm, rows.kept)
-            move_average(self.batch_mean, mean, self.t_alpha, count > 1)
-            move_average(self.batch_std, std, self.t_alpha, count > 1)
+            for average, new in ((self.batch_mean, mean), (self.batch_std, std)):
+                average.copy_(moved_average(average, new, self.t_alpha, count > 1))
         return (self.h * (norm - self.batch_mean) / (self.batch_std + self._EPSILON)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
@@ -116,9 +117,8 @@ class MagFace(nn.Module):
             raise ValueError(f"l_m: expected 0 <= l_m <= u_m < pi, got l_m={l_m}, u_m={u_m}")
         if not 0 <= lambda_g < math.inf:
             raise ValueError(f"lambda_g: expected a finite number >= 0, got {lambda_g}")
-        allowed = ("easy", "hard", "none", "keep", "continuous")
-        if branch not in allowed:
-            raise ValueError(f"branch: expected one of {allowed}, got {branch!r}")
+        if branch not in BRANCHES:
+            raise ValueError(f"branch: expected one of {BRANCHES}, got {branch!r}")
         self.l_a, self.u_a, self.l_m, self.u_m = map(float, (l_a, u_a, l_m, u_m))
         self.lambda_g, self.branch = float(lambda_g), branch
 

@@ -5,8 +5,10 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..generators import StepGenerators
 from .base import Interval, Margin, Rows
 from .target import arc
 
@@ -20,16 +22,17 @@ class ElasticFace(Margin):
     its inverse is meant, which deals them at random with respect to the cosine; this follows the
     paper's text. In eval mode m_i = m. As published, "arc" is cos(theta + m) without a branch.
     Usual values: scale 64; m = 0.5 for "arc" and 0.35 for "cos" with std = 0.05, for "+" 0.0175 and
-    0.025 (the configuration of the authors; the default of their class is 0.0125).
+    0.02 (the configuration of the authors; the default of their class is 0.0125).
 
     Args:
         m: mean margin: a float, 0-d tensor or table (num_classes,).
         std: standard deviation of the margins.
         kind: "arc" or "cos".
         plus: see above.
-        generator: of the random numbers, on the device of the features; its state is saved with
-            the module. None: torch's default one. With classes split over ranks each draws for its
-            own rows: seed it by the rank.
+        seed: of random numbers that are the margin's own, an integer in [0, 2^63): those of a
+            training step follow from the seed, the number of the step, which is saved, and the
+            process's rank. ``torch.compile`` breaks its graph for them. None: torch's default
+            generator, and nothing is saved.
         gradient: "exact" or "straight_through", see :class:`Margin`.
     """
 
@@ -42,7 +45,7 @@ class ElasticFace(Margin):
         *,
         kind: str = "arc",
         plus: bool = False,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
         gradient: str = "exact",
     ):
         super().__init__(m, gradient)
@@ -50,7 +53,10 @@ class ElasticFace(Margin):
             raise ValueError(f"kind: expected 'arc' or 'cos', got {kind!r}")
         if not 0 <= std < math.inf:
             raise ValueError(f"std: expected a finite number >= 0, got {std}")
-        self.std, self.kind, self.plus, self.generator = float(std), kind, bool(plus), generator
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"seed: expected None or an integer in [0, 2^63), got {seed!r}")
+        self.std, self.kind, self.plus = float(std), kind, bool(plus)
+        self.generators = None if seed is None else StepGenerators(seed)
 
     def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
         m = super().of_rows(c, rows)
@@ -61,20 +67,14 @@ class ElasticFace(Margin):
 
     def draw(self, x: Tensor) -> Tensor:
         """Standard normal numbers, (N,), for N rows."""
-        device = x.device
-        return torch.randn(len(x), generator=self.generator, dtype=torch.float32, device=device)
+        generator = None
+        if self.generators is not None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            generator = self.generators(x.device, rank)
+        return torch.randn(len(x), generator=generator, dtype=torch.float32, device=x.device)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, "none") if self.kind == "arc" else c - m
-
-    def get_extra_state(self) -> Tensor:
-        """The generator's state, (0,) without one."""
-        empty = torch.empty(0, dtype=torch.uint8)
-        return empty if self.generator is None else self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if self.generator is not None and state.numel() > 0:
-            self.generator.set_state(state.cpu())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, std={self.std:g}, kind={self.kind!r}, plus={self.plus}"

@@ -3,7 +3,24 @@
 """Statistics of the rows that take part, over the batch, without synchronisation."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class WideAverages(nn.Module):
+    """Keeps the buffers in ``averages`` in fp32 at least when the module is cast to a narrower
+    type, in which the small steps of an average would be rounded away.
+    """
+
+    averages: tuple[str, ...] = ()
+
+    def _apply(self, fn, *args, **kwargs):
+        before = {name: getattr(self, name) for name in self.averages}
+        super()._apply(fn, *args, **kwargs)
+        for name, average in before.items():
+            applied = getattr(self, name)
+            if applied.dtype.itemsize < torch.float32.itemsize:
+                setattr(self, name, average.to(applied.device))
+        return self
 
 
 def masked_mean(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -20,10 +37,7 @@ def masked_std(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     return (variance * count / (count - 1).clamp_min(1)).sqrt(), count
 
 
-def move_average(average: Tensor, value: Tensor, rate: float, usable: Tensor) -> None:
-    """average <- rate value + (1 - rate) average in place, where ``usable`` () holds.
-
-    A value that is not finite is left out too: the call will fail, what is remembered stays good.
-    """
+def moved_average(average: Tensor, value: Tensor, rate: float, usable: Tensor) -> Tensor:
+    """rate value + (1 - rate) average where ``usable`` () holds and the value is finite."""
     moved = rate * value.to(average.dtype) + (1 - rate) * average
-    average.copy_(torch.where(usable & moved.isfinite(), moved, average))
+    return torch.where(usable & moved.isfinite(), moved, average)

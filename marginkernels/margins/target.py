@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Interval, Margin, safe_acos, safe_sin
 
-_BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
+BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
 
 
 def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
@@ -20,7 +20,9 @@ def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
         return phi
     if branch == "easy":
         return torch.where(c > 0, phi, c)
-    past = {"hard": c - m * sin_m, "keep": c, "continuous": c - 1 + cos_m}[branch]
+    past = {
+        "hard": c - m * sin_m, "keep": c, "continuous": c - 1 + cos_m, "monotone": -2 - phi,
+    }[branch]  # fmt: skip
     return torch.where(c > -cos_m, phi, past)
 
 
@@ -62,6 +64,7 @@ class ArcFace(Margin):
     - "keep": cos(theta), no margin; catalyst
     - "continuous": cos(theta) - 1 - cos(pi - m), which meets cos(theta + m) at -1; wespeaker,
       3D-Speaker
+    - "monotone": -2 - cos(theta + m), which does so too; Keras_insightface
 
     Usual values: m = 0.5 with scale 64 for faces, m = 0.2 with scale 32 for speakers.
 
@@ -78,8 +81,8 @@ class ArcFace(Margin):
     ):
         super().__init__(m, gradient)
         self.branch = "hard" if branch is None else branch
-        if self.branch not in _BRANCHES[:-1]:
-            raise ValueError(f"branch: expected one of {_BRANCHES[:-1]}, got {branch!r}")
+        if self.branch not in BRANCHES:
+            raise ValueError(f"branch: expected one of {BRANCHES}, got {branch!r}")
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, self.branch)
@@ -122,7 +125,7 @@ class CombinedMargin(Margin):
             raise ValueError(f"m1: expected a positive number, got {m1}")
         if not 0 <= m3 <= 2:
             raise ValueError(f"m3: expected a number in [0, 2], got {m3}")
-        allowed = _BRANCHES[:-1] if m1 == 1 else ("none", "monotone")
+        allowed = BRANCHES if m1 == 1 else ("none", "monotone")
         self.m1, self.m3 = float(m1), float(m3)
         self.branch = ("hard" if m1 == 1 else "monotone") if branch is None else branch
         if self.branch not in allowed:
@@ -147,7 +150,7 @@ class SphereFace(Margin):
     step is left to the optimizer. :class:`ASoftmax` is SphereFace as published, which keeps |x|.
     """
 
-    interval = Interval(1, math.inf, open_high=True)
+    interval = Interval(1, 1e4)
 
     def __init__(self, m: float | Tensor = 1.35, *, gradient: str = "exact"):
         super().__init__(m, gradient)
@@ -163,15 +166,17 @@ class X2Softmax(Margin):
     distance from the cosine, the margin, grows with the angle. k is the ``m`` of the base class:
     what a table or ``row_margin`` replaces. Usual values: those of the training script published
     with it, a = -0.9, h = 0, k = 0.65 with scale 64. Like that code this one has the
-    straight-through gradient by default; the exact one is infinite at theta = 0 unless h = 0, and
-    bounded here.
+    straight-through gradient by default; the exact one is infinite at theta = pi, and at 0 unless
+    h = 0, and bounded here.
 
     Args:
-        a: curvature, a negative number.
-        h: vertex in radians, a number <= 0.
-        k: height of the vertex: a float, 0-d tensor or table (num_classes,).
+        a: curvature, -10000 <= a < 0.
+        h: vertex in radians, -10000 <= h <= 0.
+        k: height of the vertex, at most 10000 in size: a float, 0-d tensor or table (num_classes,).
         gradient: "straight_through" or "exact", see :class:`Margin`.
     """
+
+    interval = Interval(-1e4, 1e4)
 
     def __init__(
         self,
@@ -182,10 +187,10 @@ class X2Softmax(Margin):
         gradient: str = "straight_through",
     ):
         super().__init__(k, gradient)
-        if not -math.inf < a < 0:
-            raise ValueError(f"a: expected a finite number < 0, got {a}")
-        if not -math.inf < h <= 0:
-            raise ValueError(f"h: expected a finite number <= 0, got {h}")
+        if not -1e4 <= a < 0:
+            raise ValueError(f"a: expected a number in [-10000, 0), got {a}")
+        if not -1e4 <= h <= 0:
+            raise ValueError(f"h: expected a number in [-10000, 0], got {h}")
         self.a, self.h = float(a), float(h)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:

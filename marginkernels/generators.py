@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Random numbers that differ between ranks and steps, from a state that is one for all ranks."""
+
+import torch
+from torch import Tensor, nn
+
+
+class StepGenerators(nn.Module):
+    """A generator for each step, from a seed, the number of the step and the rank.
+
+    So the state, seed and step, is the same on all ranks: it is saved once, and goes on with
+    another number of ranks.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed, self.step = seed, 0
+
+    def forward(self, device: torch.device, rank: int) -> torch.Generator:
+        """The generator of the next step."""
+        self.step += 1
+        return torch.Generator(device).manual_seed(mixed(self.seed, rank, self.step))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.step = state.tolist()
+
+    def extra_repr(self) -> str:
+        return f"seed={self.seed}"
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 32 bits, the same for the same numbers and else unrelated (FNV-1a by bytes)."""
+    state = 0x811C9DC5
+    for number in numbers:
+        for byte in number.to_bytes(8, "little", signed=True):
+            state = (state ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return state
