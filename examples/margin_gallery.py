@@ -28,7 +28,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 DOCS = Path(__file__).parents[1] / "docs"
 THETA = torch.linspace(0, math.pi, 1441, dtype=torch.float64)
 PLAIN = "#ced4da"
-COLORS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#c92a2a")
+COLORS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#c92a2a", "#0b7285")
 SEEN_FROM = math.radians(50)  # angle to the target in the curves of the other classes
 
 plt.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False})
@@ -156,7 +156,8 @@ def draw_curves(axes: Axes, curves: dict[str, Tensor]) -> None:
     axes.plot(THETA.rad2deg(), THETA.cos(), color=PLAIN, linewidth=6)
     first, *rest = curves.values()
     shown = [first, *(c.masked_fill((c - first).abs() < 1e-9, math.nan) for c in rest)]
-    for i, (label, color) in enumerate(zip(curves, COLORS, strict=False)):
+    for i, label in enumerate(curves):
+        color = COLORS[i]
         is_covered = any(((shown[i] - c).abs() < 1e-9).sum() > 10 for c in shown[i + 1 :])
         is_other = label.startswith("others")
         axes.plot(THETA.rad2deg(), broken_at_jumps(shown[i]), color=color, label=label,

@@ -55,7 +55,7 @@ INTRODUCTION = """\
 
 Written by `python examples/study.py`: the demo's network and data, the same {steps} steps of
 {batch_size} images, initial weights and batches for every loss; mean and standard deviation over
-{seeds} seed(s). Verification is of 2,000 characters and two handwritten designs that training never
+{seeds}. Verification is of 2,000 characters and two handwritten designs that training never
 saw; all numbers are in percent.
 
 Learning rates, weight decay and clipping are those of the demo, and so is its ArcFace, whose scale
@@ -66,8 +66,7 @@ of 64 in their papers have the same share of scale and margin; N-Softmax has tha
 Softmax, SphereFace and AdaCos have the settings of their papers. AdaFace's averages of the norms
 move faster than published, because a short training has no time for 0.01. The triplet loss
 (hardest positive and negative in the batch, squared distances, margin 0.2) goes on from the network
-of {start}, with {triplet_steps} steps of {triplet_batch_size} images at a tenth of the learning
-rate.
+of {start}, with {triplet_steps} steps of {triplet_batch_size} images at a tenth of its rate.
 """
 
 
@@ -193,7 +192,8 @@ def spread(fractions: list[float]) -> str:
 
 def write(path: Path, study: Study, seeds: int, table: str) -> None:
     introduction = INTRODUCTION.format(
-        steps=f"{study.steps:,}", batch_size=BATCH_SIZE, seeds=seeds, start=TRIPLET_START,
+        steps=f"{study.steps:,}", batch_size=BATCH_SIZE, start=TRIPLET_START,
+        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         triplet_steps=study.triplet_steps, triplet_batch_size=f"{TRIPLET_BATCH_SIZE:,}",
     )  # fmt: skip
     _, heading, reading = (path.read_text() if path.exists() else "").partition(READING)
