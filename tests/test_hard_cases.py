@@ -25,9 +25,7 @@ def test_target_cosine_of_plus_and_minus_one(branch, compute_dtype, backend, dev
     problem = Problem(x, w, y, compute_dtype, settings=settings)
     got, exact, plain = problem.solve_fused(backend), problem.solve_exact(), problem.solve_plain()
     assert_within_budget("loss", got[0], [p[0] for p in plain], exact[0])
-    # lse is one fp32 number of about s / 2 here, whose last place is an error of all probabilities
-    others = got[2][20:], [p[2][20:] for p in plain], exact[2][20:]
-    assert_within_budget("other classes", *others, conditioning=32)
+    assert_within_budget("other classes", got[2][20:], [p[2][20:] for p in plain], exact[2][20:])
     # the direction of the pull is undefined here, its length is not: on the unit sphere at most s
     # for the negatives and 2 s for the margin, times the largest upstream gradient
     for gradient, operand in zip(got[1:], (x, w), strict=True):
