@@ -157,10 +157,9 @@ def draw_curves(axes: Axes, curves: dict[str, Tensor]) -> None:
     first, *rest = curves.values()
     shown = [first, *(c.masked_fill((c - first).abs() < 1e-9, math.nan) for c in rest)]
     for i, label in enumerate(curves):
-        color = COLORS[i]
         is_covered = any(((shown[i] - c).abs() < 1e-9).sum() > 10 for c in shown[i + 1 :])
         is_other = label.startswith("others")
-        axes.plot(THETA.rad2deg(), broken_at_jumps(shown[i]), color=color, label=label,
+        axes.plot(THETA.rad2deg(), broken_at_jumps(shown[i]), color=COLORS[i], label=label,
                   linestyle="--" if is_other else "-",
                   linewidth=4 if is_covered and not is_other else 1.5)  # fmt: skip
     axes.set(xlim=(0, 180), xticks=range(0, 181, 45))

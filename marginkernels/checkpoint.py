@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from .distributed import in_group
+
 # all that torch.distributed.checkpoint writes into its index, beside numbers, strings and dtypes
 _INDEX_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -64,13 +66,16 @@ def save_checkpoint(
     Raises:
         FileExistsError: on all ranks, if ``path`` exists.
     """
-    path, alone = Path(path), _alone()
+    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     if _on_first(process_group, lambda: path.exists() or _clear(partial)):
         raise FileExistsError(f"path: expected a new directory, got {path}, which exists")
     writer = FileSystemWriter(partial)
     dcp.save(
-        _state(model, optimizer), storage_writer=writer, process_group=process_group, no_dist=alone
+        _state(model, optimizer),
+        storage_writer=writer,
+        process_group=process_group,
+        no_dist=not in_group(),
     )
     _on_first(process_group, lambda: _publish(partial, path))
 
@@ -101,7 +106,7 @@ def load_checkpoint(
         storage_reader=_Reader(path),
         planner=_Planner(),
         process_group=process_group,
-        no_dist=_alone(),
+        no_dist=not in_group(),
     )
     optimizers = [] if optimizer is None else optimizer
     set_state_dict(
@@ -119,13 +124,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
     return state if optimizer is None else state | {"optimizer": optimizer_state}
 
 
-def _alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized())
-
-
 def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> Any:
     """What the function returns or raises on the group's first rank, on all; they wait for it."""
-    if _alone():
+    if not in_group():
         return function()
     result = [None, None]
     if dist.get_rank(group) == 0:

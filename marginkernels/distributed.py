@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 
+def in_group() -> bool:
+    """Whether there is a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @dataclass(frozen=True)
 class ClassShard:
     """The classes [start, stop) that this process holds of ``total`` split over a group.

@@ -51,9 +51,7 @@ class MarginSchedule:
             raise ValueError(f"start: expected 0 <= start < finish, got {start} and {finish}")
         # a value out of range is noticed now, not in an hour
         for name, m in (("initial", initial), ("final", final)):
-            if not margin.interval.first <= m <= margin.interval.last:
-                kind = type(margin).__name__
-                raise ValueError(f"{name}: expected {kind}'s m in {margin.interval}, got {m}")
+            margin.interval.check(f"{name}: expected {type(margin).__name__}'s m", m)
         self.margin, self.initial, self.final = margin, float(initial), float(final)
         self.start, self.finish, self.ramp = start, finish, ramp
         self.current_step = 0

@@ -179,7 +179,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if not 0 <= sample_rate <= 1:
             raise ValueError(f"sample_rate: expected a number in [0, 1], got {sample_rate}")
         fused = isinstance(margin_loss, MarginLoss)
-        grouped = dist.is_available() and dist.is_initialized()
+        grouped = distributed.in_group()
         self.rank = dist.get_rank() if grouped else 0
         self.world_size = dist.get_world_size() if grouped else 1
         if not num_classes >= self.world_size:

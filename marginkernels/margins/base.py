@@ -65,6 +65,12 @@ class Interval(NamedTuple):
         high = math.nextafter(self.high, -math.inf) if self.open_high else self.high
         return min(high, sys.float_info.max)
 
+    def check(self, expected: str, *values: float) -> None:
+        """Raises ValueError for the first value outside; its message begins with ``expected``."""
+        for value in values:
+            if not self.first <= value <= self.last:
+                raise ValueError(f"{expected} in {self}, got {value}")
+
 
 def _with_slope(value: Tensor, slope: Tensor, c: Tensor) -> Tensor:
     """``value``, exactly, with the derivative ``slope`` with respect to ``c``."""
@@ -125,12 +131,10 @@ class Margin(nn.Module):
     def check_range(self) -> None:
         """Raises ValueError unless ``m`` lies in the margin's interval."""
         if isinstance(self.m, Tensor):
-            low, high = (bound.item() for bound in self.m.detach().aminmax())
+            ends = [bound.item() for bound in self.m.detach().aminmax()]
         else:
-            low = high = self.m
-        if not (self.interval.first <= low and high <= self.interval.last):
-            wrong = high if self.interval.first <= low else low
-            raise ValueError(f"{type(self).__name__}: expected m in {self.interval}, got {wrong}")
+            ends = [self.m]
+        self.interval.check(f"{type(self).__name__}: expected m", *ends)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         m = self.of_rows(c, rows)

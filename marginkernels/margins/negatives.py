@@ -137,9 +137,9 @@ class CurricularFace(WideAverages, ArcFace):
     CurricularFace (Huang et al., 2020, arXiv:2004.00288).
 
     ``t``, a buffer from 0, is the moving average of the target cosines, in training mode with those
-    of the present batch: hard classes count for little while training starts and for
-    more later. Hard is what exceeds cos(theta_y + m) itself, not the value of the branch. Usual
-    values: m = 0.5, scale 64, alpha = 0.01 (TFace: 0.1).
+    of the present batch: hard classes count for little while training starts and for more later.
+    Hard is what exceeds cos(theta_y + m) itself, not the value of the branch. Usual values: m =
+    0.5, scale 64, alpha = 0.01 (TFace: 0.1).
 
     Args:
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).

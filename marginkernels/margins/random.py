@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import in_group
 from ..generators import StepGenerators
 from .base import Interval, Margin, Rows
 from .target import arc
@@ -69,7 +70,7 @@ class ElasticFace(Margin):
         """Standard normal numbers, (N,), for N rows."""
         generator = None
         if self.generators is not None:
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            rank = dist.get_rank() if in_group() else 0
             generator = self.generators(x.device, rank)
         return torch.randn(len(x), generator=generator, dtype=torch.float32, device=x.device)
 
