@@ -8,13 +8,14 @@
 
 Each run is kept in examples/out/study as it ends: an interrupted study goes on where it was. A loss
 with other settings is trained anew; after a change of network, data or training remove that folder.
-The table goes to docs/study.md, that of a part of the study to examples/out/study.
+The tables go to docs/study.md, those of a part of the study to examples/out/study.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,18 @@ TRIPLET, TRIPLET_START = "N-Softmax, then triplet", "N-Softmax"
 # large batches of whole characters, because the hardest negatives in small ones are easy
 TRIPLET_BATCH_SIZE, TRIPLET_RATE = 1024, 0.1 * training.BACKBONE_RATE
 TRIPLET_SHARE = 4  # sees a fourth of the images that a whole training sees
+
+# differences between runs of one seed, which the reading is about
+COMPARED = (
+    ("N-Softmax", "Softmax"),
+    ("ArcFace, hard", "N-Softmax"),
+    ("ArcFace, easy", "ArcFace, hard"),
+    ("AdaCos", "N-Softmax"),
+    ("AdaCos", "ArcFace, hard"),
+    ("AdaFace", "ArcFace, hard"),
+    ("AdaFace", "CosFace"),
+    (TRIPLET, TRIPLET_START),
+)
 
 INTRODUCTION = """\
 # A study of the losses
@@ -170,34 +183,53 @@ class Study:
             file.write(json.dumps(record) + "\n")
         self.records[self.key(record)] = record
 
-    def table(self, seeds: int) -> str:
-        """A line per loss of which there are runs with these seeds."""
-        lines = [
-            "| loss | 10-fold accuracy | TAR at FAR 1e-3 | rank-1 | runs |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for name in LOSSES:
-            records = [r for seed in range(seeds) if (r := self.result(name, seed))]
-            if records:
-                cells = [name, *(spread([r[metric] for r in records]) for metric in METRICS)]
-                lines.append("| " + " | ".join([*cells, str(len(records))]) + " |")
-        return "\n".join(lines) + "\n"
+    def tables(self, seeds: int) -> str:
+        """Of the losses, and of differences between them, as far as there are runs of the seeds."""
+        metrics = {
+            (name, seed): [record[metric] for metric in METRICS]
+            for name in LOSSES
+            for seed in range(seeds)
+            if (record := self.result(name, seed))
+        }
+        losses = {name: [v for (of, _), v in metrics.items() if of == name] for name in LOSSES}
+        differences = {
+            f"{a} minus {b}": [
+                [x - y for x, y in zip(v, metrics[b, seed], strict=True)]
+                for (of, seed), v in metrics.items()
+                if of == a and (b, seed) in metrics
+            ]
+            for a, b in COMPARED
+        }
+        return f"{table('loss', losses)}\n{table('difference, seed by seed', differences)}"
 
 
-def spread(fractions: list[float]) -> str:
+def table(heading: str, rows: dict[str, list[list[float]]]) -> str:
+    """Mean and deviation of each metric; the rows hold the METRICS of their runs."""
+    lines = [
+        f"| {heading} | 10-fold accuracy | TAR at FAR 1e-3 | rank-1 | runs |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, runs in rows.items():
+        if runs:
+            cells = [name, *map(spread, zip(*runs, strict=True)), str(len(runs))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(fractions: Sequence[float]) -> str:
     """Mean and standard deviation in percent."""
     mean = f"{100 * statistics.mean(fractions):.2f}"
     return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
 
 
-def write(path: Path, study: Study, seeds: int, table: str) -> None:
+def write(path: Path, study: Study, seeds: int, tables: str) -> None:
     introduction = INTRODUCTION.format(
         steps=f"{study.steps:,}", batch_size=BATCH_SIZE, start=TRIPLET_START,
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         triplet_steps=study.triplet_steps, triplet_batch_size=f"{TRIPLET_BATCH_SIZE:,}",
     )  # fmt: skip
     _, heading, reading = (path.read_text() if path.exists() else "").partition(READING)
-    path.write_text(f"{introduction}\n{table}" + (f"\n{heading}{reading}" if heading else ""))
+    path.write_text(f"{introduction}\n{tables}" + (f"\n{heading}{reading}" if heading else ""))
     print(f"wrote {path}")
 
 
@@ -207,10 +239,10 @@ def main() -> None:
     for seed in range(args.seeds):  # all losses with one seed first: a table that can be read early
         for name in args.only:
             study.run(name, seed)
-    table = study.table(args.seeds)
-    print(f"\n{table}")
+    tables = study.tables(args.seeds)
+    print(f"\n{tables}")
     is_whole = args.steps is None and args.seeds >= SEEDS and args.only is LOSSES
-    write(DOCUMENT if is_whole else OUT / "study.md", study, args.seeds, table)
+    write(DOCUMENT if is_whole else OUT / "study.md", study, args.seeds, tables)
 
 
 if __name__ == "__main__":
