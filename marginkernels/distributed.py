@@ -12,9 +12,10 @@ larger mesh, the replicas of a class see different rows; their gradients are the
 average.
 """
 
+import contextlib
 import functools
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,39 @@ def require_same(name: str, values: list) -> None:
                 f"{name}: expected the same on all ranks, got {values[0]} on rank 0 and {value} "
                 f"on rank {rank}"
             )
+
+
+def raise_together(group: dist.ProcessGroup, error: Exception | None) -> None:
+    """Raises on every rank where one has an error: its own, or the first other's with its rank.
+
+    Collective.
+    """
+    kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
+    every = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, None if error is None else (kind, str(error)), group)
+    if error is not None:
+        raise error
+    for rank, theirs in enumerate(every):
+        if theirs is not None:
+            kind, text = theirs
+            raise kind(f"rank {rank}: {text}")
+
+
+@contextlib.contextmanager
+def raising_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raises what the block raises on one rank on all ranks of the group, at the block's end.
+
+    Collective unless the group is None. The block itself must not exchange anything.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if group is not None:
+        raise_together(group, error)
+    elif error is not None:
+        raise error
 
 
 @torch.no_grad()
