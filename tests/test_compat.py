@@ -69,7 +69,7 @@ def make(name, **settings):
 
 
 def batch(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)  # not the numbers of any weights
     x = torch.randn(n, D, dtype=F64, generator=generator)
     return x.requires_grad_(), torch.randint(C, (n,), generator=generator)
 
