@@ -1,33 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""``margin_cross_entropy``: validation, the call of the sweep, and the loss on N numbers."""
+"""``margin_cross_entropy``: validation, the call of the sweep, and the loss of :mod:`.loss`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, ops, sampling, validation
+from . import backends, loss, ops, sampling, validation
 from .autograd import HeadFunction
 from .distributed import ClassShard
 from .exchange import Exchange, Whole
+from .loss import HeadStats
 from .margins import Rows
 from .transforms import IDENTITY, Transform
 
 _AUTO_TILES_BYTES = 256 << 20
-
-
-class HeadStats(NamedTuple):
-    """Detached statistics of the rows, (N,); those of ignored rows are 0 / False.
-
-    Of a sharded head, those of the whole batch, rank after rank.
-    """
-
-    target_cosine: Tensor  # cosine to the target class, without margin
-    correct: Tensor  # bool: the un-margined target logit exceeds every other
-    row_loss: Tensor  # loss of the row, before weights and reduction
 
 
 def margin_cross_entropy(
@@ -145,7 +134,7 @@ def margin_cross_entropy(
     exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
     noise = None if shard is None else _noise(margin, x)
     own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
-    x_norm = exchange.of_own_rows(_row_norm, own_x, x, compute_dtype)
+    x_norm = exchange.of_own_rows(loss.row_norm, own_x, x, compute_dtype)
     sample_weight, row_margin, noise = (
         None if given is None else exchange.rows(given)
         for given in (sample_weight, row_margin, noise)
@@ -191,20 +180,24 @@ def margin_cross_entropy(
     if shard is not None:  # a label that no rank holds must not pass for a loss
         lse = lse.masked_fill(kept & (w_norm.detach() == 0), torch.nan)
     rows = rows._replace(w_norm=torch.where(kept, w_norm, 1.0))
-    norms = _unnormalised_norms(normalize, rows)
+    norms = loss.unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
-    t = _apply(margin, c, rows)
+    t = loss.margined(margin, c, rows)
     bias_y = bias_y[0] if bias_y else 0.0
     z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = _row_loss(z_y, lse, logit_sum, num_classes, label_smoothing, focal_gamma, z_loss)
+    row_loss = loss.row_losses(
+        z_y, lse, logit_sum, num_classes, label_smoothing, focal_gamma, z_loss
+    )
     if hasattr(margin, "regularizer"):
         row_loss = row_loss + margin.regularizer(rows)
     row_loss = torch.where(kept, row_loss, 0.0)
-    loss = _reduce(row_loss, kept, sample_weight, reduction)
+    result = loss.reduced(row_loss, kept, sample_weight, reduction)
     if not return_stats:
-        return loss
+        return result
     correct = kept & (scale * d + bias_y > logit_max)
-    return loss, HeadStats(torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach())
+    return result, HeadStats(
+        torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach()
+    )
 
 
 def _called(
@@ -334,69 +327,4 @@ def _target_cosine(x: Tensor, w: Tensor, label: Tensor, x_norm: Tensor, compute_
     dtype = ops.statistics_dtype(compute_dtype)
     w_y = w[label.clamp_min(0)]
     dot = (x.to(compute_dtype).to(dtype) * w_y.to(compute_dtype).to(dtype)).sum(1)
-    return torch.where(label >= 0, dot / (x_norm * _row_norm(w_y, compute_dtype)), 0)
-
-
-def _row_loss(
-    z_y: Tensor,
-    lse: Tensor,
-    logit_sum: Tensor,
-    num_classes: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    z_loss: float,
-) -> Tensor:
-    """The loss of each row, (N,), from its target logit and the sums over the other classes."""
-    loss = nll = -F.logsigmoid(z_y - lse)
-    if label_smoothing > 0:
-        loss = loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
-    if focal_gamma > 0:
-        loss = loss * _focal_factor(nll, focal_gamma)
-    if z_loss > 0:
-        loss = loss + z_loss * (z_y + nll) ** 2  # the log-sum-exp over all classes
-    return loss
-
-
-def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
-    """(1 - p)^gamma from nll = -log p, with a bounded slope at p = 1."""
-    return (-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny) ** gamma
-
-
-def _row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
-    rounded = x.to(ops.statistics_dtype(compute_dtype))
-    if x.dtype != compute_dtype:  # the value alone: through compute_dtype the gradient would round
-        no_change = (rounded - rounded.detach()).nan_to_num()
-        rounded = rounded.detach().to(compute_dtype).to(rounded.dtype) + no_change
-    return (rounded * rounded).sum(1).clamp_min(ops.norm_min(compute_dtype) ** 2).sqrt()
-
-
-def _unnormalised_norms(normalize: str, rows: Rows) -> Tensor | None:
-    """The norms that a row's target logit keeps, (N,), or None where both sides are normalised."""
-    if normalize == "both":
-        return None
-    return rows.x_norm if normalize == "weight" else rows.x_norm * rows.w_norm
-
-
-def _apply(margin: nn.Module, c: Tensor, rows: Rows) -> Tensor:
-    t = margin(c, rows)
-    if not isinstance(t, Tensor) or t.shape != c.shape:
-        came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-        raise ValueError(
-            f"margin: expected {type(margin).__name__} to return a tensor {tuple(c.shape)} "
-            f"for the rows' cosines, got {came}"
-        )
-    return t.to(c.dtype)
-
-
-def _reduce(row_loss: Tensor, kept: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    weight = kept.to(row_loss.dtype)
-    if sample_weight is not None:
-        weight = weight * sample_weight.to(row_loss.dtype)
-    weighted = row_loss * weight
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = weight.sum()
-    return weighted.sum() / torch.where(total > 0, total, 1.0)
+    return torch.where(label >= 0, dot / (x_norm * loss.row_norm(w_y, compute_dtype)), 0)
