@@ -201,6 +201,17 @@ def local(tensor: Tensor | None) -> Tensor | None:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def held_shards(module: nn.Module) -> dict[str, tuple[Tensor, ClassShard]]:
+    """The weights and biases in a module that are this rank's part of what is split, by name."""
+    return {
+        f"{path}.{own}" if path else own: (getattr(head, own), head.shard)
+        for path, head in module.named_modules()
+        if isinstance(getattr(head, "shard", None), ClassShard)
+        for own in ("weight", "bias")
+        if isinstance(getattr(head, own, None), Tensor)
+    }
+
+
 @functools.cache  # once
 def refuse_ddp() -> None:
     """Makes DistributedDataParallel refuse a model with a sharded head inside."""
@@ -211,13 +222,7 @@ def _refuse_ddp(module: nn.Module, name: str, submodule: nn.Module | None) -> No
     # DDP registers the model before it copies rank 0's parameters to all ranks
     if name != "module" or not isinstance(module, nn.parallel.DistributedDataParallel):
         return
-    shards = [
-        f"{path}.{own}" if path else own
-        for path, head in submodule.named_modules()
-        if isinstance(getattr(head, "shard", None), ClassShard)
-        for own in ("weight", "bias")
-        if isinstance(getattr(head, own, None), Tensor)
-    ]
+    shards = list(held_shards(submodule))
     if not set(shards) <= set(module.parameters_to_ignore):
         raise ValueError(
             f"DistributedDataParallel: {', '.join(shards)} would be rank 0's on all ranks, but "

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Checkpoints that move between world sizes, in the format of ``torch.distributed.checkpoint``.
+
+They add to it: a directory of the given name exists only as a whole checkpoint. Saving changes
+nothing that is saved. Loading checks everything before it changes anything, a checksum of every
+byte included. And it runs no code from the files: tensors and settings are read by
+``torch.load(weights_only=True)``, and the index by an unpickler that knows the index's own classes
+and no other.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..distributed import in_group, raising_together, require_agreement
+from . import files
+from .index import Index
+from .state import State
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes the state of model and optimizer into a new directory. Collective.
+
+    Each rank writes what it holds; what all hold alike is written once. Files go to a directory
+    beside ``path``, ``<name>.<random>.partial``, which is renamed in one step at the end. So
+    ``path`` exists only as a whole checkpoint, earlier ones are not touched, and two saves at once
+    do not mix: the second fails. A save that was killed leaves its partial directory, which nothing
+    reads; delete those when no job is saving. ``torch.distributed.checkpoint.load`` reads
+    checkpoints too.
+
+    Args:
+        path: a directory that does not exist yet, on storage that all ranks share.
+        model: the head, or a module that contains it; a module wrapped in DistributedDataParallel
+            saves as the one inside. The weights of
+            :class:`marginkernels.compat.insightface.PartialFC_V2` are saved as one tensor of all
+            classes.
+        optimizer: of the model's parameters; any of ``torch.optim`` but LBFGS.
+        process_group: the ranks that save; None: the default group, or this process alone.
+
+    Raises:
+        FileExistsError: on all ranks, if ``path`` exists.
+        ValueError, TypeError, RuntimeError: on all ranks, if arguments do not fit, or writing
+            fails on one.
+    """
+    group = _group(process_group)
+    path = _agreed(path, optimizer, group)
+    with raising_together(group):
+        state = State(model, optimizer).to_save()
+    name = _on_first(group, lambda: files.new_folder(path))
+    partial = path.with_name(name)
+    try:
+        with raising_together(group):
+            if not partial.is_dir():
+                raise ValueError(f"path: expected storage that all ranks share, got {path}")
+        writer = files.Writer(partial)
+        with _as_ours(path):
+            dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+        sums = _gathered(group, writer.sums)
+        _on_first(group, lambda: files.publish(partial, path, sums))
+    except BaseException:
+        if _rank(group) == 0:
+            files.remove(partial)
+        raise
+
+
+def load_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Reads what :func:`save_checkpoint` wrote, whatever the number of ranks then and now, into
+    model and optimizer in place. Collective.
+
+    Names, shapes, settings and checksums are compared on all ranks before anything is changed. Only
+    storage that fails between that and the reading leaves a part of the new values. Gradients stay
+    as they are. Parameters without a saved state, such as those that were frozen, start afresh, and
+    a warning names them. The state of a sampler need not be on both sides.
+
+    Args: as in :func:`save_checkpoint`; the optimizer may have a state or not, and other parameter
+        groups, as long as each group's parameters were saved with the same settings.
+
+    Raises:
+        FileNotFoundError: on all ranks, if there is no checkpoint, or a partial one only.
+        ValueError, TypeError, RuntimeError: on all ranks, if files do not fit the model, have
+            changed since, or hold anything but tensors and plain settings.
+    """
+    group = _group(process_group)
+    path = _agreed(path, optimizer, group)
+    if not _on_first(group, path.is_dir):
+        raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
+    with raising_together(group):
+        index = Index(path)
+        state = State(model, optimizer)
+        targets = state.targets(index)
+    parts = ("model", "optimizer") if optimizer is not None else ("model",)
+    with raising_together(group):
+        index.check_bytes(parts, _rank(group), 1 if group is None else dist.get_world_size(group))
+    with raising_together(group):
+        state.read_settings(index)
+    with _as_ours(path):
+        dcp.load(
+            targets,
+            storage_reader=index.reader(),
+            process_group=group,
+            no_dist=group is None,
+        )
+    state.apply()
+    if _rank(group) == 0:
+        for warning in index.warnings + state.warnings:
+            warnings.warn(f"{path}: {warning}", stacklevel=2)
+
+
+def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if process_group is None and in_group() else process_group
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _agreed(path, optimizer, group: dist.ProcessGroup | None) -> Path:
+    with raising_together(group):
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path: expected a path, got {type(path).__name__}")
+        path = Path(path)
+    if group is not None:
+        require_agreement(group, path=path, optimizer=type(optimizer).__name__)
+    return path
+
+
+def _gathered(group: dist.ProcessGroup | None, values: dict) -> dict:
+    """The values of all ranks in one dictionary."""
+    if group is None:
+        return values
+    every = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, values, group)
+    return {key: value for theirs in every for key, value in theirs.items()}
+
+
+def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> Any:
+    """Gives all ranks what the function returns or raises on the first; they wait for it."""
+    if group is None:
+        return function()
+    result = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            result[0] = function()
+        except Exception as error:
+            result[1] = error
+    dist.broadcast_object_list(result, group=group, group_src=0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+@contextlib.contextmanager
+def _as_ours(path: Path) -> Iterator[None]:
+    """Raises RuntimeError for torch's CheckpointException, which is no Exception, and leaves out a
+    warning that there is no process group.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = f"{path}: rank {rank}: {type(cause).__name__}: {cause}"
+        raise RuntimeError(reason) from error

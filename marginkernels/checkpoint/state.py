@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The state of a model and its optimizer by the names of parameters, in and out.
+
+``torch.distributed.checkpoint.state_dict`` has it too, but fills an optimizer without state by a
+step with gradients of 0, which is a step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import (
+    _get_fqns,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ..distributed import ClassShard, held_shards
+from .index import Index
+
+# of a parameter group: what says which parameters it has, and is never loaded
+_OF_PARAMETERS = ("params", "param_names")
+
+
+class State:
+    """Raises ValueError or TypeError for a model or optimizer that cannot be saved."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
+        _check(model, optimizer)
+        self.warnings = []
+        self._model, self._optimizer = model, optimizer
+        self._shards = {
+            _name(model, name): shard
+            for name, (tensor, shard) in held_shards(model).items()
+            if not hasattr(tensor, "to_local")
+        }
+        self._in_model = get_model_state_dict(model)
+        self._parameters = {_name(model, name): p for name, p in model.named_parameters()}
+        if optimizer is not None:
+            self._of_optimizer()
+
+    def _of_optimizer(self) -> None:
+        names = {p: name for name, p in self._parameters.items()}
+        groups = self._optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        for p in parameters:
+            if p not in names:
+                raise ValueError(
+                    f"optimizer: expected parameters of the model, got one of {tuple(p.shape)}"
+                )
+        self._trained = [names[p] for p in parameters]
+        packed = self._optimizer.state_dict()
+        self._of_parameter = {self._trained[i]: values for i, values in packed["state"].items()}
+        self._groups = [
+            group | {"params": [self._trained[i] for i in group["params"]]}
+            for group in packed["param_groups"]
+        ]
+
+    def to_save(self) -> dict:
+        """All of it, as ``torch.distributed.checkpoint.save`` takes it."""
+        state = {"model": {name: self._split(name, t) for name, t in self._in_model.items()}}
+        if self._optimizer is not None:
+            of_parameter = {
+                name: {key: self._storable(name, key, value) for key, value in values.items()}
+                for name, values in self._of_parameter.items()
+            }
+            groups = [{key: _python(v) for key, v in group.items()} for group in self._groups]
+            state["optimizer"] = {"state": of_parameter, "param_groups": groups}
+        return state
+
+    def _split(self, name: str, value: Any) -> Any:
+        """Of what is split over ranks as plain tensors, this rank's rows as such."""
+        shard = self._shards.get(name)
+        return value if shard is None else Rows(value, shard)
+
+    def _storable(self, name: str, key: str, value: Any) -> Any:
+        parameter, shard = self._parameters[name], self._shards.get(name)
+        on_one_rank = isinstance(value, Tensor) and not hasattr(value, "to_local") and value.ndim
+        if on_one_rank and shard is not None and len(value) == shard.size == len(parameter):
+            return Rows(value, shard)
+        if (on_one_rank or isinstance(value, dict | list | tuple)) and (
+            shard is not None or hasattr(parameter, "to_local")
+        ):
+            raise ValueError(
+                f"optimizer: expected state of {name}, which is split over ranks, with a row for "
+                f"each of its rows, got {key} {tuple(getattr(value, 'shape', ()))}"
+            )
+        return _python(value)
+
+    def targets(self, index: Index) -> dict[str, Tensor]:
+        """The tensors that checkpoint entries go to, by key: those of the model and the optimizer,
+        new ones where the optimizer has none.
+
+        ValueError if the checkpoint does not fit.
+        """
+        self._targets = {}
+        self._settings = {}  # entries that are read by themselves
+        self._model_targets(index)
+        if self._optimizer is not None:
+            self._optimizer_targets(index)
+        return self._targets
+
+    def _model_targets(self, index: Index) -> None:
+        saved = index.grouped("model")
+        for problem, names in (
+            ("has no", self._in_model.keys() - saved.keys()),
+            ("has a", saved.keys() - self._in_model.keys()),
+        ):
+            names = sorted(name for name in names if not _is_sampler(name))
+            if names:
+                raise ValueError(f"model: expected that of {index.folder}, which {problem} {names}")
+        for name in saved.keys() & self._in_model.keys():
+            value = self._in_model[name]
+            for key in saved[name]:
+                shape = index.shape(key)
+                if shape is None or not isinstance(value, Tensor):
+                    self._settings[key] = None
+                    continue
+                target = self._split(name, value)
+                if target.size() != shape:
+                    raise ValueError(
+                        f"model: expected {name} {tuple(shape)} as in {index.folder}, got "
+                        f"{tuple(target.size())}"
+                    )
+                self._targets[key] = target
+
+    def _optimizer_targets(self, index: Index) -> None:
+        if not index.under("optimizer"):
+            raise ValueError(f"optimizer: expected None, as {index.folder} has no optimizer's")
+        saved = index.grouped("optimizer", "state")
+        for name in self._trained:
+            for key, path in saved.get(name, {}).items():
+                shape = index.shape(key)
+                if shape is None or not shape:
+                    self._settings[key] = None
+                else:
+                    dtype = index.entries[key].properties.dtype
+                    held = self._of_parameter.get(name, {}).get(path[0])
+                    self._targets[key] = self._target(name, path[0], held, shape, dtype)
+        fresh = [n for n in self._trained if n not in saved and self._parameters[n].requires_grad]
+        if saved and fresh:
+            self.warnings.append(f"no optimizer state of {', '.join(fresh)}: it starts afresh")
+        self._settings |= dict.fromkeys(index.under("optimizer", "param_groups"))
+
+    def _target(self, name, key, held, shape, dtype) -> Tensor:
+        """Room for the state of a parameter: what the optimizer holds, if that fits, or new."""
+        parameter, shard = self._parameters[name].detach(), self._shards.get(name)
+        whole = parameter if shard is None else Rows(parameter, shard)
+        if shape == whole.size():
+            room = torch.empty_like(parameter, dtype=dtype)
+        elif hasattr(parameter, "to_local"):
+            raise ValueError(
+                f"optimizer: expected state of {name} {tuple(whole.size())}, got {key} "
+                f"{tuple(shape)}"
+            )
+        elif shard is not None and shape[0] == shard.total:
+            room = parameter.new_empty(shard.size, *shape[1:], dtype=dtype)
+        else:
+            shard, room = None, parameter.new_empty(shape, dtype=dtype)
+        if type(held) is type(room) and (held.shape, held.dtype) == (room.shape, room.dtype):
+            room = held
+        return room if shard is None else Rows(room, shard)
+
+    def read_settings(self, index: Index) -> None:
+        """Reads all but the targets. ValueError if the optimizer's settings do not fit."""
+        for key in self._settings:
+            self._settings[key] = index.read(key)
+        self._index = index
+        if self._optimizer is not None:
+            saved = self._nested("optimizer")["param_groups"]
+            self._groups = [self._group(group, saved) for group in self._groups]
+
+    def _group(self, group: dict, saved: list[dict]) -> dict:
+        """A parameter group with the settings that its parameters were saved with."""
+        sources = [s for s in saved if set(s["params"]) & set(group["params"])]
+        settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
+        for other in settings[1:]:
+            if other != settings[0]:
+                raise ValueError(
+                    f"optimizer: expected the settings {settings[0]} for all parameters of a "
+                    f"group, got {other} too, in which {sources[0]['params'][0]} and "
+                    f"{sources[1]['params'][0]} were saved"
+                )
+        if not settings:
+            return group
+        defaults = self._optimizer.defaults.keys()
+        lacking, foreign = defaults - settings[0].keys(), settings[0].keys() - group.keys()
+        if lacking and foreign - {"initial_lr"}:
+            raise ValueError(
+                f"optimizer: expected one with {sorted(foreign)} and without {sorted(lacking)}, "
+                f"got {type(self._optimizer).__name__}"
+            )
+        return group | settings[0]
+
+    def apply(self) -> None:
+        """Gives model and optimizer what has been read."""
+        set_model_state_dict(self._model, self._in_model | self._nested("model"))
+        if self._optimizer is None:
+            return
+        numbers = {name: i for i, name in enumerate(self._trained)}
+        of_parameter = self._nested("optimizer").get("state", {})
+        groups = [g | {"params": [numbers[name] for name in g["params"]]} for g in self._groups]
+        self._optimizer.load_state_dict(
+            {
+                "state": {numbers[name]: values for name, values in of_parameter.items()},
+                "param_groups": groups,
+            }
+        )
+
+    def _nested(self, part: str) -> dict:
+        """What has been read of a part of the checkpoint, by the names on the paths."""
+        found = {key: getattr(t, "rows", t) for key, t in self._targets.items()} | self._settings
+        paths = self._index.under(part)
+        return unflatten_state_dict({key: found[key] for key in paths if key in found}, paths)
+
+
+class Rows(Tensor):
+    """Rows of a tensor that is split over ranks in any way, for torch's planners of checkpoints:
+    what a DTensor is to them.
+    """
+
+    def __new__(cls, rows: Tensor, shard: ClassShard):
+        self = rows.detach().as_subclass(cls)
+        self.rows = rows.detach()
+        self.whole = torch.Size([shard.total, *rows.shape[1:]])
+        self.chunk = ChunkStorageMetadata(
+            torch.Size([shard.start] + [0] * (rows.ndim - 1)), rows.shape
+        )
+        return self
+
+    def size(self) -> torch.Size:
+        return self.whole
+
+    def __create_write_items__(self, key: str, _) -> list[WriteItem]:
+        if not self.rows.shape[0]:  # another rank's rows may start where these do
+            return []
+        properties = TensorProperties.create_from_tensor(self.rows)
+        data = TensorWriteData(self.chunk, properties, self.whole)
+        return [WriteItem(MetadataIndex(key, self.chunk.offsets), WriteItemType.SHARD, None, data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self.chunk]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.rows
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise TypeError(
+                f"model: expected fully_shard, got {name or 'it'} in a FullyShardedDataParallel"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model: expected values, got {name} on the meta device")
+
+
+def _name(model: nn.Module, name: str) -> str:
+    """The name of a parameter without those of wrappers, as in torch's checkpoints."""
+    [name] = _get_fqns(model, name)
+    return name
+
+
+def _is_sampler(name: str) -> bool:
+    """Whether it is the state of random numbers that only a head with a sample_rate has."""
+    return name.split(".")[-2:] == ["sampler", "_extra_state"]
+
+
+def _python(value: Any) -> Any:
+    """A number of numpy's, which loading does not take, as Python's."""
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
