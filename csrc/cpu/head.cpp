@@ -92,7 +92,8 @@ struct Prepared {
     }
 };
 
-// Merges the stripes of row i: log of the sum of exponentials; -inf where there is no negative.
+// Merges the stripes of row i: log of the sum of exponentials, in fp64 and rounded once; -inf where
+// there is no negative.
 float merged_lse(const Sweep& s, int64_t i) {
     float largest = s.stripe_max[i];
     for (int64_t at = i; at < s.stripes * s.padded_n; at += s.padded_n)

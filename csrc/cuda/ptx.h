@@ -230,6 +230,12 @@ __device__ __forceinline__ void round_to(float& to, float value) {
 __device__ __forceinline__ double exp2(double x) {
     return ::exp2(x);
 }
+__device__ __forceinline__ float fma(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+__device__ __forceinline__ double fma(double a, double b, double c) {
+    return ::fma(a, b, c);
+}
 
 // fp64 results go into any type.
 template <class T>

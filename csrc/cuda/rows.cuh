@@ -91,6 +91,21 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     plane[kFold * stride] = fold;
 }
 
+// m unit + log(l) of a normal l > 0, rounded once where it is large: an error of lse is a relative
+// error of every probability, and log(l) alone may be 50.
+__device__ __forceinline__ float log_sum(float m, float unit, float l) {
+    const uint32_t bits = mk::bit_cast<uint32_t>(l);
+    const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
+    const float mantissa = mk::bit_cast<float>((bits & 0x7fffff) | 0x3f800000);
+    // ln 2 in two parts: the product with the first one is exact
+    const float small = ptx::fma(exponent, -2.12194440e-4F, logf(mantissa));
+    return ptx::fma(exponent, 0.693359375F, ptx::fma(m, unit, small));
+}
+
+__device__ __forceinline__ double log_sum(double m, double unit, double l) {
+    return m * unit + log(l);
+}
+
 // Merges the partial statistics of a row, and takes <x_i, w_y>.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
@@ -138,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     if (lane != 0 || !there) return;
     const bool none = l == 0;  // no negatives
     const auto set = [&](void* to, A value) { static_cast<A*>(to)[row] = value; };
-    set(call.lse, none ? -INFINITY : m * unit + log(l));
+    set(call.lse, none ? -INFINITY : log_sum(m, unit, l));
     if (call.logit_sum) set(call.logit_sum, sum * unit);
     if (call.logit_max) set(call.logit_max, none ? -INFINITY : top * unit);
     const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);

@@ -115,7 +115,7 @@ def finish_rows_kernel(
             part_top = tl.load(slot + MAX_PLANE * plane, mask=there, other=-1e30)
             top = tl.maximum(top, tl.max(part_top, 0))
     none = l == 0  # no negatives
-    value = tl.fma(m, UNIT, tl.log2(tl.where(none, 1.0, l)) * LN2)
+    value = _log_sum(m, UNIT, tl.where(none, 1.0, l))
     tl.store(lse + row, tl.where(none, float("-inf"), value), mask=row < N)
     if logit_sum is not None:
         tl.store(logit_sum + row, total * UNIT, mask=row < N)
@@ -139,6 +139,20 @@ def finish_rows_kernel(
         cosine *= q
     tl.store(d + row, cosine, mask=row < N)
     tl.store(w_norm + row, tl.where(owned, 1 / q, 0.0), mask=row < N)
+
+
+@triton.jit
+def _log_sum(m, UNIT: tl.constexpr, l):
+    """m UNIT + log(l) of a normal l > 0, rounded once where it is large.
+
+    An error of lse is a relative error of every probability, and log(l) alone may be 50.
+    """
+    bits = l.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - 127).to(tl.float32)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    # ln 2 in two parts: the product with the first one is exact
+    small = tl.fma(exponent, -2.12194440e-4, tl.log(mantissa))
+    return tl.fma(exponent, 0.693359375, tl.fma(m, UNIT, small))
 
 
 @triton.jit(do_not_specialize=["N", "D_TILES"])
