@@ -105,6 +105,7 @@ import json, torch
 from marginkernels.backends import native
 from marginkernels import ArcFace
 from problems import random_problem
+import test_logits
 why_not = native.unavailable_reasons()
 for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16):
     torch.manual_seed(0)
@@ -112,6 +113,12 @@ for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32
     exact, plain = problem.solve_exact(), problem.solve_plain()
     for save_tiles in (True, False) if not why_not else ():
         problem.check("native", exact, plain, save_tiles=save_tiles)
+    for learns in ("nothing", "bias", "scale") if not why_not else ():
+        test_logits.test_backward_makes_the_logits_that_forward_made(
+            learns, types[2] or types[0], "native", "cpu"
+        )
+if not why_not:
+    test_logits.test_sum_of_logits_that_a_bias_masks("native", "cpu")
 print(json.dumps([why_not, native.extension and native.extension.build_info()["cpu_capability"]]))
 """
     out = python("-W", "ignore", "-c", code, cwd=ROOT / "tests", MARGINKERNELS_CPU=capability)

@@ -18,7 +18,7 @@ void make_gradient(const Sweep& s, int64_t row, int64_t column, int64_t count,
     const vfloat a = load(s.a + row);
     const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
     for_logits(s, mk::Identity(), row, column, count, scratch, bias,
-               [&](int64_t j, float* at, vfloat z, vfloat) {
+               [&](int64_t j, float* at, vfloat z, vfloat, vfloat) {
                    store(at, a * mk::exp(z - lse) * scratch.q[j]);
                });
 }
@@ -33,10 +33,10 @@ float make_gradient_and_sums(const Sweep& s, T transform, int64_t row, int64_t c
     const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
     vfloat weighted = {};
     for_logits(s, transform, row, column, count, scratch, bias,
-               [&](int64_t j, float* at, vfloat z, vfloat slope) {
-                   const vfloat g = z > kNoLogit ? a * mk::exp(z - lse) + u : vfloat{};
-                   const vfloat unbiased = z > kNoLogit ? z - bias[j] : vfloat{};
-                   weighted = g * unbiased + weighted;
+               [&](int64_t j, float* at, vfloat z, vfloat unbiased, vfloat slope) {
+                   const auto there = unbiased > kNoLogit;
+                   const vfloat g = there ? a * mk::exp(z - lse) + u : vfloat{};
+                   weighted = g * (there ? unbiased : vfloat{}) + weighted;
                    float* dbias = scratch.dbias + j * kLanes;
                    store(dbias, load(dbias) + g);
                    store(at, g * slope * scratch.q[j]);

@@ -53,7 +53,9 @@ void take_targets(const Sweep& s, int64_t begin, int64_t rows, int64_t first, in
     });
 }
 
-// A vector of rows: z of all classes of the block in turn, and the slope of the transform there.
+// A vector of rows, all classes of the block in turn: z, z before the bias, and the transform's
+// slope. Both sweeps get the same bits: an error of z in one of them is a relative error of a
+// probability. z before the bias is -inf where a class was taken out, not where its bias is.
 template <class T, class F>
 MK_HOST_DEVICE void for_logits(const Sweep& s, T, int64_t row, int64_t column, int64_t count,
                                const Scratch& scratch, Bias bias, const F& f) {
@@ -61,13 +63,16 @@ MK_HOST_DEVICE void for_logits(const Sweep& s, T, int64_t row, int64_t column, i
     const vfloat parameter = load(s.parameter + row);
     for (int64_t j = 0; j < count; ++j) {
         float* at = scratch.logits + j * kLogitsStride + column;
-        const vfloat z = load(at) * scratch.q[j] * scale + bias[j];
+        const vfloat product = load(at) * scratch.q[j];
+        const vfloat unbiased = multiply_add(product, scale, vfloat{});
         if constexpr (is_identity<T>) {
-            f(j, at, z, splat(1));
+            f(j, at, multiply_add(product, scale, splat(bias[j])), unbiased, splat(1));
         } else {
-            const auto made = T::apply(z * (1.0F / s.scale), parameter, s.constants);
+            const auto made = T::apply(unbiased * (1.0F / s.scale), parameter, s.constants);
+            const vfloat z = multiply_add(made.value, splat(s.scale), vfloat{});
             // what was taken out stays out
-            f(j, at, z > kNoLogit ? s.scale * made.value : z, made.slope);
+            const vfloat kept = unbiased > kNoLogit ? z : unbiased;
+            f(j, at, kept, kept, made.slope);
         }
     }
 }
@@ -90,7 +95,7 @@ vfloat largest_logit(const Sweep& s, int64_t row, int64_t column, int64_t count,
                      const Scratch& scratch, Bias bias) {
     vfloat largest = splat(kNoLogit);
     for_logits(s, mk::Identity(), row, column, count, scratch, bias,
-               [&](int64_t, float*, vfloat z, vfloat) { largest = max(z, largest); });
+               [&](int64_t, float*, vfloat z, vfloat, vfloat) { largest = max(z, largest); });
     return largest;
 }
 
@@ -105,20 +110,21 @@ void add_statistics(const Sweep& s, T transform, int64_t stripe, int64_t row, in
     }
     if (s.want_sum) {
         vfloat total = {};
-        for_logits(
-            s, transform, row, column, count, scratch, bias,
-            [&](int64_t, float*, vfloat z, vfloat) { total += z > kNoLogit ? z : vfloat{}; });
+        for_logits(s, transform, row, column, count, scratch, bias,
+                   [&](int64_t, float*, vfloat z, vfloat unbiased, vfloat) {
+                       total += unbiased > kNoLogit ? z : vfloat{};
+                   });
         for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
     }
     const vfloat previous = load(s.stripe_max + at);
     vfloat limit = previous;
     if (!s.fixed_offset)
         for_logits(s, transform, row, column, count, scratch, bias,
-                   [&](int64_t, float*, vfloat z, vfloat) { limit = max(z, limit); });
+                   [&](int64_t, float*, vfloat z, vfloat, vfloat) { limit = max(z, limit); });
     vfloat total = {};
     const bool keep = s.tiles != nullptr;
     for_logits(s, transform, row, column, count, scratch, bias,
-               [&](int64_t j, float* to, vfloat z, vfloat) {
+               [&](int64_t j, float* to, vfloat z, vfloat, vfloat) {
                    const vfloat e = mk::exp(z - limit);
                    total += e;
                    if (keep) store(to, e * scratch.q[j]);

@@ -44,6 +44,21 @@ MK_HOST_DEVICE vfloat max(vfloat a, vfloat b) {
     return a > b ? a : b;
 }
 
+// a b + c, rounded once where the processor can. The compiler may or may not make one of a product
+// and a sum, in each place as it likes: where two places must give the same bits, this is called.
+MK_HOST_DEVICE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(MK_EMULATE) || (defined(__x86_64__) && MK_VECTOR_BYTES == 16)
+    return a * b + c;
+#elif !defined(__x86_64__)
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#elif MK_VECTOR_BYTES == 32
+    return vfloat(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return vfloat(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#endif
+}
+
 MK_HOST_DEVICE float sum(vfloat v) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];

@@ -26,8 +26,8 @@ struct DenseLogit {
         const auto transformed = F::apply(c, parameter, constants);
         value = transformed.value;
         slope = transformed.slope;
-        f = scale * value + bias;
-        z = scale * c + bias;
+        f = ptx::fma(scale, value, bias);  // the same bits in both sweeps
+        z = ptx::fma(scale, c, bias);
     }
 };
 
@@ -119,10 +119,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         const A inverse = static_cast<const A*>(chunk.x_inv)[row];
         const DenseLogit<A, F> logit(products[row] * inverse * q, scale, bias,
                                      at_or(chunk.row_parameter, row, A(0)), constants);
-        const A lse = static_cast<const A*>(call.lse)[row];
+        A lse = static_cast<const A*>(call.lse)[row];
+        // no negatives, or all of them masked by their bias: the exponential is 0, or a target's
+        if (lse == -INFINITY) lse = 0;
         A g = static_cast<const A*>(call.grad_lse)[row] * exp_of(logit.f - lse) +
               at_or(call.grad_sum, row, A(0));
-        // a row without negatives, whose lse is -inf, has no other class than this
         g = chunk.y[row] == chunk.first_class + class_ ? A(0) : g;
         dbias += g;
         dscale += g * logit.value;

@@ -64,11 +64,15 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
         const bool labelled = flagged && first_row + row < tile_call.n;
         const int label = labelled ? static_cast<int>(tile_call.y[first_row + row]) : -1;
         const int target = label - first_class;
+        const float row_rate = rate[row] * scale;  // as statistics_rows_kernel makes it
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             float& v = sums.at(row, 0, k);
-            const auto f = F::apply(v * q[k] * rate[row], parameter[row], tile_call.constants);
-            const float z = scale * f.value + bias[k];
+            const float product = v * q[k];
+            const auto f = F::apply(product * rate[row], parameter[row], tile_call.constants);
+            // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
+            const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
+                                                            : scale * f.value;
             float g = a[row] * ptx::exp2((z - lse[row]) * kLog2E) + u[row];
             g = target == k || k >= classes ? 0.0F : g;
             dbias[k] += g;

@@ -86,14 +86,22 @@ struct RowStatistics {
 };
 
 // Logits of a row and a block of classes, but for a factor that is returned: v are dot products
-// times q_j, -inf for the dead. `top` is the maximum before a transform.
+// times q_j, -inf for the dead. `top` is the maximum before a transform. `sum` leaves out the dead,
+// but not what a bias of -inf masks.
 template <class Options>
 __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const float (&bias)[8],
                                            float parameter, const TileCall& call, float scale,
-                                           float& top) {
+                                           float& top, float& sum) {
+    const auto add = [&](bool dead, float logit) {
+        if constexpr (Options::kSum) sum += dead ? 0.0F : logit;
+    };
     if constexpr (Options::kBias) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] = v[k] * rate + bias[k];
+        for (int k = 0; k < 8; ++k) {
+            const bool dead = v[k] == -INFINITY;
+            v[k] = ptx::fma(v[k], rate, bias[k]);  // the same bits as in general_gradient
+            add(dead, v[k]);
+        }
         return 1.0F;
     } else if constexpr (Options::kTransformed) {
 #pragma unroll
@@ -103,9 +111,12 @@ __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const floa
             top = fmaxf(top, c * scale);
             const float f = scale * Options::Functor::apply(c, parameter, call.constants).value;
             v[k] = dead ? -INFINITY : f;
+            add(dead, f);
         }
         return 1.0F;
     } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) add(v[k] == -INFINITY, v[k]);
         return rate;
     }
 }
@@ -115,12 +126,12 @@ template <class Options, class Sums>
 __device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sums, int row,
                                         float rate, const float (&bias)[Sums::kClassBlocks][8],
                                         float parameter, const TileCall& call, float scale) {
-    float v[Sums::kClassBlocks][8], factor, highest = -INFINITY, top = kNoMaximum;
+    float v[Sums::kClassBlocks][8], factor, highest = -INFINITY, top = kNoMaximum, sum = 0.0F;
 #pragma unroll
     for (int b = 0; b < Sums::kClassBlocks; ++b) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) v[b][k] = sums.at(row, b, k);
-        factor = to_logits<Options>(v[b], rate, bias[b], parameter, call, scale, top);
+        factor = to_logits<Options>(v[b], rate, bias[b], parameter, call, scale, top, sum);
 #pragma unroll
         for (int k = 0; k < 8; ++k) highest = fmaxf(highest, v[b][k]);
     }
@@ -129,14 +140,12 @@ __device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sum
     const float higher = Options::kSave ? stats.m[row] : fmaxf(stats.m[row], highest);
     if constexpr (!Options::kSave) l *= ptx::exp2((stats.m[row] - higher) * Options::kToLog2);
     stats.m[row] = higher;
-    float sum = 0.0F;
 #pragma unroll
     for (int b = 0; b < Sums::kClassBlocks; ++b)
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const float p = ptx::exp2((v[b][k] * factor - higher) * Options::kToLog2);
             if constexpr (Options::kSave) sums.at(row, b, k) = p;
-            if constexpr (Options::kSum) sum += v[b][k] == -INFINITY ? 0.0F : v[b][k];
             l += p;
         }
     stats.l[row] = l;

@@ -149,20 +149,21 @@ def statistics_kernel(
         if NORMALIZE_W:
             q = tl.load(w_inv + col)
             v *= q[None, :]
-        rate = r  # the logits are v * rate
-        if bias is not None:
-            v = v * rate[:, None] + tl.load(bias + col)[None, :]
-            rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
         flag = flags + row_tile.to(tl.int64) * flags_stride + tile
         v = _without_dead(v, flag, label, start, C, BLOCK_C)
+        rate = r  # the logits are v * rate
+        dead = v == float("-inf")  # not so a class that its bias masks
+        if bias is not None:
+            v = tl.fma(v, rate[:, None], tl.load(bias + col)[None, :])
+            rate = 1.0
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
             v, _ = TRANSFORM(v, parameter, constants)
         if WANT_SUM:
-            total += tl.sum(tl.where(v == float("-inf"), 0.0, v), 1) * rate
+            total += tl.sum(tl.where(dead, 0.0, v), 1) * rate
         if SAVE_TILES:
             p = tl.exp2(v * rate[:, None] - offset)
             row64 = row.to(tl.int64)[:, None] * (tiles_stride * BLOCK_C)
@@ -264,7 +265,8 @@ def gradient_kernel(
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
         v, slope = TRANSFORM(v, parameter, constants)
     if bias is not None:
-        z = v * r[:, None] + tl.load(bias + col)[None, :]
+        # with the bits that it had in the statistics: its error is one of exp(z - lse)
+        z = tl.fma(v, r[:, None], tl.load(bias + col)[None, :])
         p = tl.exp2((z - offset[:, None]) * LOG2E)
     else:
         # what rounding takes from the offset of a row, at s = 256 several digits, goes into a

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""What forward hands to backward: log-sum-exps, logits that are made twice, classes left out."""
+
+import math
+
+import pytest
+import torch
+
+from marginkernels import ArcFace, NSoftmax, margin_cross_entropy, ops
+from marginkernels.testing import assert_within_budget
+from problems import Problem, random_problem
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def test_lse_is_rounded_once(backend, device):
+    """It is the log of the sum of the tiles kept, to half a unit in the last place: backward weighs
+    them by exp(-lse).
+    """
+    if backend == "reference":
+        pytest.skip("the reference backend keeps no tiles")
+    n, c, scale = 200, 8, 58.0  # below 59, where exponentials are not relative to anything
+    x, w = torch.ones(n, 2, device=device), torch.ones(c, 2, device=device)
+    x[:, 1], w[:, 1] = torch.linspace(-1, 1, n), torch.linspace(0.1, 1, c)
+    lse, *_, w_inv, tiles = ops.head_fwd(backend)(
+        x, w, torch.full((n,), -1, device=device), torch.tensor(scale, device=device), None,
+        normalize_x=True, normalize_w=True, compute_dtype=F32, save_tiles=True, want_sum=False,
+        want_max=False, transform="identity", row_parameter=None, constants=None,
+    )  # fmt: skip
+    tiles = tiles.T if tiles.shape[0] == c else tiles
+    exact = (tiles[:n, :c].double() / w_inv.double()).sum(1).log()
+    ulp = torch.nextafter(lse, 2 * lse) - lse
+    summed = c * torch.finfo(F32).eps / 2
+    assert lse.min() > 16 and (lse - exact).abs().le(ulp / 2 + summed).all()
+
+
+@pytest.mark.parametrize("learns", ["nothing", "bias", "scale"])
+@pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_backward_makes_the_logits_that_forward_made(learns, compute_dtype, backend, device):
+    """A row's only negative has the probability exp(z - lse) = 1: a rounding more in one of the
+    sweeps would be a tenth of it here.
+    """
+    n, d, scale = 60, 20, 0.37
+    x, w = 1000 * torch.randn(n, d, device=device), 1000 * torch.randn(2, d, device=device)
+    x, w = x.to(compute_dtype), w.to(compute_dtype)
+    y, one = torch.ones(n, dtype=torch.int64, device=device), torch.ones(n, device=device)
+    s, bias = torch.tensor(scale, device=device), torch.randn(2, device=device)
+    common = dict(
+        normalize_x=False, normalize_w=False, compute_dtype=compute_dtype, transform="identity",
+        row_parameter=None, constants=None,
+    )  # fmt: skip
+    lse, *_, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+        x, w, y, s, bias, save_tiles=False, want_sum=False, want_max=False, **common
+    )
+    dx, _, dbias, _ = ops.head_bwd(backend)(
+        x, w, y, s, bias, lse, x_inv, w_inv, tiles, one, 0 * one, None, None, need_x=True,
+        need_w=True, need_bias=learns == "bias", need_scale=learns == "scale", **common,
+    )  # fmt: skip
+    expected = (scale * w[:1].double()).expand(n, d)
+    assert lse.abs().median() > 1e5
+    assert_within_budget("dx", dx, [dx.new_zeros(n, d).add(expected)], expected, 2)
+    if learns == "bias":
+        assert dbias[0] == n
+
+
+@pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_a_bias_of_minus_infinity_masks_a_class(compute_dtype, backend, device):
+    """The loss and the gradients are those without the class, and its own are 0."""
+    problem = random_problem(23, 70, 16, device=device, margin=ArcFace(0.3), scale=8.0, bias=True)
+    problem.compute_dtype = compute_dtype
+    problem.y %= 60
+    masked = problem.bias.clone()
+    masked[60:] = -math.inf
+    fewer = Problem(problem.x, problem.w[:60], problem.y, compute_dtype, problem.bias[:60])
+    fewer.settings = problem.settings
+    problem.bias = masked
+    got = problem.solve_fused(backend)
+    assert all((t[60:] == 0).all() for t in got[2:])
+    exact, plain = fewer.solve_exact(), fewer.solve_plain()
+    for index, name in enumerate(("loss", "dx", "dw", "dbias")):
+        kept = got[index] if index < 2 else got[index][:60]
+        assert_within_budget(name, kept, [p[index] for p in plain], exact[index])
+
+
+def test_a_row_whose_negatives_are_all_masked_loses_nothing(backend, device):
+    x, w = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    y, bias = torch.full((3,), 2, device=device), torch.full((5,), -math.inf, device=device)
+    bias[2] = 0.5
+    problem = Problem(x, w, y, bias=bias, settings=dict(margin=NSoftmax(), scale=4.0))
+    assert all((t == 0).all() for t in problem.solve_fused(backend))
+    settings = dict(problem.settings, bias=bias, backend=backend, return_stats=True)
+    _, stats = margin_cross_entropy(x, w, y, **settings)
+    assert stats.correct.all()
+
+
+def test_sum_of_logits_that_a_bias_masks(backend, device):
+    """Label smoothing wants a probability for every class: the sum is -inf, as in its formula, and
+    has the gradient that it has with any other bias.
+    """
+    n, c = 19, 50
+    x, w = torch.randn(n, 8, device=device), torch.randn(c, 8, device=device)
+    y, s = torch.arange(n, device=device), torch.tensor(2.0, device=device)
+    bias, one = torch.zeros(c, device=device), torch.ones(n, device=device)
+    common = dict(
+        normalize_x=True, normalize_w=True, compute_dtype=F32, transform="identity",
+        row_parameter=None, constants=None,
+    )  # fmt: skip
+    results = []
+    for value in (0.0, -math.inf):
+        bias[-1] = value
+        lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+            x, w, y, s, bias, save_tiles=False, want_sum=True, want_max=True, **common
+        )
+        assert (logit_sum.isneginf() == (value != 0)).all()
+        assert lse.isfinite().all() and logit_max.isfinite().all()
+        gradients = ops.head_bwd(backend)(
+            x, w, y, s, bias, lse, x_inv, w_inv, tiles, 0 * one, 0 * one, None, one,
+            need_x=True, need_w=True, need_bias=True, need_scale=True, **common,
+        )  # fmt: skip
+        results.append(gradients)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
