@@ -29,7 +29,7 @@ from .margins import (
     margins_from_counts,
 )
 from .modules import MarginSoftmaxHead
-from .optim import GradScaler, clip_grad_norm_
+from .optim import GradScaler, clip_grad_norm_, clip_grad_value_, param_groups
 from .scales import AdaCos
 from .schedules import MarginSchedule
 from .triplet import TripletLoss
@@ -67,7 +67,9 @@ __all__ = [
     "__version__",
     "backend_report",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "margin_cross_entropy",
     "margins_from_counts",
+    "param_groups",
     "set_device_checks",
 ]

@@ -1,32 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Clipping and loss scaling where sharded and whole parameters train together.
+"""Parameter groups, clipping and loss scaling where sharded and whole parameters train together.
 
 ``torch.optim`` steps a mix of DTensors and plain tensors, with ``foreach`` and ``fused`` off (the
-default for a mix). ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` refuse one,
-"got mixed torch.Tensor and DTensor"; these take it.
+default for a mix). What handles many tensors at once refuses one, "got mixed torch.Tensor and
+DTensor": ``foreach=True``, ``fused=True``, ``torch.nn.utils.clip_grad_norm_`` and
+``clip_grad_value_``, ``torch.amp.GradScaler``. These take it. For averaged weights there is
+``torch.optim.swa_utils.AveragedModel(model, avg_fn=get_ema_avg_fn(decay))``, while functions for
+``multi_avg_fn`` refuse a mix.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .distributed import local
 
-def _whole_and_sharded(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    parts = [], []
+
+def param_groups(parameters: nn.Module | Tensor | Iterable) -> list[dict]:
+    """Parameter groups without a mix of whole and sharded parameters, for an optimizer with
+    ``foreach=True`` or ``fused=True``, which handles each group by itself::
+
+        optimizer = torch.optim.AdamW(marginkernels.param_groups(model), fused=True)
+
+    torch has fused steps of DTensors for Adam and AdamW. With others of its optimizers give the
+    group of the sharded parameters, which comes after that of the whole ones, ``fused=False``.
+
+    Args:
+        parameters: a module, or what optimizers take: parameters, with or without names, or groups,
+            whose settings stay.
+    """
+    groups = _listed(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    if not groups or not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    return [
+        group | {"params": part}
+        for group in groups
+        for part in _by_layout(_listed(group["params"]))
+    ]
+
+
+def _listed(tensors: Tensor | Iterable) -> list:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _by_layout(parameters: list) -> list[list]:
+    """The whole ones, and those that are split alike over one device mesh."""
+    parts = defaultdict(list, {(None, None): []})
     for p in parameters:
-        parts[hasattr(p, "to_local")].append(p)
-    return parts
+        tensor = p[1] if isinstance(p, tuple) else p
+        layout = tuple(getattr(tensor, name, None) for name in ("device_mesh", "placements"))
+        parts[layout].append(p)
+    return [part for part in parts.values() if part]
+
+
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    gradients = [p.grad for p in _listed(parameters) if p.grad is not None]
+    for gradient in gradients:
+        if any(placement.is_partial() for placement in getattr(gradient, "placements", ())):
+            raise ValueError(
+                "parameters: expected gradients that are sharded or replicated, got one that is "
+                f"yet to be reduced, {gradient.placements}"
+            )
+    return gradients
+
+
+def _holders(gradients: list[Tensor]) -> list[SimpleNamespace]:
+    """What clipping takes for parameters, with the part of the gradients that is here."""
+    return [SimpleNamespace(grad=local(gradient)) for gradient in gradients]
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor],
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -34,29 +86,36 @@ def clip_grad_norm_(
     """``torch.nn.utils.clip_grad_norm_`` for whole and sharded parameters together.
 
     The norm is that of all gradients, the shards of all ranks included; it comes back as a plain
-    tensor, the same on all ranks. Collective where a parameter is sharded. Whole gradients count
-    once: they have to be the same on all ranks, as after DistributedDataParallel.
+    tensor, the same on all ranks. Collective where a parameter is sharded, over whatever mesh.
+    Whole gradients count once: they have to be the same on all ranks, as after
+    DistributedDataParallel.
     """
-    whole, sharded = _whole_and_sharded(p for p in parameters if p.grad is not None)
-    norms = [_sharded_norm(p.grad, norm_type) for p in sharded]
+    gradients = _gradients(parameters)
+    whole = [g for g in gradients if not hasattr(g, "to_local")]
+    norms = [_norm(g, norm_type) for g in gradients if hasattr(g, "to_local")]
     if whole:
-        norms.append(get_total_norm([p.grad for p in whole], norm_type))
+        norms.append(get_total_norm(whole, norm_type))
     total = get_total_norm(norms, norm_type, error_if_nonfinite)
-    for part in (whole, sharded):
-        clip_grads_with_norm_(part, max_norm, total)
+    clip_grads_with_norm_(_holders(gradients), max_norm, total)
     return total
 
 
-def _sharded_norm(gradient: Tensor, norm_type: float) -> Tensor:
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+    """``torch.nn.utils.clip_grad_value_`` for whole and sharded parameters together."""
+    nn.utils.clip_grad_value_(_holders(_gradients(parameters)), clip_value)
+
+
+def _norm(gradient: Tensor, norm_type: float) -> Tensor:
     """That of a DTensor, a plain tensor (); torch's own fails where a rank has no rows."""
-    shard, group = gradient.to_local(), gradient.device_mesh.get_group()
+    shard, mesh = gradient.to_local(), gradient.device_mesh
     norm = torch.linalg.vector_norm(shard, norm_type) if shard.numel() else shard.new_zeros(())
-    if norm_type == math.inf:
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
-        return norm
-    power = norm**norm_type
-    dist.all_reduce(power, group=group)
-    return power ** (1 / norm_type)
+    greatest = norm_type == math.inf
+    value = norm if greatest else norm**norm_type
+    for dimension, placement in enumerate(gradient.placements):
+        if not placement.is_replicate():
+            operation = dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM
+            dist.all_reduce(value, operation, group=mesh.get_group(dimension))
+    return value if greatest else value ** (1 / norm_type)
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -75,9 +134,9 @@ class GradScaler(torch.amp.GradScaler):
         self._process_group = process_group
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         found = {}
-        for part in _whole_and_sharded(parameters):
+        for part in _by_layout(parameters):
             stand_in = SimpleNamespace(param_groups=[{"params": part}])
             of_part = super()._unscale_grads_(stand_in, inv_scale, found_inf.clone(), allow_fp16)
             for device, flag in of_part.items():
