@@ -315,8 +315,8 @@ def _transform(
             )
         row_parameter = row_parameter.to(dtype)
     if constants is not None:
-        # a copy: a constant may be a buffer, which moves before backward has read it
-        constants = constants.to(x.device, dtype, copy=True)
+        # a constant may be a buffer, which moves before backward has read it
+        constants = ops.snapshot(constants.to(x.device, dtype))
     return Transform(name, row_parameter, constants)
 
 
@@ -324,7 +324,6 @@ def _target_cosine(x: Tensor, w: Tensor, label: Tensor, x_norm: Tensor, compute_
     """c of each row and its class, (N,), of the rounded operands as in the sweep; 0 where the class
     is not here.
     """
-    dtype = ops.statistics_dtype(compute_dtype)
     w_y = w[label.clamp_min(0)]
-    dot = (x.to(compute_dtype).to(dtype) * w_y.to(compute_dtype).to(dtype)).sum(1)
+    dot = (ops.rounded(x, compute_dtype) * ops.rounded(w_y, compute_dtype)).sum(1)
     return torch.where(label >= 0, dot / (x_norm * loss.row_norm(w_y, compute_dtype)), 0)

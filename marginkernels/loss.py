@@ -25,10 +25,7 @@ class HeadStats(NamedTuple):
 
 def row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
-    rounded = x.to(ops.statistics_dtype(compute_dtype))
-    if x.dtype != compute_dtype:  # the value alone: through compute_dtype the gradient would round
-        no_change = (rounded - rounded.detach()).nan_to_num()
-        rounded = rounded.detach().to(compute_dtype).to(rounded.dtype) + no_change
+    rounded = ops.rounded(x, compute_dtype)
     return (rounded * rounded).sum(1).clamp_min(ops.norm_min(compute_dtype) ** 2).sqrt()
 
 

@@ -302,7 +302,7 @@ def _greatest(k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
     """Rows as the sweep sees them, rounded to the compute type, in the statistics dtype."""
-    rows = rows.to(compute_dtype).to(ops.statistics_dtype(compute_dtype))
+    rows = ops.rounded(rows, compute_dtype)
     if not normalised:
         return rows
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -47,6 +47,8 @@ _BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tens
     -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
 _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int ignore_index) -> Tensor"""
+_SNAPSHOT_SCHEMA = """(Tensor value, str moved_by) -> Tensor"""
+_ROUNDED_SCHEMA = """(Tensor rows, ScalarType dtype) -> Tensor"""
 
 LIBRARY = torch.library.Library("marginkernels", "DEF")
 
@@ -92,6 +94,45 @@ def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -
 def checked_labels(y: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Copy of ``y``, after ValueError unless labels are ``ignore_index`` or in [0, num_classes)."""
     return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index)
+
+
+def snapshot(value: Tensor, moved_by: str = "") -> Tensor:
+    """Copy of ``value`` that no later move of it reaches; the gradient passes.
+
+    An op of its own, because a compiler takes ``clone`` for nothing, and what it has not saved it
+    computes again from the buffer, which has moved by then.
+
+    Args:
+        moved_by: the module whose forward goes on to move ``value``; "" where none does.
+
+    Raises:
+        RuntimeError: within a backward pass, where ``moved_by`` is given: a forward that is
+            computed again there would move it twice, and see another value.
+    """
+    return torch.ops.marginkernels.snapshot(value, moved_by)
+
+
+def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as a sweep in ``dtype`` sees them, in its statistics dtype; the gradient passes.
+
+    An op of its own, because a compiler takes the rounding for nothing.
+    """
+    if rows.dtype == dtype:
+        return rows.to(statistics_dtype(dtype))
+    return torch.ops.marginkernels.rounded(rows, dtype)
+
+
+def refuse_recomputation(module: str) -> None:
+    """RuntimeError within a backward pass, where a forward of ``module`` would not repeat the first
+    one.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{module}: expected no forward in training mode within a backward pass, which "
+            "torch.utils.checkpoint makes: its state or random numbers have gone on since the "
+            "first one. Leave the head out of the checkpointed part: it keeps no logits, so there "
+            "is next to nothing to save"
+        )
 
 
 def _head_fwd_fake(
@@ -146,6 +187,20 @@ def _checked_labels(y, num_classes, ignore_index):
     return y.clone()
 
 
+def _snapshot(value, moved_by):
+    if moved_by:
+        refuse_recomputation(moved_by)
+    return value.clone()
+
+
+def _rounded(rows, dtype):
+    return rows.to(dtype).to(statistics_dtype(dtype))
+
+
+def _keep_dtype(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+
+
 def _define(name, schema, fake):
     LIBRARY.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"marginkernels::{name}", fake, lib=LIBRARY)
@@ -156,5 +211,22 @@ for _backend in BACKENDS:
     _define(f"head_bwd_{_backend}", _BWD_SCHEMA, _head_bwd_fake)
 _define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
 _define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))
+_define("snapshot", _SNAPSHOT_SCHEMA, lambda value, _: torch.empty_like(value))
+_define(
+    "rounded",
+    _ROUNDED_SCHEMA,
+    lambda rows, dtype: torch.empty_like(rows, dtype=statistics_dtype(dtype)),
+)
+torch.library.register_autograd(
+    "marginkernels::snapshot", lambda _, grad: (grad, None), lib=LIBRARY
+)
+torch.library.register_autograd(
+    "marginkernels::rounded",
+    lambda ctx, grad: (grad.to(ctx.dtype), None),
+    setup_context=_keep_dtype,
+    lib=LIBRARY,
+)
+LIBRARY.impl("snapshot", _snapshot, "CompositeExplicitAutograd")
+LIBRARY.impl("rounded", _rounded, "CompositeExplicitAutograd")
 LIBRARY.impl("checked", _checked, "CompositeExplicitAutograd")
 LIBRARY.impl("checked_labels", _checked_labels, "CompositeExplicitAutograd")

@@ -14,10 +14,10 @@ import numbers
 import torch
 from torch import Tensor
 
-from .margins.statistics import WideAverages, masked_mean
+from .margins.statistics import Stateful, masked_mean
 
 
-class AdaCos(WideAverages):
+class AdaCos(Stateful):
     """s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019, arXiv:1905.00292),
     a scale for :class:`NSoftmax`.
 
@@ -44,13 +44,10 @@ class AdaCos(WideAverages):
             raise ValueError(f"num_classes: expected an integer of at least 3, got {num_classes!r}")
         self.fixed_scale = math.sqrt(2) * math.log(num_classes - 1)
         self.num_classes, self.dynamic, self.delayed = num_classes, bool(dynamic), bool(delayed)
-        if dynamic:
-            self.register_buffer("s", torch.tensor(self.fixed_scale))
-            self.averages = ("s",)
+        self.remember(**(dict(s=self.fixed_scale) if dynamic else {}))
 
     def forward(self) -> float | Tensor:
-        # a copy, because autograd keeps it while the next step moves s
-        return self.s.clone() if self.dynamic else self.fixed_scale
+        return self.recall("s") if self.dynamic else self.fixed_scale
 
     @property
     def adapts(self) -> bool:
@@ -74,7 +71,8 @@ class AdaCos(WideAverages):
         median = falling.gather(0, middle.reshape(1))[0] if len(falling) else cosine.new_ones(())
         s = log_b / median.clamp_min(math.cos(math.pi / 4)).clamp_max(1)
         usable = torch.isfinite(s) & (s > 0)
-        self.s.copy_(torch.where(usable, s.to(self.s.dtype), self.s))
+        before = self.recall("s")
+        self.s.copy_(torch.where(usable, s.to(before.dtype), before))
 
     def extra_repr(self) -> str:
         return f"{self.num_classes}, dynamic={self.dynamic}, delayed={self.delayed}"

@@ -2,11 +2,14 @@
 # Copyright (c) 2026 The marginkernels authors
 """The ops and the head under the dispatcher: opcheck, torch.compile, checks in compiled graphs."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from marginkernels import ArcFace, ops
+import stateful
+from marginkernels import ArcFace, CurricularFace, ops
 from small import C, D, N, batch, make_head
 
 
@@ -92,16 +95,48 @@ def test_compile_recompiles_at_most_once_for_a_number(attribute, backend, device
     assert counter.frame_count <= 2
 
 
-def test_compile_by_inductor(backend, device):
-    head = make_head(backend, device)
-    x, y = batch(device)
-    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    for leaf, function in zip(leaves, (head, torch.compile(head, fullgraph=True)), strict=True):
-        head.zero_grad()
-        function(leaf, y).backward()
-        leaf.weight_grad = head.weight.grad.clone()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
-    torch.testing.assert_close(leaves[0].weight_grad, leaves[1].weight_grad)
+STEADY = {  # beside those of stateful.py; rounding is no state, but is dropped alike
+    "scheduled": lambda: dict(margin=ArcFace(torch.tensor(0.1)), scale=torch.tensor(8.0)),
+    "rounded": lambda: dict(
+        margin=ArcFace(), scale=16.0, normalize="weight", compute_dtype=torch.bfloat16
+    ),
+    "rounded first": lambda: dict(
+        margin=CurricularFace(alpha=0.3), scale=16.0, compute_dtype=torch.bfloat16
+    ),
+}
+# inductor compiles for seconds
+COMPILED = {
+    "aot_eager": [name for name in stateful.STATEFUL | STEADY if "Elastic" not in name],
+    "inductor": ["filtered", "AdaFace", "AdaCos delayed", "rounded", "rounded first"],
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILED)
+def test_gradients_and_states_of_compiled_losses(compiler):
+    """Over several steps, all losses in one graph: state that a graph moves is not read again in
+    backward, and what is rounded to bfloat16 forward is.
+    """
+    makers = [(stateful.STATEFUL | STEADY)[name] for name in COMPILED[compiler]]
+    heads = torch.nn.ModuleList(stateful.head_of(make()) for make in makers)
+    twins = copy.deepcopy(heads)
+
+    def losses(heads, x, y):
+        return [head(x, y) for head in heads]
+
+    torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
+    compiled = torch.compile(losses, backend=compiler, fullgraph=True)
+    for step, (x, y) in enumerate(stateful.batches()):
+        results = []
+        for function, each in ((compiled, heads), (losses, twins)):
+            leaf = x.clone().requires_grad_()
+            values = function(each, leaf, y)
+            for head in each:  # a schedule goes on between forward and backward
+                if isinstance(getattr(head.margin, "m", None), torch.Tensor):
+                    head.margin.m.fill_(0.2 * step)
+            dx = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values]
+            dw = torch.autograd.grad(sum(values), list(each.parameters()))
+            results.append([values, dx, dw, each.state_dict()])
+        torch.testing.assert_close(*results)
 
 
 def test_checks_survive_compilation(backend, device):

@@ -6,9 +6,10 @@ import math
 import numbers
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Rows
+from .statistics import Stateful
 
 
 def _monotone_multiple(c: Tensor, m: int) -> Tensor:
@@ -21,7 +22,7 @@ def _monotone_multiple(c: Tensor, m: int) -> Tensor:
     return torch.where(torch.as_tensor(k % 2 == 0), chebyshev, -chebyshev) - 2 * k
 
 
-class _Annealed(nn.Module):
+class _Annealed(Stateful):
     """t = (lambda c + psi(theta)) / (1 + lambda), lambda = max(low, base (1 + gamma i)^-power) at
     the i-th forward in training mode; i is a buffer.
     """
@@ -38,17 +39,22 @@ class _Annealed(nn.Module):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
         self.m = int(m)
         self.base, self.gamma, self.power, self.low = map(float, (base, gamma, power, low))
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.remember(iteration=0)
 
     def annealing(self) -> Tensor:
-        """The present lambda, ()."""
-        decay = (1 + self.gamma * self.iteration.double()) ** -self.power
+        """The present lambda, (), in the default dtype."""
+        return self._annealing(self.iteration.to(torch.get_default_dtype()))
+
+    def _annealing(self, iteration: Tensor) -> Tensor:
+        decay = (1 + self.gamma * iteration) ** -self.power
         return (self.base * decay).clamp_min(self.low)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        iteration = self.recall("iteration")
         if self.training:
-            self.iteration += 1
-        weight = self.annealing().to(c.dtype)
+            iteration = iteration + 1
+            self.iteration.copy_(iteration)
+        weight = self._annealing(iteration.to(c.dtype))
         return (weight * c + _monotone_multiple(c, self.m)) / (1 + weight)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,9 @@ A margin may also have
   numbers in ``rows.noise``.
 - state: registered buffers, changed in training mode only. c and rows are those of the whole batch,
   over all processes, so statistics of them are global; ``rows.kept`` leaves out ignored rows.
+  :class:`marginkernels.margins.statistics.Stateful` is the base to derive from: compilers and
+  ``torch.utils.checkpoint`` compute anew what they have not saved, also from a buffer that has
+  moved.
 """
 
 import math
@@ -27,6 +30,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .. import ops
 
 # slopes of sin and acos are taken as if sin(theta) were at least this: bounded where they would be
 # infinite, at |c| = 1
@@ -151,9 +156,10 @@ class Margin(nn.Module):
         if rows.row_margin is not None:
             return rows.row_margin.to(c.dtype)
         if isinstance(self.m, Tensor):
-            return (self.m if self.m.ndim == 0 else self.m[rows.label]).to(c.dtype)
+            m = self.m if self.m.ndim == 0 else self.m[rows.label]
+            return ops.snapshot(m).to(c.dtype)  # a schedule, or a projection, may move it
         # times one: torch.tensor(m) and torch.full would compile a graph for each value
-        return torch.ones((), dtype=torch.float64, device=c.device) * self.m
+        return c.new_ones(()) * self.m
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         raise NotImplementedError

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..transforms import Transform
 from .base import Interval, Margin, Rows, safe_acos
-from .statistics import WideAverages, masked_mean, moved_average
+from .statistics import Stateful, masked_mean, moved_average
 from .target import ArcFace, arc
 
 
@@ -132,7 +132,7 @@ class MVSoftmax(Margin):
         return f"{super().extra_repr()}, kind={self.kind!r}, t={self.t:g}"
 
 
-class CurricularFace(WideAverages, ArcFace):
+class CurricularFace(Stateful, ArcFace):
     """t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j > cos(theta_y + m):
     CurricularFace (Huang et al., 2020, arXiv:2004.00288).
 
@@ -147,14 +147,13 @@ class CurricularFace(WideAverages, ArcFace):
     """
 
     needs_target_first = True
-    averages = ("t",)
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
         super().__init__(m)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
         self.alpha = float(alpha)
-        self.register_buffer("t", torch.zeros(()))
+        self.remember(t=0.0)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         if self.training:  # and the sweep has accepted the batch
@@ -166,10 +165,11 @@ class CurricularFace(WideAverages, ArcFace):
         return Transform("curricular", threshold, self._present_t(c, rows).reshape(1))
 
     def _present_t(self, c: Tensor, rows: Rows) -> Tensor:
+        t = self.recall("t")
         if not self.training:
-            return self.t
+            return t
         mean, count = masked_mean(c, rows.kept)
-        return moved_average(self.t, mean, self.alpha, count > 0)
+        return moved_average(t, mean, self.alpha, count > 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha:g}"

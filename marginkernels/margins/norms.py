@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .base import Interval, Margin, Rows, safe_acos
-from .statistics import WideAverages, masked_mean, masked_std, moved_average
+from .statistics import Stateful, masked_mean, masked_std, moved_average
 from .target import BRANCHES, arc
 
 
-class AdaFace(WideAverages, Margin):
+class AdaFace(Stateful, Margin):
     """t = cos(theta - m q) - m - m q, q = clip(h (|x| - mean) / std, -1, 1): AdaFace (Kim et al.,
     2022, arXiv:2204.00964).
 
@@ -36,7 +36,6 @@ class AdaFace(WideAverages, Margin):
     """
 
     interval = Interval(0, 1)
-    averages = ("batch_mean", "batch_std")
     _EPSILON = 1e-3
 
     def __init__(
@@ -53,8 +52,7 @@ class AdaFace(WideAverages, Margin):
         if not 0 < t_alpha <= 1:
             raise ValueError(f"t_alpha: expected a number in (0, 1], got {t_alpha}")
         self.h, self.t_alpha = float(h), float(t_alpha)
-        self.register_buffer("batch_mean", torch.tensor(20.0))
-        self.register_buffer("batch_std", torch.tensor(100.0))
+        self.remember(batch_mean=20.0, batch_std=100.0)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         m, quality = self.of_rows(c, rows), self.quality(rows).to(c.dtype)
@@ -70,12 +68,15 @@ class AdaFace(WideAverages, Margin):
     def quality(self, rows: Rows) -> Tensor:
         """q of each row, (N,) in [-1, 1]; in training mode the statistics move first."""
         norm = rows.x_norm.clamp(0.001, 100)
+        mean, std = self.recall("batch_mean"), self.recall("batch_std")
         if self.training:
-            mean, count = masked_mean(norm, rows.kept)
-            std, _ = masked_std(norm, rows.kept)
-            for average, new in ((self.batch_mean, mean), (self.batch_std, std)):
-                average.copy_(moved_average(average, new, self.t_alpha, count > 1))
-        return (self.h * (norm - self.batch_mean) / (self.batch_std + self._EPSILON)).clamp(-1, 1)
+            new_mean, count = masked_mean(norm, rows.kept)
+            new_std, _ = masked_std(norm, rows.kept)
+            mean = moved_average(mean, new_mean, self.t_alpha, count > 1)
+            std = moved_average(std, new_std, self.t_alpha, count > 1)
+            self.batch_mean.copy_(mean)
+            self.batch_std.copy_(std)
+        return (self.h * (norm - mean) / (std + self._EPSILON)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, h={self.h:g}, t_alpha={self.t_alpha:g}"

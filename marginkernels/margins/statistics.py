@@ -1,25 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Statistics of the rows that take part, over the batch, without synchronisation."""
+"""State of losses, and statistics of the rows that take part, without synchronisation."""
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 
-class WideAverages(nn.Module):
-    """Keeps the buffers in ``averages`` in fp32 at least when the module is cast to a narrower
-    type, in which the small steps of an average would be rounded away.
+
+class Stateful(nn.Module):
+    """Base of what remembers numbers from one training step to the next, in buffers.
+
+    They are fp32 at least, also when the module is cast to a narrower type, in which the small
+    steps of an average would be rounded away. A forward reads them by :meth:`recall` and nowhere
+    else, so that what it computes does not change when they move on.
     """
 
-    averages: tuple[str, ...] = ()
+    def remember(self, **initial: float) -> None:
+        """Registers a buffer () for each number; integers stay integers."""
+        self._initial = initial
+        for name, number in initial.items():
+            dtype = torch.int64
+            if isinstance(number, float):
+                dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer(name, torch.tensor(number, dtype=dtype))
+
+    def recall(self, name: str) -> Tensor:
+        """The number now, in a copy. Before anything moves, a forward in training mode is refused
+        where it is the second of its kind, made within a backward pass.
+        """
+        return ops.snapshot(getattr(self, name), type(self).__name__ if self.training else "")
+
+    def reset_parameters(self) -> None:
+        """The numbers that it started from, and what the other base resets."""
+        for name, number in self._initial.items():
+            getattr(self, name).fill_(number)
+        others = getattr(super(), "reset_parameters", None)
+        if others is not None:
+            others()
 
     def _apply(self, fn, *args, **kwargs):
-        before = {name: getattr(self, name) for name in self.averages}
+        before = {name: getattr(self, name) for name in self._initial}
         super()._apply(fn, *args, **kwargs)
-        for name, average in before.items():
+        for name, number in before.items():
             applied = getattr(self, name)
             if applied.dtype.itemsize < torch.float32.itemsize:
-                setattr(self, name, average.to(applied.device))
+                setattr(self, name, number.to(applied.device))
         return self
 
 

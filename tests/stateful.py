@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Every loss that remembers something, with settings that show it at the next step."""
+
+import torch
+
+from losses import C, operands
+from marginkernels import (
+    AdaCos,
+    AdaFace,
+    ASoftmax,
+    CurricularFace,
+    ElasticFace,
+    InterClassFilter,
+    LSoftmax,
+    MarginSoftmaxHead,
+    NSoftmax,
+)
+
+
+def annealed():
+    """L-Softmax whose lambda falls from 50 to 33 and 25."""
+    return LSoftmax(3, base=100.0, gamma=1.0, power=1.0)
+
+
+# a fresh head's settings
+STATEFUL = {
+    "L-Softmax": lambda: dict(margin=annealed(), scale=1.0, normalize="none"),
+    "A-Softmax": lambda: dict(margin=ASoftmax(4), scale=1.0, normalize="weight"),
+    "filtered": lambda: dict(margin=InterClassFilter(annealed(), 0.3), scale=16.0),
+    "AdaFace": lambda: dict(margin=AdaFace(t_alpha=0.3), scale=16.0),
+    "CurricularFace": lambda: dict(margin=CurricularFace(alpha=0.3), scale=16.0),
+    "ElasticFace": lambda: dict(margin=ElasticFace(std=0.1, seed=3), scale=16.0),
+    "ElasticFace+": lambda: dict(margin=ElasticFace(std=0.1, plus=True, seed=3), scale=16.0),
+    "AdaCos": lambda: dict(margin=NSoftmax(), scale=AdaCos(C)),
+    "AdaCos delayed": lambda: dict(margin=NSoftmax(), scale=AdaCos(C, delayed=True)),
+}
+
+
+def head_of(settings):
+    torch.manual_seed(1)
+    return MarginSoftmaxHead(8, C, **dict(dict(backend="reference"), **settings))
+
+
+def state_of(head):
+    return {k: v.clone() for k, v in head.state_dict().items() if k != "weight"}
+
+
+def batches():
+    return [operands(dtype=torch.float32, seed=seed)[::2] for seed in range(4)]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
