@@ -59,7 +59,11 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_lse, grad_d, grad_w_norm, grad_sum, _):
-        x, w, bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = ctx.saved_tensors
+        # hooks on saved tensors may bring back other strides; the ops read x and w with any
+        x, w, *rest = ctx.saved_tensors
+        bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = (
+            t if t is None else t.contiguous() for t in rest
+        )
         need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
         zeros = torch.zeros_like(lse)
         dx, dw, dbias, dscale = ops.head_bwd(ctx.backend)(

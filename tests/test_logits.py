@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from marginkernels import ArcFace, NSoftmax, margin_cross_entropy, ops
+from marginkernels import ArcFace, MVSoftmax, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget
 from problems import Problem, random_problem
 
@@ -120,4 +120,28 @@ def test_sum_of_logits_that_a_bias_masks(backend, device):
         )  # fmt: skip
         results.append(gradients)
     for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", ["tiles", "bias", "transform"])
+def test_saved_tensors_come_back_with_other_strides(options, backend, device):
+    """As from hooks that keep them elsewhere: every second number of a longer tensor."""
+    if (options, backend) == ("tiles", "reference"):
+        pytest.skip("the reference backend keeps no tiles")
+    settings = {
+        "tiles": dict(margin=ArcFace(0.3), scale=16.0, save_tiles=True),
+        "bias": dict(margin=ArcFace(0.3), scale=torch.tensor(16.0, device=device), bias=True),
+        "transform": dict(margin=MVSoftmax(0.4), scale=16.0),
+    }[options]
+    problem = random_problem(37, 150, 20, device=device, **settings)
+    expected, unpacked = problem.solve_fused(backend), []
+
+    def unpack(pair):
+        unpacked.append(pair[..., 1])
+        return unpacked[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], -1), unpack):
+        got = problem.solve_fused(backend)
+    assert not any(t.is_contiguous() for t in unpacked if t.numel() > 1)
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -86,21 +86,18 @@ struct RowStatistics {
 };
 
 // Logits of a row and a block of classes, but for a factor that is returned: v are dot products
-// times q_j, -inf for the dead. `top` is the maximum before a transform. `sum` leaves out the dead,
-// but not what a bias of -inf masks.
+// times q_j, -inf for the dead. `top` is the maximum before a transform. With a bias they are summed
+// here, where the dead still differ from what a bias of -inf masks.
 template <class Options>
 __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const float (&bias)[8],
                                            float parameter, const TileCall& call, float scale,
                                            float& top, float& sum) {
-    const auto add = [&](bool dead, float logit) {
-        if constexpr (Options::kSum) sum += dead ? 0.0F : logit;
-    };
     if constexpr (Options::kBias) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const bool dead = v[k] == -INFINITY;
             v[k] = ptx::fma(v[k], rate, bias[k]);  // the same bits as in general_gradient
-            add(dead, v[k]);
+            if constexpr (Options::kSum) sum += dead ? 0.0F : v[k];
         }
         return 1.0F;
     } else if constexpr (Options::kTransformed) {
@@ -111,12 +108,9 @@ __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const floa
             top = fmaxf(top, c * scale);
             const float f = scale * Options::Functor::apply(c, parameter, call.constants).value;
             v[k] = dead ? -INFINITY : f;
-            add(dead, f);
         }
         return 1.0F;
     } else {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) add(v[k] == -INFINITY, v[k]);
         return rate;
     }
 }
@@ -146,6 +140,8 @@ __device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sum
         for (int k = 0; k < 8; ++k) {
             const float p = ptx::exp2((v[b][k] * factor - higher) * Options::kToLog2);
             if constexpr (Options::kSave) sums.at(row, b, k) = p;
+            if constexpr (Options::kSum && !Options::kBias)
+                sum += v[b][k] == -INFINITY ? 0.0F : v[b][k];
             l += p;
         }
     stats.l[row] = l;
