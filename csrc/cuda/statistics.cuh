@@ -86,8 +86,8 @@ struct RowStatistics {
 };
 
 // Logits of a row and a block of classes, but for a factor that is returned: v are dot products
-// times q_j, -inf for the dead. `top` is the maximum before a transform. With a bias they are summed
-// here, where the dead still differ from what a bias of -inf masks.
+// times q_j, -inf for the dead. `top` is the maximum before a transform. With a bias they are
+// summed here, where the dead still differ from what a bias of -inf masks.
 template <class Options>
 __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const float (&bias)[8],
                                            float parameter, const TileCall& call, float scale,
