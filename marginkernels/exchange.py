@@ -8,7 +8,8 @@ Every rank holds some classes and gives some rows. A step of N rows in all, over
               the sweep over the rank's own classes;
               one all-gather of the packed rows (lse, d, |w_y|; with a bias its b_y, with smoothing
               S, with statistics the maximum), 3 to 6 numbers in fp32 per row and rank;
-    backward  the sweep; one reduce-scatter of dx, N D numbers in x's type.
+    backward  the sweep; one reduce-scatter of dx, N D numbers in x's type, or in fp32 where x is
+              not normalised.
 
 and each rank then holds the same N numbers and computes the same loss from them. Besides, a gather
 of seven integers per rank tells the numbers of rows, unless they are promised (``even_batches``,
@@ -44,7 +45,7 @@ class Whole:
     def __init__(self, x: Tensor):
         self.check = "raise" if validation.checks_values(x) else ""
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
         return x
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
@@ -120,11 +121,14 @@ class Exchange:
             self.index = torch.cat(rows).to(x.device)
             self.first = sum(sizes[: self.rank])
 
-    def features(self, x: Tensor) -> Tensor:
-        """x (N, D) of all ranks. Backward: their dx summed, the own rows of it."""
+    def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
+        """x (N, D) of all ranks. Backward: their dx summed, the own rows of it.
+
+        ``sent_as`` is a type that holds the numbers of x too; dx is exchanged in x's type.
+        """
         # a rank that wants no dx still sums with those that do
         anchor = torch.zeros((), device=x.device, requires_grad=True) if self.wants_dx else None
-        return _Features.apply(x if self.wants_dx else x.detach(), anchor, self)
+        return _Features.apply(x if self.wants_dx else x.detach(), anchor, self, sent_as or x.dtype)
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
         """Numbers (N,) of the rows of all ranks. Backward: the own rows."""
@@ -198,15 +202,17 @@ class _Features(torch.autograd.Function):
     """All-gather of rows; backward reduce-scatter of their gradients."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor | None, exchange: Exchange) -> Tensor:
+    def forward(
+        ctx, x: Tensor, anchor: Tensor | None, exchange: Exchange, sent_as: torch.dtype
+    ) -> Tensor:
         ctx.exchange = exchange
-        return exchange._every(x)
+        return exchange._every(x.to(sent_as)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         dx = ctx.exchange._scatter_sum(grad).mul_(ctx.exchange.factor)
-        return dx if ctx.needs_input_grad[0] else None, None, None
+        return dx if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Rows(torch.autograd.Function):

@@ -133,14 +133,16 @@ def margin_cross_entropy(
 
     exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
     noise = None if shard is None else _noise(margin, x)
-    own_x, x, y = x, exchange.features(x), exchange.rows(y, fill=ignore_index)
+    stats_dtype = ops.statistics_dtype(compute_dtype)
+    # of an un-normalised x the gradients of logits and norms may cancel: they are added up wide
+    own_x = x if normalize == "both" else x.to(stats_dtype)
+    x, y = exchange.features(own_x, x.dtype), exchange.rows(y, fill=ignore_index)
     x_norm = exchange.of_own_rows(loss.row_norm, own_x, x, compute_dtype)
     sample_weight, row_margin, noise = (
         None if given is None else exchange.rows(given)
         for given in (sample_weight, row_margin, noise)
     )
 
-    stats_dtype = ops.statistics_dtype(compute_dtype)
     label = ops.checked_labels(y, num_classes, ignore_index) if exchange.check else y
     label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index

@@ -248,16 +248,34 @@ def compare_edges(c, n, promise, cuts=None):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them by the name of the operator."""
+    """Counts them by the name of the operator, and notes the types of what they exchange."""
 
     def __init__(self):
         super().__init__()
         self.counts = collections.Counter()
+        self.types = collections.defaultdict(list)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            self.counts[func.name().removeprefix("c10d::")] += 1
+            name = func.name().removeprefix("c10d::")
+            self.counts[name] += 1
+            self.types[name] += [t.dtype for t in args if isinstance(t, torch.Tensor)][:1]
         return func(*args, **(kwargs or {}))
+
+
+def half_rows_along_their_classes():
+    """dx of un-normalised fp16 rows, and the types of features and dx on their way."""
+    w = torch.eye(6, dtype=torch.float16)
+    x, shard = 3 * w[:4], my_shard(len(w))
+    own = x[my_rows(4, even=True)].requires_grad_()
+    with Collectives() as seen:
+        loss = margin_cross_entropy(
+            own, w[shard.start : shard.stop], torch.arange(4)[my_rows(4, even=True)], shard=shard,
+            margin=ArcFace(0.5), scale=64.0, normalize="weight", reduction="sum",
+        )  # fmt: skip
+        (dx,) = torch.autograd.grad(loss, own)
+    features = next(t for t in seen.types["_allgather_base_"] if t.is_floating_point)
+    return dx, features, seen.types["_reduce_scatter_base_"]
 
 
 def count_collectives(settings, promise):

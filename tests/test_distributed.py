@@ -29,6 +29,7 @@ from sharding import (
     compare_edges,
     compare_losses,
     count_collectives,
+    half_rows_along_their_classes,
     my_rows,
     my_shard,
 )
@@ -53,6 +54,19 @@ def test_losses_and_gradients_within_the_budget(world, dtypes, backend, device, 
     problem.check(backend)
     problem.y[:] = 1  # rank 0 holds all the targets
     problem.check(backend)
+
+
+def test_gradients_that_cancel_are_exchanged_wide():
+    """Features go in their own type. Their gradients, of 3e5 before they cancel, do not."""
+    results = workers.run(2, half_rows_along_their_classes)
+    dx = torch.cat([part for part, _, _ in results])
+    x, w = 3 * torch.eye(4, 6), torch.eye(6)
+    x.requires_grad_()
+    loss = margin_cross_entropy(
+        x, w, torch.arange(4), margin=ArcFace(0.5), scale=64.0, normalize="weight", reduction="sum"
+    )
+    torch.testing.assert_close(dx, torch.autograd.grad(loss, x)[0].half())
+    assert all(types == [torch.float16, [F32]] for _, *types in results)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -173,6 +173,25 @@ def test_gradients_of_norms_are_wide(compute_dtype, backend, device):
     assert (radial - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("normalize", ["weight", "none"])
+def test_gradients_that_cancel_are_added_before_they_are_rounded(normalize, dtype, backend, device):
+    """A row along its class has a slope of 1e4 in its cosine, once through its logit and once, with
+    the other sign, through its norm.
+    """
+    w = torch.linspace(0.5, 2, 40, dtype=dtype, device=device)[:, None]
+    w = w * torch.eye(24, dtype=dtype, device=device).repeat(2, 1)[:40]
+    x, y = 3 * w[:20], torch.arange(20, device=device)
+    settings = dict(margin=ArcFace(0.5), scale=64.0, normalize=normalize)
+    half = Problem(x, w, y, settings=settings)
+    wide = Problem(x.float(), w, y, dtype, settings=settings)
+    dx, exact = half.solve_fused(backend)[1], half.solve_exact()[1]
+    assert torch.equal(dx, wide.solve_fused(backend)[1].to(dtype))
+    # in fp16 the plain path has no finite result: it is fp32's that judges
+    judge = wide if dtype == BF16 else Problem(x.float(), w.float(), y, settings=settings)
+    assert_within_budget("dx", dx, [draw[1] for draw in judge.solve_plain()], exact)
+
+
 @pytest.mark.parametrize("n, c", [(0, 5), (1, 1), (3, 1), (1, 2)])
 def test_smallest_problems(n, c, backend, device):
     problem = random_problem(n, c, 3, device=device, margin=ArcFace(0.2), scale=64.0)
