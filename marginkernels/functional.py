@@ -67,7 +67,8 @@ def margin_cross_entropy(
             ``forward(c, rows) -> t``; :mod:`marginkernels.margins.base` says what else it may have.
         scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
             gives one of these, as :class:`AdaCos`.
-        bias: (C,), added to the logits after the margin, or None.
+        bias: (C,), added to the logits after the margin, or None. -inf masks a class: it has no
+            part in the softmax and no gradient; with label smoothing the loss would be inf.
         normalize: "both" x and w are normalised, only the "weight", or "none"; logits of
             un-normalised sides keep the norms: the target logit is scale * |x| * |w_y| * t.
         reduction: "mean" (sum of weight * loss over sum of weight, over the rows kept; 0 where that

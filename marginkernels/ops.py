@@ -24,7 +24,7 @@ exist only tile by tile. ``head_fwd`` returns, per row and over the negatives ``
 and ``head_bwd`` applies, in one more sweep, G_ij = (a_i exp(f - lse_i) + u_i) f' with a = grad_lse,
 u = grad_sum, and G_iy = grad_target, the gradient of (scale d). It returns dx, dw, dbias and
 dscale; those not needed are (0,) tensors. ``y`` is (N,) int64 with the local class or -1 for a row
-that owns no target here.
+that owns no target here. A bias of -inf masks its class: no part in lse, and logit_sum is -inf.
 """
 
 import functools
