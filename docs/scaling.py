@@ -113,7 +113,7 @@ class are then to be averaged, 4 C D / W bytes. The backbone's own all-reduce is
 """
 
 AFTER_VOLUME = """
-A gather of seven integers per rank more tells the numbers of rows, unless `even_batches=True` or
+A gather of five integers per rank more tells the numbers of rows, unless `even_batches=True` or
 `max_local_batch=n` promises them; sample weights, row margins, random margins, and losses that look
 at the target's cosine first take 4 N to 8 N bytes more each, a bias, label smoothing or statistics
 4 N W. `sample_rate` divides the arithmetic, and neither memory nor communication.

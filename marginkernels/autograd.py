@@ -2,11 +2,44 @@
 # Copyright (c) 2026 The marginkernels authors
 """The one autograd Function: two op calls, and the bookkeeping of who needs which gradient."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """Makes a Function's backward refuse to be differentiated.
+
+    torch's once_differentiable cuts what it returns off from the operands, so that
+    ``torch.autograd.grad`` and what is built on it take a second derivative for 0.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        tied = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        return tuple(None if g is None else _Once.apply(g, *tied) for g in gradients)
+
+    return once
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the operands, and says so only when that is differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *operands: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("marginkernels: there is no second derivative of a fused loss")
 
 
 class HeadFunction(torch.autograd.Function):
@@ -57,7 +90,7 @@ class HeadFunction(torch.autograd.Function):
         return lse, d, w_norm, logit_sum, logit_max
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_lse, grad_d, grad_w_norm, grad_sum, _):
         # hooks on saved tensors may bring back other strides; the ops read x and w with any
         x, w, *rest = ctx.saved_tensors

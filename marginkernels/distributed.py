@@ -45,6 +45,8 @@ class ClassShard:
         max_local_batch: likewise, that no rank ever gives more rows. Shorter batches are padded
             with rows that are ignored, but have their place in losses and statistics by row.
             With either promise dx is computed on every rank, also where no rank wants it.
+            With either promise on a GPU the ranks do not compare their settings, nor tell each
+            other of errors, unless ``set_device_checks(True)``; all ask for statistics or none.
     """
 
     start: int

@@ -12,8 +12,10 @@ Every rank holds some classes and gives some rows. A step of N rows in all, over
               not normalised.
 
 and each rank then holds the same N numbers and computes the same loss from them. Besides, a gather
-of seven integers per rank tells the numbers of rows, unless they are promised (``even_batches``,
-``max_local_batch``); N numbers each are gathered for sample weights, row margins and random
+of five integers per rank tells the numbers of rows, whether the ranks' settings agree, and whether
+one of them found bad input, which all then raise. The host waits for it, so it is left out where
+the numbers of rows are promised (``even_batches``, ``max_local_batch``) and values are not checked,
+as on a GPU. N numbers each are gathered for sample weights, row margins and random
 margins; a learnable scale all-reduces one number backward; a loss that needs the target's cosine
 before its sweep all-reduces N numbers, and an adaptive scale with a sweep of its own merges that.
 In bytes a rank sends, and receives, at most
@@ -23,27 +25,60 @@ In bytes a rank sends, and receives, at most
 and the part (W - 1) / W of that in a ring. Nothing depends on the number of classes.
 """
 
+import hashlib
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops, validation
-from .distributed import ClassShard, require_same
+from .autograd import first_derivative_only
+from .distributed import ClassShard, raise_together, require_agreement, require_same
 
 # new names since torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+T = TypeVar("T")
+
+
+def opened(
+    shard: ClassShard | None,
+    x: Tensor,
+    w: Tensor,
+    check: Callable[[], T],
+    agreed: Callable[[T], dict],
+    wants_stats: bool = False,
+) -> tuple["Whole | Exchange", T]:
+    """The exchange of one call, and what ``check()`` returns.
+
+    Args:
+        check: raises what is wrong with this rank's arguments.
+        agreed: from the result of ``check`` the values that are the same on all ranks, by name.
+    """
+    if shard is None:
+        return Whole(x, wants_stats), check()
+    checked, settings, error = None, {}, None
+    try:
+        checked = check()
+        settings = agreed(checked)
+    except Exception as raised:
+        error = raised
+    return Exchange(shard, x, w, wants_stats, error, settings), checked
 
 
 class Whole:
     """All classes and rows are in this process: what :class:`Exchange` does, for one."""
 
-    def __init__(self, x: Tensor):
-        self.check = "raise" if validation.checks_values(x) else ""
+    def __init__(self, x: Tensor, wants_stats: bool = False):
+        self.x, self.wants_stats = x, wants_stats
+
+    @property
+    def check(self) -> str:
+        return "raise" if validation.checks_values(self.x.device) else ""
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
         return x
@@ -51,10 +86,10 @@ class Whole:
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
         return values
 
-    def of_own_rows(self, function, own: Tensor, every: Tensor, *args) -> Tensor:
-        return function(own, *args)
+    def of_own_rows(self, own: Tensor, function, every: Tensor, *args) -> Tensor:
+        return own
 
-    def scale(self, scale: Tensor) -> Tensor:
+    def scale(self, scale: Tensor, learns: bool) -> Tensor:
         return scale
 
     def held(self, label: Tensor) -> Tensor:
@@ -62,6 +97,9 @@ class Whole:
 
     def total(self, values: Tensor) -> Tensor:
         return values
+
+    def attempt(self, function, *args):
+        return function(*args)
 
     def merge(self, label: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         return outputs
@@ -77,48 +115,73 @@ class Exchange:
     Args:
         shard: what this rank holds.
         x: (n, D), this rank's rows.
-        learns_scale: whether s may be trained; the same on all ranks.
-        given: what the call has on this rank, and has to have on all ranks or on none.
+        w: this rank's classes, on the group's device even where x is not.
+        wants_stats: whether this rank wants statistics; ``wants_stats`` is then whether any does.
+        error: what this rank found wrong with its arguments: it is raised on all ranks.
+        agreed: what has to be the same on all ranks; compared, and shown, as strings.
     """
 
-    def __init__(self, shard: ClassShard, x: Tensor, learns_scale: bool = False, **given: bool):
-        self.shard, self.group = shard, shard.group
+    def __init__(
+        self,
+        shard: ClassShard,
+        x: Tensor,
+        w: Tensor | None = None,
+        wants_stats: bool = False,
+        error: Exception | None = None,
+        agreed: dict | None = None,
+    ):
+        self.shard, self.group, self.error = shard, shard.group, error
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.factor = self.world if shard.grad_scale == "ddp" else 1
-        self.n, self.height = x.shape[0], max(x.shape[0], 1)  # an empty message may be an error
+        self.device = _device(self.group, w, x)
+        self.check = "mark" if validation.checks_values(self.device) else ""  # all raise, or none
+        self.n, height = 0 if error else x.shape[0], shard.max_local_batch
+        if height is not None and self.n > height:
+            self.error = ValueError(
+                f"x: expected at most max_local_batch={height} rows, got {self.n}"
+            )
+        self.height = height or max(self.n, 1)  # an empty message may be an error
         self.index = None  # of the rows among the padded ones, where some are padding
-        self.check = "mark" if validation.checks_values(x) else ""  # all ranks raise, or none
-        self.wants_dx, self.learns_scale = True, learns_scale
-        if shard.max_local_batch is not None:
-            self.height = shard.max_local_batch
-            if self.n > self.height:
-                raise ValueError(
-                    f"x: expected at most max_local_batch={self.height} rows, got {self.n}"
-                )
-        self.first = self.rank * self.height
-        if not (shard.even_batches or shard.max_local_batch):
-            self._agree(x, given)
+        self.wants_dx, self.wants_stats = True, wants_stats
+        promised = shard.even_batches or height is not None
+        if self.check or not promised:
+            sizes, wants_dx = self._agree(x, agreed or {})
+            if not promised:
+                self._place(sizes)
+                self.wants_dx = wants_dx
+        elif self.error is not None:
+            raise self.error
+        if self.index is None:
+            self.first = self.rank * self.height
         self.wants_dx = self.wants_dx and torch.is_grad_enabled()
 
-    def _agree(self, x: Tensor, given: dict[str, bool]) -> None:
-        """Tells the others how many rows this rank has and what it wants; the host waits."""
-        mine = [self.n, x.shape[1], _DTYPES.index(x.dtype), x.requires_grad, *given.values()]
-        mine = torch.tensor(mine, dtype=torch.int64)
-        every = self._gather(mine.to(x.device)).view(self.world, -1).tolist()
-        sizes, widths, dtypes, dx, *options = zip(*every, strict=True)
-        require_same("x", [f"{width} features" for width in widths])
-        require_same("x", [str(_DTYPES[dtype]) for dtype in dtypes])
-        for name, present in zip(given, options, strict=True):
-            if len(set(present)) > 1:
-                ranks = [rank for rank, there in enumerate(present) if there]
-                raise ValueError(f"{name}: expected on all ranks or on none, got it on {ranks}")
-        self.wants_dx = any(dx)
+    def _agree(self, x: Tensor, agreed: dict) -> tuple[list[int], bool]:
+        """Tells the others what this rank has and wants; the host waits. The ranks' numbers of
+        rows, and whether any wants dx.
+        """
+        agreed = {name: str(value) for name, value in agreed.items()}
+        failed = self.error is not None
+        wants_dx = not failed and x.requires_grad
+        mine = [failed, self.n, wants_dx, self.wants_stats, _fingerprint(agreed)]
+        mine = torch.tensor(mine, dtype=torch.int64).to(self.device)
+        every = self._gather(mine).view(self.world, -1).tolist()
+        failed, sizes, wants_dx, wants_stats, fingerprints = zip(*every, strict=True)
+        if any(failed):
+            raise_together(self.group, self.error)
+        if len(set(fingerprints)) > 1:
+            require_agreement(self.group, **agreed)
+        if self.shard.even_batches:
+            require_same("x", [f"{size} rows (even_batches=True)" for size in sizes])
+        self.wants_stats = any(wants_stats)
+        return sizes, any(wants_dx)
+
+    def _place(self, sizes: list[int]) -> None:
+        """Where the ranks' rows are among all."""
         self.height = max(*sizes, 1)
-        self.first = self.rank * self.height
         if any(size != self.height for size in sizes):
             starts = range(0, self.world * self.height, self.height)
             rows = [torch.arange(a, a + size) for a, size in zip(starts, sizes, strict=True)]
-            self.index = torch.cat(rows).to(x.device)
+            self.index = torch.cat(rows).to(self.device)
             self.first = sum(sizes[: self.rank])
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
@@ -135,13 +198,16 @@ class Exchange:
         every = self._every(values.detach(), fill)
         return _Rows.apply(values, every, self) if values.requires_grad else every
 
-    def of_own_rows(self, function, own: Tensor, every: Tensor, *args) -> Tensor:
-        """function(every, *args), (N,), with the gradient of function(own, *args)."""
-        return _Rows.apply(function(own, *args), function(every.detach(), *args), self)
+    def of_own_rows(self, own: Tensor, function, every: Tensor, *args) -> Tensor:
+        """function(every, *args), (N,), with the gradient of ``own``, this rank's part of it."""
+        return _Rows.apply(own, function(every.detach(), *args), self)
 
-    def scale(self, scale: Tensor) -> Tensor:
-        """The scale for the sweep, of which each rank has only its own classes' gradient."""
-        if not self.learns_scale:
+    def scale(self, scale: Tensor, learns: bool) -> Tensor:
+        """The scale for the sweep, of which each rank has only its own classes' gradient.
+
+        ``learns`` says whether it may be trained, on any rank.
+        """
+        if not learns:
             return scale
         return _Summed.apply(scale, torch.zeros_like(scale, requires_grad=True), self)
 
@@ -155,6 +221,18 @@ class Exchange:
         values = values.detach().clone()
         dist.all_reduce(values, group=self.group)
         return values
+
+    def attempt(self, function, *args):
+        """function(*args), or None where it raises and values are checked: :meth:`merge`, given
+        NaN, then raises the error on all ranks.
+        """
+        if not self.check:
+            return function(*args)
+        try:
+            return function(*args)
+        except Exception as raised:
+            self.error = raised
+            return None
 
     def merge(
         self, label: Tensor, lse: Tensor, logit_sum: Tensor, logit_max: Tensor, *owned: Tensor
@@ -198,6 +276,19 @@ class Exchange:
         return mine[: self.n]
 
 
+def _device(group: dist.ProcessGroup, *tensors) -> torch.device:
+    """The device of the first tensor that the group can exchange, else the group's own."""
+    kinds = [device.type for device in group._device_types]
+    devices = [t.device for t in tensors if isinstance(t, Tensor) and t.device.type in kinds]
+    return devices[0] if devices else torch.device(kinds[0])
+
+
+def _fingerprint(values: dict[str, str]) -> int:
+    """64 bits, the same in every process for the same values."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 class _Features(torch.autograd.Function):
     """All-gather of rows; backward reduce-scatter of their gradients."""
 
@@ -209,7 +300,7 @@ class _Features(torch.autograd.Function):
         return exchange._every(x.to(sent_as)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor):
         dx = ctx.exchange._scatter_sum(grad).mul_(ctx.exchange.factor)
         return dx if ctx.needs_input_grad[0] else None, None, None, None
@@ -224,7 +315,7 @@ class _Rows(torch.autograd.Function):
         return every.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor):
         exchange = ctx.exchange
         return exchange.factor * grad[exchange.first : exchange.first + exchange.n], None, None
@@ -239,7 +330,7 @@ class _Summed(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor):
         return ctx.exchange.total(grad), None, None
 
@@ -257,8 +348,9 @@ class _Merge(torch.autograd.Function):
         every = exchange._gather(packed).view(exchange.world, len(packed))
         lses, sums, maxima, *owned = every.split([len(part) for part in parts], dim=1)
         merged = lses.logsumexp(0)
-        if exchange.check:
-            merged = ops.checked(merged, merged, -torch.inf, torch.inf, ops.BAD_W)
+        if exchange.check and bool(merged.isnan().any()):
+            bad_w = ValueError(ops.BAD_W) if bool(lse.isnan().any()) else None
+            raise_together(exchange.group, exchange.error or bad_w)
         ctx.save_for_backward(label, lse, merged)
         maximum = maxima.amax(0)
         ctx.mark_non_differentiable(maximum)
@@ -266,7 +358,7 @@ class _Merge(torch.autograd.Function):
         return merged, sums.sum(0), maximum, *[values.sum(0) for values in owned]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_lse, grad_sum, _, *grads_owned):
         label, lse, merged = ctx.saved_tensors
         if grad_lse is not None:

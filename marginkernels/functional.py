@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, loss, ops, sampling, validation
+from . import loss, ops, sampling
 from .autograd import HeadFunction
+from .call import Settings, agreed, check
 from .distributed import ClassShard
-from .exchange import Exchange, Whole
+from .exchange import opened
 from .loss import HeadStats
 from .margins import Rows
 from .transforms import IDENTITY, Transform
@@ -62,13 +63,14 @@ def margin_cross_entropy(
     Args:
         x: embeddings (N, D); float16, bfloat16, float32 or float64. N may be 0.
         w: class weights (C, D), row-major; any of the same dtypes, also another than x's.
-        y: labels (N,), int64, in [0, C) or ``ignore_index``.
+        y: labels (N,), int64, in [0, C) or ``ignore_index``. Where values are not checked, as on a
+            GPU, a row of any other label has the loss NaN and no gradient.
         margin: a module of :mod:`marginkernels.margins`, or any ``nn.Module`` with
             ``forward(c, rows) -> t``; :mod:`marginkernels.margins.base` says what else it may have.
         scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
             gives one of these, as :class:`AdaCos`.
         bias: (C,), added to the logits after the margin, or None. -inf masks a class: it has no
-            part in the softmax and no gradient; with label smoothing the loss would be inf.
+            part in the softmax and no gradient; with label smoothing it is an error.
         normalize: "both" x and w are normalised, only the "weight", or "none"; logits of
             un-normalised sides keep the norms: the target logit is scale * |x| * |w_y| * t.
         reduction: "mean" (sum of weight * loss over sum of weight, over the rows kept; 0 where that
@@ -103,7 +105,7 @@ def margin_cross_entropy(
         generator: of the sample, on x's device; None: torch's default one.
         sampler: chooses the classes instead: a function of the rows' classes (N,), -1 for those
             that ``w`` does not hold, to the sorted indices of a row of ``w`` at least, the rows'
-            own among them.
+            own among them. On a GPU a bad sample gives the loss NaN, as a bad label does.
 
     Returns:
         The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
@@ -115,45 +117,42 @@ def margin_cross_entropy(
         RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
         asked for.
     """
-    scale, observer, learns_scale = _called(scale)
-    validation.check_settings(
+    settings = Settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-        save_tiles,
+        save_tiles, backend, sample_rate, logq,
+    )  # fmt: skip
+    rows_given = dict(sample_weight=sample_weight, row_margin=row_margin)
+    exchange, call = opened(
+        shard, x, w,
+        lambda: check(settings, x, w, y, margin, scale, bias, shard, sampler, **rows_given),
+        lambda call: agreed(settings, call, x, margin, scale, bias, shard, sampler, **rows_given),
+        return_stats,
+    )  # fmt: skip
+    scale, observer, compute_dtype, backend = (
+        call.scale, call.observer, call.compute_dtype, call.backend,
     )  # fmt: skip
     num_classes = w.shape[0] if shard is None else shard.total
-    validation.check_operands(x, w, y, bias, sample_weight, row_margin, shard)
-    validation.check_scale(scale)
-    validation.check_margin(margin, row_margin, num_classes, w.device)
-    validation.check_cosines(margin, observer, normalize, bias is not None)
-    validation.check_sampling(sample_rate, logq, sampler, label_smoothing, margin, observer)
-    compute_dtype = resolve_compute_dtype(x, w, compute_dtype)
-    backend = backends.select(backend, x.device.type, compute_dtype)
-    obstacles = _tile_obstacles(
-        bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
-    )
-
-    exchange = _exchange(shard, x, learns_scale, margin, sample_weight, row_margin)
-    noise = None if shard is None else _noise(margin, x)
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    # of an un-normalised x the gradients of logits and norms may cancel: they are added up wide
-    own_x = x if normalize == "both" else x.to(stats_dtype)
-    x, y = exchange.features(own_x, x.dtype), exchange.rows(y, fill=ignore_index)
-    x_norm = exchange.of_own_rows(loss.row_norm, own_x, x, compute_dtype)
+
+    noise = None if shard is None else _noise(margin, x)
+    x, label = exchange.features(call.x, x.dtype), exchange.rows(call.label, fill=ignore_index)
+    x_norm = exchange.of_own_rows(call.x_norm, loss.row_norm, x, compute_dtype)
     sample_weight, row_margin, noise = (
         None if given is None else exchange.rows(given)
         for given in (sample_weight, row_margin, noise)
     )
-
-    label = ops.checked_labels(y, num_classes, ignore_index) if exchange.check else y
-    label = validation.check_values(label, x_norm, scale, margin, row_margin, sample_weight)
     kept = label != ignore_index
-    rows = Rows(torch.where(kept, label, 0), x_norm, None, row_margin, kept, noise)
-    label = exchange.held(torch.where(kept, label, -1))
+    valid = kept & (label >= 0) & (label < num_classes)  # on a GPU labels are not checked
+    rows = Rows(torch.where(valid, label, 0), x_norm, None, row_margin, valid, noise)
+    label = exchange.held(torch.where(valid, label, -1))
     bias = None if bias is None else bias.to(stats_dtype)
+    uniform = None
     if sampler is None and sample_rate < 1:
-        sampler = sampling.uniform(w.shape[0], sample_rate, generator)
-    w, bias, label = _swept_classes(w, bias, label, sampler, logq, stats_dtype)
-    keep_tiles = _keep_tiles(save_tiles, obstacles, x, w, compute_dtype, backend)
+        uniform = sampling.uniform(w.shape[0], sample_rate, generator)
+    w, bias, label, sample_ok = _swept_classes(
+        exchange, w, bias, label, sampler, uniform, logq, stats_dtype
+    )
+    keep_tiles = _keep_tiles(save_tiles, call.tile_obstacles, x, w, compute_dtype, backend)
 
     def sweep(
         scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
@@ -162,6 +161,8 @@ def margin_cross_entropy(
             x, w, bias, scale, label, backend, normalize == "both", normalize != "none",
             compute_dtype, save_tiles, want_sum, want_max, exchange.check, *transform,
         )  # fmt: skip
+        if sample_ok is not None:
+            lse = torch.where(sample_ok, lse, torch.nan)
         bias_y = () if bias is None else (torch.where(label >= 0, bias[label.clamp_min(0)], 0),)
         return exchange.merge(label, lse, logit_sum, logit_max, d, w_norm, *bias_y)
 
@@ -170,71 +171,52 @@ def margin_cross_entropy(
             lse, _, _, d, *_ = sweep(
                 _scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False
             )
-        observer.observe(lse, d, kept)
+        observer.observe(lse, d, valid)
         scale = observer()
     scale = _scale_tensor(scale, x, stats_dtype)
     transform = _transform(margin, x, w, label, rows, compute_dtype, exchange)
     lse, logit_sum, logit_max, d, w_norm, *bias_y = sweep(
-        exchange.scale(scale), transform, keep_tiles, label_smoothing > 0, return_stats
-    )
+        exchange.scale(scale, call.learns_scale), transform, keep_tiles, label_smoothing > 0,
+        exchange.wants_stats,
+    )  # fmt: skip
     if observer is not None and observer.delayed:
-        observer.observe(lse.detach(), d.detach(), kept)
+        observer.observe(lse.detach(), d.detach(), valid)
 
-    if shard is not None:  # a label that no rank holds must not pass for a loss
-        lse = lse.masked_fill(kept & (w_norm.detach() == 0), torch.nan)
-    rows = rows._replace(w_norm=torch.where(kept, w_norm, 1.0))
+    found = w_norm.detach() > 0  # a rank holds the row's class
+    rows = rows._replace(w_norm=torch.where(found, w_norm, 1.0))
     norms = loss.unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
-    t = loss.margined(margin, c, rows)
     bias_y = bias_y[0] if bias_y else 0.0
+    if return_stats:  # now, because a margin may overwrite the cosines
+        cosine = torch.where(found, c, 0.0).detach()
+        correct = (found & (scale * d + bias_y > logit_max)).detach()
+    t = loss.margined(margin, c, rows)
     z_y = scale * (t if norms is None else norms * t) + bias_y
     row_loss = loss.row_losses(
         z_y, lse, logit_sum, num_classes, label_smoothing, focal_gamma, z_loss
     )
     if hasattr(margin, "regularizer"):
         row_loss = row_loss + margin.regularizer(rows)
-    row_loss = torch.where(kept, row_loss, 0.0)
+    # a label that no rank holds must not pass for a loss; its row has no gradient
+    row_loss = torch.where(found, row_loss, torch.where(kept, torch.nan, 0.0))
     result = loss.reduced(row_loss, kept, sample_weight, reduction)
-    if not return_stats:
-        return result
-    correct = kept & (scale * d + bias_y > logit_max)
-    return result, HeadStats(
-        torch.where(kept, c, 0.0).detach(), correct.detach(), row_loss.detach()
-    )
+    return (result, HeadStats(cosine, correct, row_loss.detach())) if return_stats else result
 
 
-def _called(
-    scale: float | Tensor | nn.Module,
-) -> tuple[float | Tensor, nn.Module | None, bool]:
-    """The scale now, its module where that wants to observe, and whether it may be trained."""
-    module, learns = None, isinstance(scale, nn.Parameter)
-    if isinstance(scale, nn.Module):
-        module = scale if getattr(scale, "adapts", False) else None
-        learns = any(True for _ in scale.parameters())
-        scale = scale()
-    return scale, module, learns or (isinstance(scale, Tensor) and scale.requires_grad)
-
-
-def _exchange(shard, x, learns_scale, margin, sample_weight, row_margin) -> Exchange | Whole:
-    if shard is None:
-        return Whole(x)
-    return Exchange(
-        shard,
-        x,
-        learns_scale,
-        sample_weight=sample_weight is not None,
-        row_margin=row_margin is not None,
-        training=margin.training,
-    )
-
-
-def _swept_classes(w, bias, label, sampler, logq, dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weights and bias of the classes that the sweep is over, and the rows' labels among them."""
+def _swept_classes(
+    exchange, w, bias, label, sampler, uniform, logq, dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Weights and bias of the classes that the sweep is over, the rows' labels among them, and
+    whether the user's sample can be used, a bool () on the device, or None where there is none.
+    """
+    valid = None
     if sampler is not None:
-        w, bias, label = sampling.sampled(w, bias, label, sampler(label), logq, dtype)
+        w, bias, label, valid = sampling.chosen(exchange, sampler, w, bias, label, logq, dtype)
+    elif uniform is not None:
+        w, bias, label = sampling.sampled(w, bias, label, uniform(label), logq, dtype)
     if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
         w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
-    return w, bias, label
+    return w, bias, label, valid
 
 
 def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:
@@ -242,46 +224,11 @@ def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:
     return margin.draw(x) if hasattr(margin, "draw") and margin.training else None
 
 
-def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """``asked``, or for None autocast's type where that is on, else x's; float64 if x or w is."""
-    if torch.float64 in (x.dtype, w.dtype):
-        if asked not in (None, torch.float64):
-            raise ValueError(f"compute_dtype: expected float64 for float64 x or w, got {asked}")
-        return torch.float64
-    if asked is not None:
-        return asked
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _tile_obstacles(
-    bias, margin, scale, normalize, label_smoothing, compute_dtype, backend, logq
-) -> dict[str, bool]:
-    """What forbids to keep exponentials, and whether it applies."""
-    is_number = not isinstance(scale, Tensor)
-    return {
-        f"normalize={normalize!r}": normalize != "both",
-        "a bias": bias is not None,
-        "logq": logq,
-        "label_smoothing": label_smoothing > 0,
-        f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
-        "a scale that is no number": not is_number,
-        # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
-        "a scale of 73 or more": is_number and scale >= 73,
-        f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
-        f"backend {backend!r}": backend == "reference",
-    }
-
-
 def _keep_tiles(
-    save_tiles: str | bool, obstacles: dict[str, bool], x: Tensor, w: Tensor, compute_dtype, backend
+    save_tiles: str | bool, obstacles: list[str], x: Tensor, w: Tensor, compute_dtype, backend
 ) -> bool:
-    """Whether forward saves its exponentials; ValueError with all reasons if True cannot be."""
-    reasons = [reason for reason, applies in obstacles.items() if applies]
-    if save_tiles is True and reasons:
-        raise ValueError("save_tiles: cannot be True with " + ", ".join(reasons))
-    if save_tiles is False or reasons:
+    """Whether forward saves its exponentials."""
+    if save_tiles is False or obstacles:
         return False
     if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
         return False  # no backward will read them

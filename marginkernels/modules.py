@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import distributed, ops, validation
-from .exchange import Exchange, Whole
+from .call import resolve_compute_dtype
+from .exchange import opened
 from .extend import extend
-from .functional import HeadStats, margin_cross_entropy, resolve_compute_dtype
+from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed
 from .sampling import Sampler
 
@@ -202,12 +203,24 @@ class MarginSoftmaxHead(nn.Module):
         first; never holds (N, C) logits. Of a sharded head, collective: each rank gives its rows
         and gets theirs, over all classes.
         """
-        if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
-            raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
-        self._check_embeddings(embeddings)
-        exchange = Whole(embeddings) if self.shard is None else Exchange(self.shard, embeddings)
+
+        def check() -> torch.dtype:
+            if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
+                raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
+            self._check_embeddings(embeddings)
+            return self._compute_dtype(embeddings)
+
+        exchange, compute_dtype = opened(
+            self.shard,
+            embeddings,
+            distributed.local(self.weight),
+            check,
+            lambda compute_dtype: dict(
+                k=k, embeddings=embeddings.dtype, compute_dtype=compute_dtype
+            ),
+        )
         rows = exchange.features(embeddings)
-        dtype = ops.statistics_dtype(self._compute_dtype(embeddings))
+        dtype = ops.statistics_dtype(compute_dtype)
         values = rows.new_empty(len(rows), 0, dtype=dtype)
         classes = values.long()
         for start, block in self._logit_blocks(rows):

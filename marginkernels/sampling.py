@@ -41,6 +41,43 @@ def uniform(
     return sample
 
 
+def checked_index(
+    sampler: Callable[[Tensor], Tensor], label: Tensor, num_classes: int, check: bool
+) -> tuple[Tensor, Tensor]:
+    """The classes that ``sampler`` chooses, and whether they are sorted and all there are, a bool
+    () on the device. Where they are not, classes that exist take the place of those that do not.
+
+    Raises:
+        TypeError, ValueError: of a wrong type or shape; with ``check``, for which the host waits,
+            also of wrong values.
+    """
+    index = sampler(label)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        came = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"sampler: expected it to return an int64 tensor, got {came}")
+    if index.ndim != 1 or (index.numel() == 0) != (num_classes == 0):
+        raise ValueError(
+            f"sampler: expected it to return 1 to {num_classes} indices, got {tuple(index.shape)}"
+        )
+    if index.device != label.device:
+        raise ValueError(f"sampler: expected indices on {label.device}, got {index.device}")
+    inside, sorted_ = (index >= 0) & (index < num_classes), index.diff() > 0
+    valid = inside.all() & sorted_.all()
+    if check and not bool(valid):
+        what, wrong = f"indices in [0, {num_classes})", index[~inside]
+        if len(wrong) == 0:
+            what, wrong = "sorted indices without repetition", index[1:][~sorted_]
+        raise ValueError(f"sampler: expected it to return {what}, got {int(wrong[0])}")
+    if check:
+        missing = label[(label >= 0) & ~torch.isin(label, index)]
+        if len(missing) > 0:
+            raise ValueError(
+                "sampler: expected the classes of the rows among its indices, but class "
+                f"{int(missing[0])} is missing"
+            )
+    return index.clamp(0, max(num_classes - 1, 0)), valid
+
+
 def sampled(
     w: Tensor,
     bias: Tensor | None,
@@ -50,11 +87,13 @@ def sampled(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The rows ``index`` of w, their bias with the logq correction in ``dtype``, the rows' classes
-    among them.
+    among them, -1 where the class is missing.
     """
     num_classes, num_sample = w.shape[0], index.shape[0]
-    owned = label >= 0
-    places = torch.searchsorted(index, label.clamp_min(0))
+    if num_sample == 0:  # a rank without classes
+        return w, w.new_zeros(0, dtype=dtype) if logq else bias, label
+    places = torch.searchsorted(index, label).clamp_max(num_sample - 1)
+    owned = index[places] == label
     w = w.index_select(0, index)
     bias = None if bias is None else bias.index_select(0, index)
     if logq:
@@ -65,6 +104,24 @@ def sampled(
         correction = torch.where(of_rows, 0, -log_pi)  # 0 / 0 where all are positives
         bias = correction if bias is None else bias + correction
     return w, bias, torch.where(owned, places, -1)
+
+
+def chosen(
+    exchange,
+    sampler: Callable[[Tensor], Tensor],
+    w: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    logq: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """:func:`sampled` by a sampler of the user's, and whether its sample can be used, a bool () on
+    the device. The exchange says whether the host may wait, and raises one rank's error on all.
+    """
+    index, valid = exchange.attempt(
+        checked_index, sampler, label, w.shape[0], bool(exchange.check)
+    ) or (torch.arange(w.shape[0], device=w.device), label.new_zeros((), dtype=torch.bool))
+    return *sampled(w, bias, label, index, logq, dtype), valid
 
 
 class Sampler(StepGenerators):

@@ -27,9 +27,9 @@ def set_device_checks(enabled: bool) -> None:
     _device_checks = bool(enabled)
 
 
-def checks_values(tensor: Tensor) -> bool:
-    """Whether the values of this tensor are looked at."""
-    return tensor.device.type == "cpu" or _device_checks
+def checks_values(device: torch.device) -> bool:
+    """Whether the values of tensors on this device are looked at."""
+    return device.type == "cpu" or _device_checks
 
 
 def check_settings(
@@ -74,6 +74,7 @@ def check_operands(x, w, y, bias, sample_weight, row_margin, shard) -> None:
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         came = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected an int64 tensor, got {came}")
+    check_local("y", y)
     if tuple(y.shape) != (n,):
         raise ValueError(f"y: expected shape ({n},), one label per row of x, got {tuple(y.shape)}")
     if y.device != x.device:
@@ -91,12 +92,23 @@ def check_tensor(name: str, t, like: Tensor | None = None, shape: tuple | None =
     """A floating tensor, where given of this shape and on the device of ``like``."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    check_local(name, t)
     if t.dtype not in _FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
     if shape is not None and tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
     if like is not None and t.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
+
+
+def check_local(name: str, t: Tensor) -> None:
+    """Not a DTensor, of which this process may hold a part only."""
+    if hasattr(t, "to_local"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor. MarginSoftmaxHead(..., device_mesh=) "
+            "splits the classes over ranks; of a tensor that fully_shard or another wrapper has "
+            "split give the whole, t.full_tensor()"
+        )
 
 
 def check_scale(scale) -> None:
@@ -170,23 +182,47 @@ def check_sampling(sample_rate, logq, sampler, label_smoothing, margin, scale) -
         )
 
 
-def check_values(label, x_norm, scale, margin, row_margin, sample_weight) -> Tensor:
-    """Copy of the valid labels that waits for the checks of all other values."""
-    what = f"x: expected finite rows of norm at most {ops.NORM_MAX:g}"
-    label = _checked(label, x_norm, 0, ops.NORM_MAX, what)
+def check_numbers(dtype: torch.dtype, **values) -> None:
+    """Positive numbers that statistics in ``dtype`` can hold."""
+    held = torch.finfo(dtype)
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and value != 0 and not held.tiny <= value <= held.max:
+            raise ValueError(
+                f"{name}: expected a number from {held.tiny:g} to {held.max:g} for {dtype}, got "
+                f"{value}"
+            )
+
+
+def check_values(
+    y, num_classes, ignore_index, x_norm, scale, bias, label_smoothing, margin, row_margin,
+    sample_weight,
+) -> Tensor:  # fmt: skip
+    """Copy of the labels that waits for the checks of all values."""
+    statistics = torch.finfo(x_norm.dtype)  # values have to be finite there too
+    label = y
+    if checks_values(y.device):
+        label = ops.checked_labels(y, num_classes, ignore_index)
+    label = _checked(label, x_norm, 0, ops.NORM_MAX, ops.BAD_X)
     if isinstance(scale, Tensor):
         what = "scale: expected a finite number > 0"
-        label = _checked(label, scale, math.nextafter(0, 1), torch.finfo(scale.dtype).max, what)
+        label = _checked(label, scale, statistics.tiny, statistics.max, what)
+    if bias is not None:
+        what = "bias: expected finite numbers, or -inf for classes to leave out"
+        low = -math.inf
+        if label_smoothing > 0:
+            what, low = "bias: expected finite numbers with label_smoothing", statistics.min
+        label = _checked(label, bias, low, statistics.max, what)
     if sample_weight is not None:
         what = "sample_weight: expected finite weights >= 0"
-        high = torch.finfo(sample_weight.dtype).max
-        label = _checked(label, sample_weight, 0, high, what)
+        label = _checked(label, sample_weight, 0, statistics.max, what)
     margin = _inner(margin)
     if isinstance(margin, Margin):
         m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
         if isinstance(m, Tensor):
             what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval}"
-            label = _checked(label, m, margin.interval.first, margin.interval.last, what)
+            low = max(margin.interval.first, statistics.min)
+            high = min(margin.interval.last, statistics.max)
+            label = _checked(label, m, low, high, what)
     return label
 
 
@@ -196,7 +232,9 @@ def _inner(margin):
 
 
 def _checked(label: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
-    return ops.checked(label, value.detach(), low, high, what) if checks_values(value) else label
+    if not checks_values(value.device):
+        return label
+    return ops.checked(label, value.detach(), low, high, what)
 
 
 def _check_choice(name: str, value, allowed: tuple) -> None:

@@ -15,7 +15,14 @@ from tests.cuda import host
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = list(backend_report())
 # what judges numbers; the rest is the same for every backend
-ON_FIBERS = ("test_head", "test_hard_cases", "test_logits", "test_losses", "test_transforms")
+ON_FIBERS = (
+    "test_head",
+    "test_hard_cases",
+    "test_logits",
+    "test_losses",
+    "test_transforms",
+    "test_unchecked",
+)
 
 
 def pytest_addoption(parser):

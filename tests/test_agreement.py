@@ -2,10 +2,13 @@
 # Copyright (c) 2026 The marginkernels authors
 """What is wrong on one rank, or differs between ranks, is an error on all of them at once."""
 
+import pytest
+import torch
 import torch.distributed as dist
 
 import workers
-from marginkernels import distributed
+from marginkernels import CosFace, MarginSoftmaxHead, distributed, margin_cross_entropy
+from sharding import my_shard
 
 
 def raised_by(function):
@@ -54,3 +57,137 @@ def test_an_error_of_one_rank_is_raised_on_all():
             (KeyError, "'odd'"),
         ],
     ]
+
+
+C, N, D = 11, 6, 8
+
+
+def call(shard=None, **changed):
+    """A training step of this rank, with some arguments changed."""
+    torch.manual_seed(0)
+    shard = shard or my_shard(C)
+    arguments = dict(
+        x=torch.randn(N, D, requires_grad=True),
+        w=torch.randn(C, D)[shard.start : shard.stop].requires_grad_(),
+        y=torch.randint(0, C, (N,)),
+        margin=CosFace(0.2),
+        scale=8.0,
+        shard=shard,
+    )
+    loss = margin_cross_entropy(**arguments | changed)
+    (loss[0] if isinstance(loss, tuple) else loss).sum().backward()
+    return loss
+
+
+PROMISES = [{}, dict(even_batches=True), dict(max_local_batch=N)]
+
+# what rank 1 has instead of rank 0's, and the name in the error of both
+DIFFERENCES = {
+    "label_smoothing": (0.1, "label_smoothing"),
+    "z_loss": (0.1, "z_loss"),
+    "focal_gamma": (1.0, "focal_gamma"),
+    "reduction": ("sum", "reduction"),
+    "normalize": ("none", "normalize"),
+    "ignore_index": (-1, "ignore_index"),
+    "scale": (16.0, "scale"),
+    "scale that learns": (torch.nn.Parameter(torch.tensor(8.0)), "scale"),
+    "margin": (CosFace(0.3), "margin"),
+    "margin in eval mode": (CosFace(0.2).eval(), "training"),
+    "compute_dtype": (torch.bfloat16, "compute_dtype"),
+    "sample_rate": (0.5, "sample_rate"),
+    "logq": (True, "logq"),
+    "sampler": (lambda label: torch.arange(5), "sampler"),
+    "row_margin": (torch.zeros(N), "row_margin"),
+}
+
+
+def differing(promise):
+    messages = {}
+    for case, (value, _) in DIFFERENCES.items():
+        name = case.split(" ")[0]
+        changed = {name: value} if dist.get_rank() == 1 else {}
+        messages[case] = raised_by(lambda c=changed: call(my_shard(C, **promise), **c))
+    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
+    messages["k"] = raised_by(lambda: head.topk(torch.randn(N, D), 2 + dist.get_rank()))
+    messages["grad mode"] = raised_by(without_gradient_on_one)
+    return messages
+
+
+def without_gradient_on_one():
+    with torch.set_grad_enabled(dist.get_rank() == 0):
+        call()
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=["sizes gathered", "even", "at most"])
+def test_settings_that_differ_are_named_on_all_ranks(promise):
+    first, second = workers.run(2, differing, promise)
+    assert first == second
+    names = {case: name for case, (_, name) in DIFFERENCES.items()}
+    names |= {"k": "k", "grad mode": "torch.is_grad_enabled()"}
+    for case, name in names.items():
+        assert first[case] is not None, case
+        kind, message = first[case]
+        assert kind is ValueError and message.startswith(name), (case, first[case])
+        assert "on rank 0" in message and "on rank 1" in message, message
+
+
+def bad_arguments():
+    x = torch.randn(N, D)
+    return {
+        "labels of int32": dict(y=torch.zeros(N, dtype=torch.int32)),
+        "labels of a wrong shape": dict(y=torch.zeros(N - 1, dtype=torch.int64)),
+        "a label out of range": dict(y=torch.full((N,), C)),
+        "no tensor": dict(x=x.tolist()),
+        "no weights": dict(w=None),
+        "features of a wrong width": dict(x=x[:, 1:]),
+        "a NaN": dict(x=x * torch.nan),
+        "negative weights": dict(sample_weight=-torch.ones(N)),
+        "too many rows": dict(x=x.repeat(2, 1), y=torch.zeros(2 * N, dtype=torch.int64)),
+        "an unknown backend": dict(backend="cudnn"),
+        "a NaN of a scale": dict(scale=torch.tensor(torch.nan)),
+        "a module that raises": dict(scale=Raises()),
+    }
+
+
+class Raises(torch.nn.Module):
+    def forward(self):
+        raise RuntimeError("this scale is broken")
+
+
+def with_one_bad_argument(promise):
+    shard, bad = my_shard(C, **promise), dist.get_rank() == 1
+    raised = {
+        case: raised_by(lambda c=changed: call(shard, **(c if bad else {})))
+        for case, changed in bad_arguments().items()
+    }
+    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
+    raised["k too large"] = raised_by(lambda: head.topk(torch.randn(N, D), 12 if bad else 2))
+    assert call(shard).isfinite()  # the group is as it was
+    return raised
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=["sizes gathered", "even", "at most"])
+def test_a_bad_argument_of_one_rank_is_an_error_of_all(promise):
+    first, second = workers.run(2, with_one_bad_argument, promise)
+    for case, own in second.items():
+        if case == "too many rows" and not promise:
+            assert own is None and first[case] is None
+        elif case == "too many rows" and "even_batches" in promise:
+            assert own == first[case] and "6 rows (even_batches=True) on rank 0" in own[1]
+        else:
+            assert own is not None and first[case] == (own[0], f"rank 1: {own[1]}"), case
+
+
+def statistics_of_one_rank():
+    everywhere = call(return_stats=True)
+    if dist.get_rank() == 0:
+        alone = call(return_stats=True)
+        assert all(map(torch.equal, alone[1], everywhere[1]))
+        return alone[0]
+    return call()
+
+
+def test_one_rank_alone_may_ask_for_statistics():
+    """As it does where rank 0 writes the log."""
+    first, second = workers.run(2, statistics_of_one_rank)
+    assert torch.equal(first, second)

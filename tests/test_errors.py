@@ -12,6 +12,7 @@ from marginkernels import (
     CombinedMargin,
     CosFace,
     ElasticFace,
+    Margin,
     MarginSoftmaxHead,
     NSoftmax,
     SphereFace,
@@ -45,6 +46,24 @@ def changed(margin, m):
     else:
         margin.m = m
     return margin
+
+
+class Unbounded(Margin):
+    """A margin of a user's, any number."""
+
+    def target(self, c, m):
+        return c - m
+
+
+class Split(torch.Tensor):
+    """What a DTensor is known by."""
+
+    @staticmethod
+    def __new__(cls, *shape):
+        return torch.zeros(*shape).as_subclass(cls)
+
+    def to_local(self):
+        return self
 
 
 class Returns(torch.nn.Module):
@@ -118,6 +137,40 @@ BAD = {
         lambda a: dict(bias=torch.zeros(C + 1)),
         ValueError,
         ["bias:", f"({C},)", f"({C + 1},)"],
+    ),
+    "bias nan": (
+        lambda a: dict(bias=row(torch.zeros(C), 1, math.nan)),
+        ValueError,
+        ["bias:", "finite", "nan"],
+    ),
+    "bias inf": (
+        lambda a: dict(bias=row(torch.zeros(C), 1, math.inf)),
+        ValueError,
+        ["bias:", "finite", "inf"],
+    ),
+    "bias beyond fp32": (
+        lambda a: dict(bias=row(torch.zeros(C).double(), 1, 1e39)),
+        ValueError,
+        ["bias:", "finite", "1e+39"],
+    ),
+    "bias -inf with smoothing": (
+        lambda a: dict(bias=row(torch.zeros(C), 1, -math.inf), label_smoothing=0.1),
+        ValueError,
+        ["bias:", "label_smoothing", "-inf"],
+    ),
+    "bias DTensor": (lambda a: dict(bias=Split(C)), TypeError, ["bias:", "DTensor", "full_tens"]),
+    "x DTensor": (lambda a: dict(x=Split(N, D)), TypeError, ["x:", "DTensor", "full_tensor"]),
+    "w DTensor": (lambda a: dict(w=Split(C, D)), TypeError, ["w:", "DTensor", "device_mesh"]),
+    "y DTensor": (lambda a: dict(y=Split(N).long()), TypeError, ["y:", "DTensor", "full_tensor"]),
+    "sample_weight beyond fp32": (
+        lambda a: dict(sample_weight=row(torch.ones(N).double(), 1, 1e39)),
+        ValueError,
+        ["sample_weight:", "finite", "1e+39"],
+    ),
+    "row_margin beyond fp32": (
+        lambda a: dict(row_margin=row(torch.ones(N).double(), 1, 1e39), margin=Unbounded(0.0)),
+        ValueError,
+        ["row_margin:", "Unbounded", "1e+39"],
     ),
     "sample_weight shape": (
         lambda a: dict(sample_weight=torch.ones(1)),
@@ -209,6 +262,19 @@ BAD = {
     "scale zero": (lambda a: dict(scale=0.0), ValueError, ["scale:", "> 0", "got 0"]),
     "scale inf": (lambda a: dict(scale=math.inf), ValueError, ["scale:", "finite", "inf"]),
     "scale nan": (lambda a: dict(scale=math.nan), ValueError, ["scale:", "> 0", "nan"]),
+    "scale beyond fp32": (lambda a: dict(scale=1e39), ValueError, ["scale:", "3.4", "1e+39"]),
+    "scale below fp32": (lambda a: dict(scale=1e-39), ValueError, ["scale:", "1.17", "1e-39"]),
+    "scale tensor beyond fp32": (
+        lambda a: dict(scale=torch.tensor(1e39, dtype=torch.float64)),
+        ValueError,
+        ["scale:", "finite", "1e+39"],
+    ),
+    "z_loss beyond fp32": (lambda a: dict(z_loss=1e39), ValueError, ["z_loss:", "3.4", "1e+39"]),
+    "focal_gamma beyond fp32": (
+        lambda a: dict(focal_gamma=1e39),
+        ValueError,
+        ["focal_gamma:", "3.4", "1e+39"],
+    ),
     "scale tensor negative": (
         lambda a: dict(scale=torch.tensor(-2.0)),
         ValueError,
@@ -355,10 +421,30 @@ def test_unavailable_backend_lists_all_reasons(monkeypatch):
         margin_cross_entropy(**operands(), backend="native")
 
 
-def test_second_derivative_is_refused(backend, device):
+@pytest.mark.parametrize("normalize", ["both", "none"])
+def test_second_derivatives_are_refused_and_first_ones_are_right(normalize, backend, device):
+    """Also where a gradient is asked for by name, which skips what no operand leads to."""
     x = torch.randn(N, D, device=device, requires_grad=True)
-    w, y = torch.randn(C, D, device=device), torch.zeros(N, dtype=torch.int64, device=device)
-    loss = margin_cross_entropy(x, w, y, margin=ArcFace(0.5), scale=8.0, backend=backend)
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    w = torch.randn(C, D, device=device, requires_grad=True)
+    scale = torch.tensor(8.0, device=device, requires_grad=True)
+    y = torch.zeros(N, dtype=torch.int64, device=device)
+    leaves = (x, w, scale)
+
+    def loss(x=x, w=w, scale=scale):
+        settings = dict(margin=CosFace(0.5), scale=scale, normalize=normalize, backend=backend)
+        return margin_cross_entropy(x, w, y, **settings)
+
+    expected = torch.autograd.grad(loss(), leaves)
+    gradients = torch.autograd.grad(loss(), leaves, create_graph=True)
+    assert all(map(torch.equal, gradients, expected))
+    refused = pytest.raises(RuntimeError, match="no second derivative")
+    for gradient in gradients:
+        with refused:
+            gradient.square().sum().backward(retain_graph=True)
+        for leaf in leaves:
+            with refused:
+                torch.autograd.grad(gradient.square().sum(), leaf, retain_graph=True)
+    with refused:
+        torch.autograd.functional.hessian(loss, x)
+    with refused:
+        torch.autograd.functional.vhp(loss, x, torch.ones_like(x))

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from marginkernels import AMSoftmax, ArcFace, CombinedMargin, CosFace, NSoftmax, Rows, SphereFace
+from marginkernels import (
+    AMSoftmax,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    NSoftmax,
+    Rows,
+    SphereFace,
+    margin_cross_entropy,
+)
 from marginkernels.margins import safe_acos, safe_sin
+from problems import random_problem
 
 PI = math.pi
 
@@ -171,3 +181,22 @@ def test_safe_functions_are_exact_and_bounded():
     for function in (safe_acos, safe_sin):
         (slope,) = torch.autograd.grad(function(c).sum(), c)
         assert slope.abs().max() <= 1.0001e4
+
+
+class InPlace(torch.nn.Module):
+    """CosFace(0.3) as some write it."""
+
+    def forward(self, c, rows):
+        return c.sub_(0.3)
+
+
+@pytest.mark.parametrize("normalize", ["both", "none"])
+def test_a_margin_may_overwrite_the_cosines(normalize, backend, device):
+    problem = random_problem(12, 40, 8, device=device, normalize=normalize, scale=2.0)
+    results = []
+    for margin in (CosFace(0.3), InPlace()):
+        x, w = (t.clone().requires_grad_() for t in (problem.x, problem.w))
+        settings = dict(problem.settings, margin=margin, backend=backend, return_stats=True)
+        loss, stats = margin_cross_entropy(x, w, problem.y, **settings)
+        results.append([loss, *stats, *torch.autograd.grad(loss, [x, w])])
+    assert all(map(torch.equal, *results))

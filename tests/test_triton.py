@@ -20,6 +20,7 @@ import test_hard_cases as hard
 import test_head as head
 import test_losses as losses
 import test_transforms as transforms
+import test_unchecked as unchecked
 from losses import LOSSES, dense, fused, solve
 from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
@@ -57,6 +58,8 @@ HARD_CASES = {
     "no rows": (hard.test_smallest_problems, (0, 5)),
     "large biases": (hard.test_large_biases, (1e4,)),
     "learnable scale": (head.test_learnable_scale_and_bias_gradients, ()),
+    "labels out of range": (unchecked.test_labels_out_of_range, ("both", F16)),
+    "a sample out of range": (unchecked.test_samples_are_checked, ("too large",)),
     "gradients through norms": (head.test_gradients_flow_through_the_norms, ("none",)),
     **{
         f"cosines of {name}": (transforms.test_backends_agree_with_the_definition, (name,))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed, functional, margins, ops
+from .. import distributed, functional, margins, ops, sampling
 from ..distributed import ClassShard
 from ..exchange import Exchange, Whole
 from ..generators import mixed
@@ -272,10 +272,13 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         x, y = exchange.features(x), exchange.rows(y, fill=_NO_LABEL)
         label = exchange.held(ops.checked_labels(y, self.num_classes, _NO_LABEL))
         weight = self.weight
+        lost = label.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
-            index = self.sample(label)
-            weight = weight.index_select(0, index)
-            label = torch.where(label >= 0, torch.searchsorted(index, label), -1)
+            before = label
+            weight, _, label, valid = sampling.chosen(
+                exchange, self.sample, weight, None, label, False, weight.dtype
+            )
+            lost = ~valid | (before >= 0) & (label < 0)
         with torch.autocast(x.device.type, torch.float16, enabled=self.fp16):
             logits = F.linear(F.normalize(x.to(weight.dtype)), F.normalize(weight))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-1, 1)
@@ -283,5 +286,6 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         target = logits.gather(1, label.clamp_min(0)[:, None])[:, 0]
         target = torch.where(label >= 0, target, 0)
         none = target.new_empty(0)
-        lse, _, _, target = exchange.merge(label, logits.logsumexp(1), none, none, target)
+        lse = logits.logsumexp(1).masked_fill(lost, torch.nan)
+        lse, _, _, target = exchange.merge(label, lse, none, none, target)
         return lse - target

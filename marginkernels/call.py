@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The arguments of one call: checked before anything is computed, and described to other ranks."""
+
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, loss, ops, validation
+
+
+class Settings(NamedTuple):
+    """The settings of a call as they were given."""
+
+    normalize: str
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    focal_gamma: float
+    compute_dtype: torch.dtype | None
+    save_tiles: str | bool
+    backend: str
+    sample_rate: float
+    logq: bool
+
+
+class CheckedCall(NamedTuple):
+    """A call that has passed all checks."""
+
+    x: Tensor  # (n, D), wide where its gradients have to be added up before they are rounded
+    label: Tensor  # (n,), y after the check of all values
+    x_norm: Tensor  # (n,), norms of this rank's rows
+    scale: float | Tensor
+    observer: nn.Module | None  # the scale's module, where it wants to observe
+    learns_scale: bool  # whether it may be trained
+    compute_dtype: torch.dtype
+    backend: str
+    tile_obstacles: list[str]
+
+
+def check(
+    settings: Settings, x, w, y, margin, scale, bias, shard, sampler, sample_weight, row_margin
+) -> CheckedCall:
+    """Raises whatever is wrong with the arguments of a call, before anything is exchanged."""
+    validation.check_settings(*settings[:8])
+    validation.check_operands(x, w, y, bias, sample_weight, row_margin, shard)
+    scale, observer, learns_scale = _called(scale)
+    compute_dtype = resolve_compute_dtype(x, w, settings.compute_dtype)
+    stats_dtype = ops.statistics_dtype(compute_dtype)
+    validation.check_scale(scale)
+    validation.check_numbers(
+        stats_dtype, scale=scale, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
+    )
+    num_classes = w.shape[0] if shard is None else shard.total
+    validation.check_margin(margin, row_margin, num_classes, w.device)
+    validation.check_cosines(margin, observer, settings.normalize, bias is not None)
+    validation.check_sampling(
+        settings.sample_rate, settings.logq, sampler, settings.label_smoothing, margin, observer
+    )
+    backend = backends.select(settings.backend, x.device.type, compute_dtype)
+    obstacles = _tile_obstacles(settings, bias, margin, scale, compute_dtype, backend)
+    if settings.save_tiles is True and obstacles:
+        raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
+    if settings.normalize != "both":  # gradients of logits and norms may cancel
+        x = x.to(stats_dtype)
+    x_norm = loss.row_norm(x, compute_dtype)
+    label = validation.check_values(
+        y, num_classes, settings.ignore_index, x_norm, scale, bias, settings.label_smoothing,
+        margin, row_margin, sample_weight,
+    )  # fmt: skip
+    return CheckedCall(
+        x, label, x_norm, scale, observer, learns_scale, compute_dtype, backend, obstacles
+    )
+
+
+def agreed(
+    settings: Settings, call: CheckedCall, x, margin, scale, bias, shard, sampler, **rows_given
+) -> dict:
+    """What has to be the same on all ranks, because it changes what they exchange or compute."""
+    inner = getattr(margin, "margin", margin)
+    m = getattr(inner, "m", None)
+    names = (
+        "normalize", "reduction", "ignore_index", "label_smoothing", "z_loss", "focal_gamma",
+        "sample_rate", "logq",
+    )  # fmt: skip
+    number = scale if not isinstance(scale, Tensor | nn.Module) else type(scale).__name__
+    given = dict(bias=bias, sampler=sampler, **rows_given)
+    return {
+        "x": f"{x.shape[1]} features of {x.dtype}",
+        "shard": f"{shard.total} classes with grad_scale={shard.grad_scale!r}",
+        "margin": f"{type(margin).__name__} with {m if isinstance(m, numbers.Real) else type(m)}",
+        "training": margin.training,
+        "scale": number,
+        "learnable scale": call.learns_scale,
+        "compute_dtype": call.compute_dtype,
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        **{name: getattr(settings, name) for name in names},
+        **{name: "None" if value is None else "given" for name, value in given.items()},
+    }
+
+
+def _called(
+    scale: float | Tensor | nn.Module,
+) -> tuple[float | Tensor, nn.Module | None, bool]:
+    """The scale now, its module where that wants to observe, and whether it may be trained."""
+    module, learns = None, isinstance(scale, nn.Parameter)
+    if isinstance(scale, nn.Module):
+        module = scale if getattr(scale, "adapts", False) else None
+        learns = any(True for _ in scale.parameters())
+        scale = scale()
+    return scale, module, learns or (isinstance(scale, Tensor) and scale.requires_grad)
+
+
+def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """``asked``, or for None autocast's type where that is on, else x's; float64 if x or w is."""
+    if torch.float64 in (x.dtype, w.dtype):
+        if asked not in (None, torch.float64):
+            raise ValueError(f"compute_dtype: expected float64 for float64 x or w, got {asked}")
+        return torch.float64
+    if asked is not None:
+        return asked
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _tile_obstacles(settings: Settings, bias, margin, scale, compute_dtype, backend) -> list[str]:
+    """What forbids to keep exponentials."""
+    is_number = not isinstance(scale, Tensor)
+    obstacles = {
+        f"normalize={settings.normalize!r}": settings.normalize != "both",
+        "a bias": bias is not None,
+        "logq": settings.logq,
+        "label_smoothing": settings.label_smoothing > 0,
+        f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
+        "a scale that is no number": not is_number,
+        # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
+        "a scale of 73 or more": is_number and scale >= 73,
+        f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
+        f"backend {backend!r}": backend == "reference",
+    }
+    return [obstacle for obstacle, applies in obstacles.items() if applies]
