@@ -16,6 +16,9 @@ from . import distributed, validation
 from .distributed import ClassShard
 from .generators import mixed
 
+# states of optimizers of torch with neither a row for each class nor one number
+_OF_ALL_CLASSES = ("col_var",)  # Adafactor
+
 
 class Grown(NamedTuple):
     """A tensor with k more rows, and where this process holds new ones."""
@@ -25,18 +28,21 @@ class Grown(NamedTuple):
     which: slice  # of the k new rows: these
 
 
+@torch.no_grad()
 def extend(
     head: nn.Module, k: int, init: Tensor | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """See :meth:`marginkernels.MarginSoftmaxHead.extend`."""
     shard = head.shard
-    if shard is not None:
+    group = None if shard is None else shard.group
+    with distributed.raising_together(group):
+        _check(head, k, init, optimizer)
+    if group is not None:
         given = dict(k=k, init=init is not None, optimizer=type(optimizer).__name__)
-        distributed.require_agreement(shard.group, **given)
-    _check(head, k, init, optimizer)
+        distributed.require_agreement(group, **given, **_states(head, optimizer))
     for name in _parameters(head):
         old = getattr(head, name)
-        grown = _grow(old.detach(), k, shard)
+        grown = _grow(old, k, shard)
         if name == "weight":
             _fill(grown, init, shard)
         new = nn.Parameter(grown.tensor, requires_grad=old.requires_grad)
@@ -55,12 +61,67 @@ def _check(head, k, init, optimizer) -> None:
         raise ValueError(f"k: expected a positive integer, got {k!r}")
     if init is not None:
         validation.check_tensor("init", init, shape=(k, head.embedding_size))
+    for name in _parameters(head):
+        _check_parameter(head, name)
     if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name in _parameters(head):
-            if id(getattr(head, name)) not in held:
-                raise ValueError(f"optimizer: expected one that holds the head's {name}")
+        _check_optimizer(head, optimizer)
     validation.check_margin(head.margin, None, head.num_classes + k)
+
+
+def _check_parameter(head, name: str) -> None:
+    if name not in head._parameters:
+        raise ValueError(
+            f"{name}: expected a parameter of the head, got one that torch.nn.utils parametrises "
+            "or prunes: make that permanent first"
+        )
+    parameter = getattr(head, name)
+    mesh, placements = (getattr(parameter, key, None) for key in ("device_mesh", "placements"))
+    if mesh != head._mesh or any(not placement.is_shard(0) for placement in placements or ()):
+        raise ValueError(
+            f"{name}: expected it as the head made it, got one that something else, such as "
+            f"fully_shard, has split: {placements}"
+        )
+
+
+def _check_optimizer(head, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name in _parameters(head):
+        parameter = getattr(head, name)
+        if id(parameter) not in held:
+            raise ValueError(f"optimizer: expected one that holds the head's {name}")
+        for key, value in optimizer.state.get(parameter, {}).items():
+            known = _is_per_class(key, value, parameter) or key in _OF_ALL_CLASSES
+            if not known and (
+                isinstance(value, dict | list | tuple)
+                or (isinstance(value, Tensor) and value.numel() != 1)
+            ):
+                raise ValueError(
+                    f"optimizer: expected state with a row for each class, got {key} "
+                    f"{tuple(getattr(value, 'shape', ()))} of {type(optimizer).__name__}"
+                )
+
+
+def _is_per_class(key: str, value, parameter: Tensor) -> bool:
+    """Whether a part of an optimizer's state has a row for each row of the parameter."""
+    return (
+        isinstance(value, Tensor)
+        and key not in _OF_ALL_CLASSES
+        and value.shape[:1] == parameter.shape[:1]
+        and value.ndim == parameter.ndim
+        and hasattr(value, "to_local") == hasattr(parameter, "to_local")
+    )
+
+
+def _states(head, optimizer: torch.optim.Optimizer | None) -> dict[str, list[str]]:
+    """What the optimizer has for each parameter: what goes from rank to rank."""
+    if optimizer is None:
+        return {}
+    return {
+        f"optimizer.state[{name}]": sorted(optimizer.state.get(getattr(head, name), {}))
+        for name in _parameters(head)
+    }
 
 
 def _parameters(head) -> list[str]:
@@ -82,14 +143,26 @@ def _fill(grown: Grown, init: Tensor | None, shard: ClassShard | None) -> None:
 def _replace(optimizer, old: Tensor, new: Tensor, k: int, shard: ClassShard | None) -> None:
     """The new parameter takes the old one's place and its state."""
     for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        optimizer.state[new] = {
-            key: _grow(value, k, shard).tensor
-            if isinstance(value, Tensor) and value.shape == old.shape
-            else value
-            for key, value in optimizer.state.pop(old).items()
-        }
+        if any(p is old for p in group["params"]):
+            group["params"] = [new if p is old else p for p in group["params"]]
+            settings = group
+    state = optimizer.state.pop(old, {})
+    for key, value in state.items():
+        if _is_per_class(key, value, old):
+            grown = _grow(value, k, shard)
+            grown.fresh.fill_(_first_value(key, settings))
+            state[key] = grown.tensor
+    if state:
+        optimizer.state[new] = state
+
+
+def _first_value(key: str, settings: dict) -> float:
+    """That of a state, before the first step."""
+    if key == "step_size" and "etas" in settings:  # Rprop
+        return settings["lr"]
+    if key == "sum":  # Adagrad
+        return settings.get("initial_accumulator_value", 0.0)
+    return 0.0
 
 
 def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:

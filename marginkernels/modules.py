@@ -270,11 +270,13 @@ class MarginSoftmaxHead(nn.Module):
             k: a positive integer.
             init: (k, D), the new rows of ``weight``, the same on all ranks, for instance mean
                 embeddings of the new classes; None: N(0, 0.01^2). The new biases are 0.
-            optimizer: one that holds the head's parameters: it goes on with the new ones, and what
-                it keeps for each class starts at 0 for new classes.
+            optimizer: one that holds the head's parameters, any of ``torch.optim`` but LBFGS: it
+                goes on with the new ones, and what it keeps for each class starts for new classes
+                as it started for old ones.
 
         Raises:
-            ValueError, TypeError: before anything is changed, on bad arguments, and for a margin
+            ValueError, TypeError: on all ranks before anything is changed, on bad arguments, for a
+                weight that is parametrised, pruned or split by something else, and for a margin
                 with a table of the classes: first give the head one with rows for the new ones.
         """
         extend(self, k, init, optimizer)
