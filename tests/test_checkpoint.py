@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import workers
@@ -22,14 +23,21 @@ OPTIMIZERS = {
 }
 
 
-def make(kind, seed, **settings):
-    """A model, an optimizer, and the group's part of a batch."""
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "FSDP2": fully_shard,
+    "compile": lambda module: torch.compile(module, backend="eager"),
+}
+
+
+def make(kind, seed, wrapper="DDP", **settings):
+    """A model and an optimizer. The wrapper is for the backbone, those of groups only in one."""
     torch.manual_seed(seed)
     group = dist.group.WORLD if dist.is_initialized() else None
     settings = dict(margin=CosFace(0.3), scale=8.0, process_group=group) | settings
     backbone = torch.nn.Linear(3, D)
-    if group is not None:
-        backbone = DistributedDataParallel(backbone)
+    if group is not None or wrapper == "compile":
+        backbone = WRAPPERS[wrapper](backbone)
     model = torch.nn.ModuleDict({"backbone": backbone, "head": MarginSoftmaxHead(D, C, **settings)})
     return model, OPTIMIZERS[kind](model.parameters())
 
@@ -53,13 +61,14 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def plain(name):
+    return name.replace("module.", "").replace("_orig_mod.", "")
+
+
 def state(model, optimizer):
     """Everything that is to be the same, whatever the number of ranks."""
-    names = {p: name.replace("module.", "") for name, p in model.named_parameters()}
-    found = {
-        name.replace("module.", ""): whole(t.detach()).clone()
-        for name, t in model.state_dict().items()
-    }
+    names = {p: plain(name) for name, p in model.named_parameters()}
+    found = {plain(name): whole(t.detach()).clone() for name, t in model.state_dict().items()}
     for p, values in optimizer.state.items():
         for key, value in values.items():
             found[f"{names[p]} {key}"] = whole(value).clone()
@@ -109,6 +118,20 @@ def test_state_moves_between_world_sizes(before, after, kind, settings, tmp_path
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
     assert os.listdir(tmp_path) == ["step_3"]
     assert "path: expected a new directory" in run(after, save_there, kind, path, settings)
+
+
+@pytest.mark.parametrize(
+    "before, after", [(("FSDP2", 3), ("compile", 1)), (("compile", 1), ("DDP", 2)),
+                      (("DDP", 2), ("FSDP2", 3))]
+)  # fmt: skip
+def test_wrappers_leave_no_trace(before, after, tmp_path):
+    path = str(tmp_path / "saved")
+    saved, losses = run(before[1], train_and_save, "adamw", path, dict(wrapper=before[0]))
+    loaded, others = run(after[1], load_and_train, "adamw", path, dict(wrapper=after[0]))
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
 
 
 def save_there(kind, path, settings):

@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Files of checkpoints: interrupted and simultaneous saves, changed bytes, forged ones, paths."""
 
+import errno
 import os
 import pickle
 import signal
@@ -273,6 +274,40 @@ def test_loading_runs_no_code(part, tmp_path):
     assert not trace.path.exists()
     for name, value in state(model, optimizer).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def with_storage_that_fails(path):
+    """One rank's, at writing and at checking; then it works again."""
+    model, optimizer = make("adamw", 0)
+    step(model, optimizer, 0)
+    before = state(model, optimizer)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for module, name, act in (
+        (os, "fsync", save_checkpoint),
+        (files, "publish", save_checkpoint),
+        (files, "check_blocks", load_checkpoint),
+    ):
+        if act is load_checkpoint:
+            save_checkpoint(path, model, optimizer)
+            step(model, optimizer, 1)
+            before = state(model, optimizer)
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == (name != "publish"):
+                patch.setattr(module, name, fail)
+            with pytest.raises((RuntimeError, OSError), match="Input/output error") as error:
+                act(path, model, optimizer)
+        assert act is save_checkpoint or isinstance(error.value, RuntimeError)
+        dist.barrier()
+        assert os.listdir(Path(path).parent) == ["saved"] * (act is load_checkpoint)
+        for key, value in state(model, optimizer).items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_storage_that_fails_on_one_rank(tmp_path):
+    workers.run(2, with_storage_that_fails, str(tmp_path / "saved"))
 
 
 def with_one_rank_that_differs(path):

@@ -30,11 +30,11 @@ OPTIMIZERS = {
 }
 
 
-def make(name, seed=0):
+def make(name, seed=0, device="cpu"):
     torch.manual_seed(seed)
     kind, settings = OPTIMIZERS[name]
     head = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0)
-    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(3, D), "head": head})
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(3, D), "head": head}).to(device)
     parameters = [p for p in model.parameters() if p.ndim == 2 or name != "Muon"]
     return model, kind(parameters, **dict(dict(lr=0.01), **copy.deepcopy(settings)))
 
@@ -42,7 +42,7 @@ def make(name, seed=0):
 def give_gradients(model, optimizer, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        gradient = torch.randn(p.shape, generator=generator)
+        gradient = torch.randn(p.shape, generator=generator).to(p.device)
         sparse = isinstance(optimizer, torch.optim.SparseAdam)
         p.grad = gradient.to_sparse() if sparse else gradient
 
@@ -72,8 +72,10 @@ def equal(a, b):
 
 @pytest.mark.parametrize("steps, gradients", [(0, False), (0, True), (2, True)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_run_and_a_loaded_one_go_on_as_an_undisturbed_one(name, steps, gradients, tmp_path):
-    model, optimizer = make(name)
+def test_a_saved_run_and_a_loaded_one_go_on_as_an_undisturbed_one(
+    name, steps, gradients, tmp_path, device
+):
+    model, optimizer = make(name, device=device)
     for seed in range(steps):
         step(model, optimizer, seed)
     optimizer.zero_grad()
@@ -85,7 +87,7 @@ def test_a_saved_run_and_a_loaded_one_go_on_as_an_undisturbed_one(name, steps, g
     assert equal(everything(model, optimizer), before)
     runs = [(model, optimizer)]
     for other_steps in (0, 3):  # into an optimizer without state, and into one with another
-        other, its_optimizer = make(name, seed=1)
+        other, its_optimizer = make(name, seed=1, device=device)
         for seed in range(other_steps):
             step(other, its_optimizer, 10 + seed)
         if steps:
@@ -98,7 +100,7 @@ def test_a_saved_run_and_a_loaded_one_go_on_as_an_undisturbed_one(name, steps, g
     for run in runs:
         for seed in (2, 3):
             step(*run, seed)
-    expected, its_optimizer = make(name)
+    expected, its_optimizer = make(name, device=device)
     if steps:
         expected.load_state_dict(undisturbed[0].state_dict())
         its_optimizer.load_state_dict(undisturbed[1])

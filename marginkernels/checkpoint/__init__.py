@@ -55,8 +55,8 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: on all ranks, if ``path`` exists.
-        ValueError, TypeError, RuntimeError: on all ranks, if arguments do not fit, or writing
-            fails on one.
+        ValueError, TypeError, RuntimeError, OSError: on all ranks, if arguments do not fit, or
+            writing fails on one.
     """
     group = _group(process_group)
     path = _agreed(path, optimizer, group)
@@ -106,14 +106,14 @@ def load_checkpoint(
     path = _agreed(path, optimizer, group)
     if not _on_first(group, path.is_dir):
         raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
-    with raising_together(group):
+    with raising_together(group), _as_ours(path):
         index = Index(path)
         state = State(model, optimizer)
         targets = state.targets(index)
     parts = ("model", "optimizer") if optimizer is not None else ("model",)
-    with raising_together(group):
+    with raising_together(group), _as_ours(path):
         index.check_bytes(parts, _rank(group), 1 if group is None else dist.get_world_size(group))
-    with raising_together(group):
+    with raising_together(group), _as_ours(path):
         state.read_settings(index)
     with _as_ours(path):
         dcp.load(
@@ -173,8 +173,8 @@ def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> A
 
 @contextlib.contextmanager
 def _as_ours(path: Path) -> Iterator[None]:
-    """Raises RuntimeError for torch's CheckpointException, which is no Exception, and leaves out a
-    warning that there is no process group.
+    """Raises RuntimeError for what storage raises and for torch's CheckpointException, which is no
+    Exception, and leaves out a warning that there is no process group.
     """
     try:
         with warnings.catch_warnings():
@@ -184,3 +184,5 @@ def _as_ours(path: Path) -> Iterator[None]:
         rank, (cause, _) = next(iter(error.failures.items()))
         reason = f"{path}: rank {rank}: {type(cause).__name__}: {cause}"
         raise RuntimeError(reason) from error
+    except OSError as error:
+        raise RuntimeError(f"{path}: {error}") from error
