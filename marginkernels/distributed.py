@@ -14,7 +14,6 @@ average.
 
 import contextlib
 import functools
-import numbers
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,10 +22,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import arguments
+
 
 def in_group() -> bool:
     """Whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def check_grad_scale(grad_scale: str) -> None:
+    """Raises ValueError unless it is one of the two that there are."""
+    if grad_scale not in ("ddp", "exact"):
+        raise ValueError(f"grad_scale: expected 'ddp' or 'exact', got {grad_scale!r}")
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,17 @@ class ClassShard:
     max_local_batch: int | None = None
 
     def __post_init__(self):
+        for name in ("start", "stop", "total"):
+            arguments.integer(name, getattr(self, name), least=0)
         if not 0 <= self.start <= self.stop <= self.total or self.total < 1:
             raise ValueError(
                 "shard: expected 0 <= start <= stop <= total and a class at least, got "
                 f"start={self.start}, stop={self.stop}, total={self.total}"
             )
-        if self.grad_scale not in ("ddp", "exact"):
-            raise ValueError(f"grad_scale: expected 'ddp' or 'exact', got {self.grad_scale!r}")
+        check_grad_scale(self.grad_scale)
         height = self.max_local_batch
-        if height is not None and not (isinstance(height, numbers.Integral) and height >= 1):
-            raise ValueError(f"max_local_batch: expected a positive integer or None, got {height}")
+        if height is not None:
+            arguments.integer("max_local_batch", height)
         if self.even_batches and height is not None:
             raise ValueError("max_local_batch: expected None with even_batches=True")
         if not isinstance(self.group, dist.ProcessGroup):

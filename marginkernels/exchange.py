@@ -61,6 +61,8 @@ def opened(
     """
     if shard is None:
         return Whole(x, wants_stats), check()
+    if not isinstance(shard, ClassShard):
+        raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
     checked, settings, error = None, {}, None
     try:
         checked = check()

@@ -2,7 +2,6 @@
 # Copyright (c) 2026 The marginkernels authors
 """``MarginSoftmaxHead``: the ``nn.Module`` that holds weight, margin, scale and settings."""
 
-import numbers
 from collections.abc import Iterator
 
 import torch
@@ -10,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import distributed, ops, validation
+from . import arguments, backends, distributed, ops, validation
 from .call import resolve_compute_dtype
 from .exchange import opened
 from .extend import extend
 from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed
 from .sampling import Sampler
+from .scales import AdaCos
 
 # classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
 _CHUNK = 8192
@@ -81,11 +81,17 @@ class MarginSoftmaxHead(nn.Module):
         logq: bool = False,
     ):
         super().__init__()
-        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-            if not isinstance(size, numbers.Integral) or size < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        embedding_size = arguments.integer("embedding_size", embedding_size)
+        num_classes = arguments.integer("num_classes", num_classes)
+        if isinstance(scale, AdaCos) and scale.num_classes != num_classes:
+            raise ValueError(
+                f"scale: expected AdaCos({num_classes}) for {num_classes} classes, got "
+                f"AdaCos({scale.num_classes})"
+            )
         if not isinstance(scale, nn.Module):
             validation.check_scale(scale)
+        backends.check_name(backend)
+        distributed.check_grad_scale(grad_scale)
         validation.check_margin(margin, None, num_classes)
         validation.check_settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
@@ -94,6 +100,7 @@ class MarginSoftmaxHead(nn.Module):
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.margin = margin
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
+            arguments.trainable("scale", scale)
             self.register_buffer("scale", scale)
         else:
             self.scale = scale
@@ -117,6 +124,12 @@ class MarginSoftmaxHead(nn.Module):
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self.reset_parameters()
+
+    def __setattr__(self, name, value):
+        if name == "scale":
+            arguments.assignable(self, name, value)
+            arguments.trainable(name, value)
+        super().__setattr__(name, value)
 
     def _require_agreement(self, bias: bool, dtype: torch.dtype) -> None:
         scale = self.scale
@@ -205,8 +218,7 @@ class MarginSoftmaxHead(nn.Module):
         """
 
         def check() -> torch.dtype:
-            if not isinstance(k, numbers.Integral) or not 1 <= k <= self.num_classes:
-                raise ValueError(f"k: expected an integer in [1, {self.num_classes}], got {k}")
+            arguments.integer("k", k, most=self.num_classes)
             self._check_embeddings(embeddings)
             return self._compute_dtype(embeddings)
 

@@ -9,11 +9,11 @@ cosines of the whole batch: before the sweep that trains, from a sweep of its ow
 """
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
+from .arguments import integer
 from .margins.statistics import Stateful, masked_mean
 
 
@@ -40,8 +40,7 @@ class AdaCos(Stateful):
 
     def __init__(self, num_classes: int, *, dynamic: bool = True, delayed: bool = False):
         super().__init__()
-        if not isinstance(num_classes, numbers.Integral) or num_classes < 3:
-            raise ValueError(f"num_classes: expected an integer of at least 3, got {num_classes!r}")
+        num_classes = integer("num_classes", num_classes, least=3)
         self.fixed_scale = math.sqrt(2) * math.log(num_classes - 1)
         self.num_classes, self.dynamic, self.delayed = num_classes, bool(dynamic), bool(delayed)
         self.remember(**(dict(s=self.fixed_scale) if dynamic else {}))

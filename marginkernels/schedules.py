@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import integer, module, number
 from .margins import Margin
 
 
@@ -40,6 +41,7 @@ class MarginSchedule:
         finish: int,
         ramp: str = "exponential",
     ):
+        module("margin", margin, "ArcFace(0.5)")
         if not isinstance(margin, Margin) or getattr(margin.m, "ndim", 0) > 0:
             raise ValueError(
                 "margin: expected a margin with a number or 0-d tensor as m, got "
@@ -47,11 +49,12 @@ class MarginSchedule:
             )
         if ramp not in ("exponential", "linear"):
             raise ValueError(f"ramp: expected 'exponential' or 'linear', got {ramp!r}")
+        start, finish = integer("start", start, least=0), integer("finish", finish)
         if not 0 <= start < finish:
             raise ValueError(f"start: expected 0 <= start < finish, got {start} and {finish}")
         # a value out of range is noticed now, not in an hour
         for name, m in (("initial", initial), ("final", final)):
-            margin.interval.check(f"{name}: expected {type(margin).__name__}'s m", m)
+            margin.interval.check(f"{name}: expected {type(margin).__name__}'s m", number(name, m))
         self.margin, self.initial, self.final = margin, float(initial), float(final)
         self.start, self.finish, self.ramp = start, finish, ramp
         self.current_step = 0

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .arguments import integer, number
+
 
 class TripletLoss(nn.Module):
     """mean [d(a, p) - d(a, n) + margin]_+, d = |.|^2 of unit vectors: the triplet loss of FaceNet
@@ -41,14 +43,11 @@ class TripletLoss(nn.Module):
         block_rows: int = 256,
     ):
         super().__init__()
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin: expected a finite number >= 0, got {margin}")
         if mining not in ("batch_hard", "semi_hard"):
             raise ValueError(f"mining: expected 'batch_hard' or 'semi_hard', got {mining!r}")
-        if block_rows < 1:
-            raise ValueError(f"block_rows: expected a positive integer, got {block_rows}")
-        self.margin, self.mining = float(margin), mining
-        self.ignore_index, self.block_rows = ignore_index, block_rows
+        self.margin, self.mining = number("margin", margin, least=0), mining
+        self.block_rows = integer("block_rows", block_rows)
+        self.ignore_index = integer("ignore_index", ignore_index, least=-(2**63))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss () of embeddings (N, D), normalised here, with int64 labels (N,)."""

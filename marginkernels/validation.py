@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
 from .margins import InterClassFilter, Margin
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,12 +40,12 @@ def check_settings(
     _check_choice("normalize", normalize, ("both", "weight", "none"))
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
     _check_choice("save_tiles", save_tiles, ("auto", True, False))
-    if not isinstance(ignore_index, numbers.Integral):
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+    if not arguments.is_number(label_smoothing) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
     for name, value in (("z_loss", z_loss), ("focal_gamma", focal_gamma)):
-        if not _is_number(value) or not 0 <= value < math.inf:
+        if not arguments.is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     if compute_dtype is not None and compute_dtype not in _FLOATING:
         raise ValueError(
@@ -118,20 +118,16 @@ def check_scale(scale) -> None:
             raise ValueError(
                 f"scale: expected a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"
             )
-    elif not _is_number(scale):
-        raise TypeError(
-            f"scale: expected a number, 0-d tensor or module, got {type(scale).__name__}"
-        )
+    elif not arguments.is_number(scale):
+        came = f"the class {scale.__name__}" if isinstance(scale, type) else type(scale).__name__
+        raise TypeError(f"scale: expected a number, 0-d tensor or module, got {came}")
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale: expected a finite number > 0, got {scale}")
 
 
 def check_margin(margin, row_margin, num_classes: int, device: torch.device | None = None) -> None:
     """Type, shape and device of the margin, and its value where it is a number."""
-    if not isinstance(margin, torch.nn.Module):
-        raise TypeError(
-            f"margin: expected an nn.Module such as ArcFace(0.5), got {type(margin).__name__}"
-        )
+    arguments.module("margin", margin, "ArcFace(0.5)")
     margin = _inner(margin)
     if row_margin is not None and not getattr(margin, "takes_row_margin", True):
         raise ValueError(f"row_margin: expected None for {type(margin).__name__}, which has no m")
@@ -169,7 +165,7 @@ def check_cosines(margin, scale, normalize: str, bias: bool) -> None:
 
 def check_sampling(sample_rate, logq, sampler, label_smoothing, margin, scale) -> None:
     """A sample stands for all classes in the sum of exponentials only."""
-    if not _is_number(sample_rate) or not 0 < sample_rate <= 1:
+    if not arguments.is_number(sample_rate) or not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
     if not isinstance(logq, bool):
         raise TypeError(f"logq: expected a bool, got {type(logq).__name__}")
@@ -241,7 +237,3 @@ def _check_choice(name: str, value, allowed: tuple) -> None:
     # by identity first, because 1 == True
     if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -22,6 +22,12 @@ def reasons(
     return _MODULES[backend].unavailable_reasons(device_type, compute_dtype)
 
 
+def check_name(backend: str) -> None:
+    """Raises ValueError unless it is "auto" or a backend."""
+    if backend != "auto" and backend not in _MODULES:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(_MODULES)}, got {backend!r}")
+
+
 def select(backend: str, device_type: str, compute_dtype: torch.dtype) -> str:
     """The backend to use: the one that is named, never another, or for "auto" the best that runs.
 
@@ -29,8 +35,7 @@ def select(backend: str, device_type: str, compute_dtype: torch.dtype) -> str:
     """
     if backend == "auto":
         return next(name for name in _MODULES if not reasons(name, device_type, compute_dtype))
-    if backend not in _MODULES:
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(_MODULES)}, got {backend!r}")
+    check_name(backend)
     why_not = reasons(backend, device_type, compute_dtype)
     if why_not:
         raise RuntimeError(f"backend: {backend!r} cannot run here: " + "; ".join(why_not))

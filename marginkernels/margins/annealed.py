@@ -3,11 +3,11 @@
 """L-Softmax and A-Softmax: multiplied angles, annealed from the softmax loss, norms kept."""
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
+from ..arguments import integer, number
 from .base import Rows
 from .statistics import Stateful
 
@@ -31,14 +31,11 @@ class _Annealed(Stateful):
 
     def __init__(self, m: int, base: float, gamma: float, power: float, low: float):
         super().__init__()
-        if not isinstance(m, numbers.Integral) or m < 1:
-            raise ValueError(f"m: expected a positive integer, got {m!r}")
-        numbers_given = dict(base=base, gamma=gamma, power=power, low=low)
-        for name, number in numbers_given.items():
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
-        self.m = int(m)
-        self.base, self.gamma, self.power, self.low = map(float, (base, gamma, power, low))
+        self.m = integer("m", m)
+        self.base, self.gamma, self.power, self.low = (
+            number(name, value, least=0)
+            for name, value in dict(base=base, gamma=gamma, power=power, low=low).items()
+        )
         self.remember(iteration=0)
 
     def annealing(self) -> Tensor:

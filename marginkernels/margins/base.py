@@ -23,7 +23,6 @@ A margin may also have
 """
 
 import math
-import numbers
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import arguments, ops
 
 # slopes of sin and acos are taken as if sin(theta) were at least this: bounded where they would be
 # infinite, at |c| = 1
@@ -117,6 +116,7 @@ class Margin(nn.Module):
             raise ValueError(f"gradient: expected 'exact' or 'straight_through', got {gradient!r}")
         self.gradient = gradient
         if isinstance(m, Tensor) and not isinstance(m, nn.Parameter):
+            arguments.trainable("m", m)
             self.register_buffer("m", m)
         else:
             self.m = m
@@ -124,11 +124,19 @@ class Margin(nn.Module):
         if not isinstance(m, Tensor) or m.device.type == "cpu":
             self.check_range()
 
+    def __setattr__(self, name, value):
+        if name == "m":
+            arguments.assignable(self, name, value)
+            arguments.trainable(name, value)
+            if arguments.is_number(value) and not isinstance(value, float | int):
+                value = float(value)  # a numpy number
+        super().__setattr__(name, value)
+
     def check_type(self) -> None:
         """Raises TypeError or ValueError unless ``m`` is a number or a tensor of a legal shape."""
         expected = "m: expected a number, or a floating tensor () or (num_classes,)"
         if not isinstance(self.m, Tensor):
-            if not isinstance(self.m, numbers.Real):
+            if not arguments.is_number(self.m):
                 raise TypeError(f"{expected}, got {type(self.m).__name__}")
         elif self.m.ndim > 1 or self.m.numel() == 0 or not self.m.is_floating_point():
             raise ValueError(f"{expected}, got {self.m.dtype} {tuple(self.m.shape)}")

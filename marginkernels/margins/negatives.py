@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..transforms import Transform
 from .base import Interval, Margin, Rows, safe_acos
 from .statistics import Stateful, masked_mean, moved_average
@@ -61,15 +62,13 @@ class InterClassFilter(nn.Module):
 
     def __init__(self, margin: nn.Module, threshold: float = 0.4):
         super().__init__()
-        if not isinstance(margin, nn.Module):
-            raise TypeError(f"margin: expected a margin, got {type(margin).__name__}")
+        arguments.module("margin", margin, "CosFace(0.4)")
         if hasattr(margin, "negatives"):
             raise ValueError(
                 f"margin: expected one that leaves the negatives alone, got {type(margin).__name__}"
             )
-        if not -1 <= threshold <= 1:
-            raise ValueError(f"threshold: expected a cosine in [-1, 1], got {threshold}")
-        self.margin, self.threshold = margin, float(threshold)
+        self.threshold = arguments.number("threshold", threshold, least=-1, most=1)
+        self.margin = margin
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         return self.margin(c, rows)
@@ -114,9 +113,7 @@ class MVSoftmax(Margin):
         super().__init__(m)
         if kind not in ("am", "arc"):
             raise ValueError(f"kind: expected 'am' or 'arc', got {kind!r}")
-        if not 0 <= t < math.inf:
-            raise ValueError(f"t: expected a finite number >= 0, got {t}")
-        self.kind, self.t = kind, float(t)
+        self.kind, self.t = kind, arguments.number("t", t, least=0)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         if self.kind == "am":
@@ -150,9 +147,7 @@ class CurricularFace(Stateful, ArcFace):
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
         super().__init__(m)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-        self.alpha = float(alpha)
+        self.alpha = arguments.number("alpha", alpha, least=0, most=1)
         self.remember(t=0.0)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
@@ -192,10 +187,8 @@ class ArcNegFace(ArcFace):
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 1.2, sigma: float = 2.0):
         super().__init__(m)
-        for name, number in (("alpha", alpha), ("sigma", sigma)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {number}")
-        self.alpha, self.sigma = float(alpha), float(sigma)
+        self.alpha = arguments.number("alpha", alpha, above=0)
+        self.sigma = arguments.number("sigma", sigma, above=0)
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         target = self.target(c, self.of_rows(c, rows))

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..arguments import number
 from .base import Interval, Margin, Rows, safe_acos
 from .statistics import Stateful, masked_mean, masked_std, moved_average
 from .target import BRANCHES, arc
@@ -47,11 +48,8 @@ class AdaFace(Stateful, Margin):
         gradient: str = "exact",
     ):
         super().__init__(m, gradient)
-        if not 0 < h < math.inf:
-            raise ValueError(f"h: expected a positive number, got {h}")
-        if not 0 < t_alpha <= 1:
-            raise ValueError(f"t_alpha: expected a number in (0, 1], got {t_alpha}")
-        self.h, self.t_alpha = float(h), float(t_alpha)
+        self.h = number("h", h, above=0)
+        self.t_alpha = number("t_alpha", t_alpha, above=0, most=1)
         self.remember(batch_mean=20.0, batch_std=100.0)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
@@ -112,16 +110,17 @@ class MagFace(nn.Module):
         branch: str = "easy",
     ):
         super().__init__()
-        if not 0 < l_a < u_a < math.inf:
+        self.l_a, self.u_a = number("l_a", l_a, above=0), number("u_a", u_a, above=0)
+        self.l_m = number("l_m", l_m, least=0, below=math.pi)
+        self.u_m = number("u_m", u_m, least=0, below=math.pi)
+        self.lambda_g = number("lambda_g", lambda_g, least=0)
+        if not l_a < u_a:
             raise ValueError(f"l_a: expected 0 < l_a < u_a, got l_a={l_a}, u_a={u_a}")
-        if not 0 <= l_m <= u_m < math.pi:
+        if not l_m <= u_m:
             raise ValueError(f"l_m: expected 0 <= l_m <= u_m < pi, got l_m={l_m}, u_m={u_m}")
-        if not 0 <= lambda_g < math.inf:
-            raise ValueError(f"lambda_g: expected a finite number >= 0, got {lambda_g}")
         if branch not in BRANCHES:
             raise ValueError(f"branch: expected one of {BRANCHES}, got {branch!r}")
-        self.l_a, self.u_a, self.l_m, self.u_m = map(float, (l_a, u_a, l_m, u_m))
-        self.lambda_g, self.branch = float(lambda_g), branch
+        self.branch = branch
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         slope = (self.u_m - self.l_m) / (self.u_a - self.l_a)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer, number
 from .base import Interval, Rows
 from .target import CosFace
 
@@ -29,10 +30,10 @@ def margins_from_counts(
         raise ValueError(f"counts: expected a tensor (num_classes,), got {came}")
     if bool((counts < 1).any()):
         raise ValueError(f"counts: expected at least 1 row in each class, got {counts.min()}")
+    low, high = number("low", low), number("high", high)
+    power = number("power", power, above=0)
     if not low <= high:
         raise ValueError(f"low: expected low <= high, got low={low}, high={high}")
-    if not 0 < power < math.inf:
-        raise ValueError(f"power: expected a positive number, got {power}")
     rarity = counts.double() ** -power
     least, greatest = rarity.aminmax()
     if least == greatest:
@@ -57,12 +58,10 @@ class AdaMSoftmax(CosFace):
     interval = Interval(-math.inf, math.inf)  # an optimizer's step may leave [0, 1] in between
 
     def __init__(self, num_classes: int, *, weight: float = 70.0):
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight: expected a finite number >= 0, got {weight}")
+        num_classes = integer("num_classes", num_classes)
+        weight = number("weight", weight, least=0)
         super().__init__(nn.Parameter(torch.empty(num_classes).uniform_(0.3, 0.4)))
-        self.weight = float(weight)
+        self.weight = weight
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         if self.training:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import integer, number
 from ..distributed import in_group
 from ..generators import StepGenerators
 from .base import Interval, Margin, Rows
@@ -52,12 +53,10 @@ class ElasticFace(Margin):
         super().__init__(m, gradient)
         if kind not in ("arc", "cos"):
             raise ValueError(f"kind: expected 'arc' or 'cos', got {kind!r}")
-        if not 0 <= std < math.inf:
-            raise ValueError(f"std: expected a finite number >= 0, got {std}")
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"seed: expected None or an integer in [0, 2^63), got {seed!r}")
-        self.std, self.kind, self.plus = float(std), kind, bool(plus)
-        self.generators = None if seed is None else StepGenerators(seed)
+        self.std, self.kind, self.plus = number("std", std, least=0), kind, bool(plus)
+        self.generators = None
+        if seed is not None:
+            self.generators = StepGenerators(integer("seed", seed, least=0, most=2**63 - 1))
 
     def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
         m = super().of_rows(c, rows)

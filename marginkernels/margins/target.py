@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import number
 from .base import Interval, Margin, safe_acos, safe_sin
 
 BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
@@ -121,12 +122,9 @@ class CombinedMargin(Margin):
         gradient: str = "exact",
     ):
         super().__init__(m2, gradient)
-        if not 0 < m1 < math.inf:
-            raise ValueError(f"m1: expected a positive number, got {m1}")
-        if not 0 <= m3 <= 2:
-            raise ValueError(f"m3: expected a number in [0, 2], got {m3}")
+        self.m1 = number("m1", m1, above=0)
+        self.m3 = number("m3", m3, least=0, most=2)
         allowed = BRANCHES if m1 == 1 else ("none", "monotone")
-        self.m1, self.m3 = float(m1), float(m3)
         self.branch = ("hard" if m1 == 1 else "monotone") if branch is None else branch
         if self.branch not in allowed:
             raise ValueError(f"branch: expected one of {allowed} for m1={m1:g}, got {branch!r}")
@@ -187,11 +185,8 @@ class X2Softmax(Margin):
         gradient: str = "straight_through",
     ):
         super().__init__(k, gradient)
-        if not -1e4 <= a < 0:
-            raise ValueError(f"a: expected a number in [-10000, 0), got {a}")
-        if not -1e4 <= h <= 0:
-            raise ValueError(f"h: expected a number in [-10000, 0], got {h}")
-        self.a, self.h = float(a), float(h)
+        self.a = number("a", a, least=-1e4, below=0)
+        self.h = number("h", h, least=-1e4, most=0)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         angle = safe_acos(c) - self.h

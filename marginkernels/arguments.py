@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Checks of single arguments, for constructors: each error says name, expected and got."""
+
+import math
+import numbers
+
+from torch import Tensor, nn
+
+
+def is_number(value) -> bool:
+    """Whether it is a real number, of Python or numpy, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def number(
+    name: str,
+    value,
+    *,
+    least: float | None = None,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """The value as a float: a finite number, at ``least`` or ``above``, at ``most`` or ``below``.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if most == below == math.inf:
+        expected = "a finite number"
+        if least is not None or above > -math.inf:
+            expected += f" > {above:g}" if least is None else f" >= {least:g}"
+    else:
+        low = f"({above:g}" if least is None else f"[{least:g}"
+        expected = f"a number in {low}, " + (f"{below:g})" if most == math.inf else f"{most:g}]")
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+    above_low = value > above if least is None else value >= least
+    below_high = value <= most if most < math.inf else value < below
+    if not (above_low and below_high):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
+def integer(name: str, value, least: int = 1, most: int | None = None) -> int:
+    """The value as an int, from ``least`` to ``most``.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of range.
+    """
+    expected = f"an integer in [{least}, {most}]"
+    if most is None:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return int(value)
+
+
+def module(name: str, value, example: str) -> None:
+    """Raises TypeError unless the value is a module, and not its class."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name}: expected an instance such as {example}, got the class {value.__name__}"
+        )
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module such as {example}, got {_shown(value)}")
+
+
+def trainable(name: str, value) -> None:
+    """Raises ValueError for a tensor that no optimizer of the module's parameters will train."""
+    if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
+        raise ValueError(
+            f"{name}: expected torch.nn.Parameter({name}), which is trained and saved, got a plain "
+            "tensor that requires grad"
+        )
+
+
+def assignable(owner: nn.Module, name: str, value) -> None:
+    """Raises TypeError where a number takes the place of a registered tensor."""
+    now = owner._parameters.get(name, owner._buffers.get(name))
+    if now is not None and is_number(value):
+        raise TypeError(
+            f"{name}: expected a tensor, as it is one now, got {value}: fill it, "
+            f"{name}.data.fill_({value}), or delete it before you assign a number"
+        )
+
+
+def _shown(value) -> str:
+    kind = type(value).__name__
+    return f"{kind} {value!r}" if isinstance(value, str | bool) else kind

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Constructors say in one sentence what they expected and what they got."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from marginkernels import (
+    AdaCos,
+    AdaFace,
+    AdaMSoftmax,
+    AirFace,
+    ArcFace,
+    ArcNegFace,
+    ASoftmax,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    InterClassFilter,
+    LSoftmax,
+    MagFace,
+    MarginSchedule,
+    MarginSoftmaxHead,
+    MVSoftmax,
+    NSoftmax,
+    SphereFace,
+    TripletLoss,
+    X2Softmax,
+    margin_cross_entropy,
+    margins_from_counts,
+)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: ArcFace(math.pi), ["ArcFace", "[0, 3.14", "3.14"]),
+        (lambda: ArcFace(-0.1), ["ArcFace", "-0.1"]),
+        (lambda: ArcFace(28.6), ["ArcFace", "28.6"]),
+        (lambda: ArcFace(math.nan), ["ArcFace", "nan"]),
+        (lambda: CosFace(torch.tensor([0.1, 2.5])), ["CosFace", "[0, 2]", "2.5"]),
+        (lambda: SphereFace(0.5), ["SphereFace", "[1, 10000]", "0.5"]),
+        (lambda: X2Softmax(k=math.inf), ["X2Softmax", "[-10000, 10000]", "inf"]),
+        (lambda: X2Softmax(a=-math.inf), ["a:", "[-10000, 0)", "inf"]),
+        (lambda: CosFace(torch.zeros(2, 2)), ["m:", "(num_classes,)", "(2, 2)"]),
+        (lambda: CosFace(torch.zeros(0)), ["m:", "(num_classes,)", "(0,)"]),
+        (lambda: CosFace(torch.tensor(1)), ["m:", "floating", "int64"]),
+        (lambda: ArcFace(0.5, branch="soft"), ["branch:", "hard", "soft"]),
+        (lambda: CombinedMargin(1.2, 0.3, branch="hard"), ["branch:", "monotone", "hard"]),
+        (lambda: CombinedMargin(0.0), ["m1:", "> 0", "got 0"]),
+        (lambda: ElasticFace(seed=-1), ["seed:", "[0, 9223372036854775807]", "-1"]),
+        (lambda: CombinedMargin(m3=-1.0), ["m3:", "[0, 2]", "-1"]),
+        (lambda: ArcFace(0.5, gradient="ste"), ["gradient:", "straight_through", "ste"]),
+        (
+            lambda: MarginSoftmaxHead(0, 5, margin=ArcFace(), scale=1.0),
+            ["embedding_size:", "positive", "0"],
+        ),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(torch.zeros(4)), scale=1.0),
+            ["margin:", "5", "4"],
+        ),
+        (lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=-1.0), ["scale:", "-1"]),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=1.0, normalize="w"),
+            ["normalize:", "'w'"],
+        ),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=1.0).topk(torch.zeros(2, 4), 6),
+            ["k:", "[1, 5]", "6"],
+        ),
+        (
+            lambda: MarginSoftmaxHead(4, 5, margin=ArcFace(), scale=1.0).logits(torch.zeros(2, 3)),
+            ["embeddings:", "(N, 4)"],
+        ),
+    ],
+)
+def test_settings_out_of_range(make, words):
+    with pytest.raises(ValueError) as raised:
+        make()
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+
+
+def head(embedding_size=4, num_classes=5, **settings):
+    settings = dict(margin=ArcFace(), scale=8.0) | settings
+    return MarginSoftmaxHead(embedding_size, num_classes, **settings)
+
+
+def schedule(**settings):
+    return MarginSchedule(ArcFace(0.1), **dict(final=0.5, finish=10) | settings)
+
+
+def counts(**settings):
+    return margins_from_counts(torch.tensor([1, 5]), **settings)
+
+
+# constructors, with what they need, and those of their arguments that are numbers
+NUMBERS = {
+    AdaFace: ({}, ["m", "h", "t_alpha"]),
+    AirFace: ({}, ["m"]),
+    ArcFace: ({}, ["m"]),
+    ArcNegFace: ({}, ["m", "alpha", "sigma"]),
+    ASoftmax: ({}, ["base", "gamma", "power", "low"]),
+    CombinedMargin: ({}, ["m1", "m3"]),
+    CosFace: ({}, ["m"]),
+    CurricularFace: ({}, ["m", "alpha"]),
+    ElasticFace: ({}, ["m", "std"]),
+    InterClassFilter: (dict(margin=CosFace()), ["threshold"]),
+    LSoftmax: ({}, ["base", "gamma", "power", "low"]),
+    MagFace: ({}, ["l_a", "u_a", "l_m", "u_m", "lambda_g"]),
+    MVSoftmax: ({}, ["m", "t"]),
+    SphereFace: ({}, ["m"]),
+    X2Softmax: ({}, ["a", "h"]),
+    AdaMSoftmax: (dict(num_classes=5), ["weight"]),
+    TripletLoss: ({}, ["margin"]),
+    counts: ({}, ["low", "high", "power"]),
+    schedule: ({}, ["initial", "final"]),
+    head: ({}, ["scale"]),
+}
+INTEGERS = {
+    ASoftmax: ({}, ["m"]),
+    LSoftmax: ({}, ["m"]),
+    AdaMSoftmax: ({}, ["num_classes"]),
+    AdaCos: ({}, ["num_classes"]),
+    ElasticFace: ({}, ["seed"]),
+    TripletLoss: ({}, ["block_rows", "ignore_index"]),
+    schedule: ({}, ["start", "finish"]),
+    head: ({}, ["embedding_size", "num_classes", "ignore_index"]),
+}
+
+
+def arguments(table):
+    return [
+        pytest.param(make, given, name, id=f"{make.__name__} {name}")
+        for make, (given, names) in table.items()
+        for name in names
+    ]
+
+
+def refused(error, words, function, *args, **settings):
+    with pytest.raises(error) as refusal:
+        function(*args, **settings)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize("make, given, name", arguments(NUMBERS))
+def test_numbers(make, given, name):
+    for wrong, came in (("0.5", "str"), (None, "NoneType"), (True, "bool"), ([0.5], "list")):
+        refused(TypeError, [f"{name}: expected", "number", came], make, **given, **{name: wrong})
+    refused(ValueError, [name, "got nan"], make, **given, **{name: math.nan})
+
+
+@pytest.mark.parametrize("make, given, name", arguments(INTEGERS))
+def test_integers(make, given, name):
+    for wrong, came in (("3", "str"), (True, "bool"), (3.0, "float")):
+        refused(TypeError, [f"{name}: expected", "integer", came], make, **given, **{name: wrong})
+    made = make(**given, **{name: np.int64(4)})
+    assert getattr(made, name, 4) == 4
+
+
+@pytest.mark.parametrize("make", [ArcFace, MagFace, ElasticFace, X2Softmax, CurricularFace, head])
+def test_numpy_numbers_are_numbers(make):
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(make).parameters.items()
+        if isinstance(parameter.default, float)
+    }
+    made = make(**{name: np.float32(value) for name, value in defaults.items()})
+    module = made if make is head else head(margin=made, scale=np.float32(8.0))
+    loss = module(torch.randn(3, 4), torch.tensor([1, 2, 4]))
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_modules_are_instances():
+    refused(TypeError, ["margin:", "ArcFace(0.5)", "the class CosFace"], head, margin=CosFace)
+    refused(TypeError, ["scale:", "the class AdaCos"], head, scale=AdaCos)
+    refused(TypeError, ["margin:", "the class CosFace"], InterClassFilter, CosFace)
+    refused(
+        TypeError, ["margin:", "instance", "the class"], MarginSchedule, ArcFace, final=1, finish=9
+    )
+
+
+def test_what_a_head_is_made_of():
+    refused(ValueError, ["backend:", "'auto'", "'cudnn'"], head, backend="cudnn")
+    refused(ValueError, ["grad_scale:", "'ddp'", "'mean'"], head, grad_scale="mean")
+    refused(ValueError, ["scale:", "AdaCos(5)", "AdaCos(3)"], head, scale=AdaCos(3))
+    refused(TypeError, ["k:", "integer", "bool"], head().topk, torch.zeros(2, 4), True)
+
+
+def test_a_number_in_the_place_of_a_tensor():
+    """Which torch refuses with words that name no remedy."""
+    for tensor in (torch.tensor(0.3), torch.nn.Parameter(torch.tensor(0.3))):
+        margin, module = ArcFace(tensor), head(scale=tensor)
+        for owner, name in ((margin, "m"), (module, "scale")):
+            refused(
+                TypeError,
+                [f"{name}:", "got 0.4", f"{name}.data.fill_(0.4)"],
+                setattr,
+                owner,
+                name,
+                0.4,
+            )
+            getattr(owner, name).data.fill_(0.4)
+            delattr(owner, name)
+            setattr(owner, name, 0.2)
+
+
+def test_a_tensor_that_would_never_be_trained():
+    wanted = torch.tensor(0.3, requires_grad=True)
+    for tensor in (wanted, wanted + 0.0):
+        refused(ValueError, ["m:", "torch.nn.Parameter(m)", "requires grad"], ArcFace, tensor)
+        refused(ValueError, ["scale:", "torch.nn.Parameter(scale)"], head, scale=tensor)
+        for owner, name in ((ArcFace(), "m"), (head(), "scale")):
+            refused(ValueError, [f"{name}:", "Parameter"], setattr, owner, name, tensor)
+    loss = margin_cross_entropy(
+        torch.randn(3, 4), torch.randn(5, 4), torch.arange(3), margin=NSoftmax(), scale=wanted
+    )
+    loss.backward()
+    assert wanted.grad != 0
