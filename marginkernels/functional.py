@@ -232,6 +232,8 @@ def _keep_tiles(
         return False
     if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
         return False  # no backward will read them
+    if save_tiles == "auto" and torch.compiler.is_exporting():
+        return False  # the graph is for batches of any size
     height, width = ops.tiles_shape(backend, x.shape[0], w.shape[0])
     nbytes = height * width * compute_dtype.itemsize
     return save_tiles is True or nbytes <= _AUTO_TILES_BYTES

@@ -53,6 +53,7 @@ _ROUNDED_SCHEMA = """(Tensor rows, ScalarType dtype) -> Tensor"""
 LIBRARY = torch.library.Library("marginkernels", "DEF")
 
 NORM_MAX = 1e15
+# put together here: torch.compile(dynamic=True) cannot put a float into a string
 BAD_X = f"x: expected finite rows of norm at most {NORM_MAX:g}"
 BAD_W = f"w: expected finite rows of norm at most {NORM_MAX:g}"
 

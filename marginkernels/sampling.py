@@ -24,7 +24,8 @@ def sample_classes(
         generator: on label's device; None: torch's default one.
     """
     # random numbers are below 1; a place beyond the classes takes the rows without one
-    order = torch.rand(num_classes + 1, generator=generator, device=label.device)
+    order = torch.empty(num_classes + 1, dtype=torch.float32, device=label.device)
+    order.uniform_(generator=generator)
     order.index_fill_(0, torch.where(label >= 0, label, num_classes), 2.0)
     return order[:num_classes].topk(num_sample, sorted=False).indices.sort().values
 

@@ -215,7 +215,7 @@ def check_values(
     if isinstance(margin, Margin):
         m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
         if isinstance(m, Tensor):
-            what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval}"
+            what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval.text}"
             low = max(margin.interval.first, statistics.min)
             high = min(margin.interval.last, statistics.max)
             label = _checked(label, m, low, high, what)

@@ -9,7 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import stateful
-from marginkernels import ArcFace, CurricularFace, ops
+from losses import LOSSES, operands
+from losses import C as CLASSES
+from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy, ops
 from small import C, D, N, batch, make_head
 
 
@@ -137,6 +139,43 @@ def test_gradients_and_states_of_compiled_losses(compiler):
             dw = torch.autograd.grad(sum(values), list(each.parameters()))
             results.append([values, dx, dw, each.state_dict()])
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_every_loss_with_sizes_and_numbers_that_are_not_fixed():
+    """In one graph, which is whole, takes a second batch size and warns of nothing."""
+    margins = [loss.make() for loss in LOSSES.values()]
+    for margin in margins:
+        if isinstance(margin, ElasticFace):
+            margin.generators = None  # torch.compile knows the default generator only
+    settings = [dict(scale=loss.scale, normalize=loss.normalize) for loss in LOSSES.values()]
+    margins += [ArcFace(torch.rand(CLASSES)), ArcFace(torch.tensor(0.2))]
+    settings += [dict(scale=torch.tensor(8.0)), dict(scale=AdaCos(CLASSES), sample_rate=0.7)]
+
+    def losses(x, w, y, margins, settings):
+        return [
+            margin_cross_entropy(x, w, y, margin=margin, z_loss=0.1, **each)
+            for margin, each in zip(margins, settings, strict=True)
+        ]
+
+    torch.compiler.reset()
+    compiled = torch.compile(losses, backend="eager", dynamic=True, fullgraph=True)
+    twins = copy.deepcopy((margins, settings))
+    for n in (12, 9):
+        results = []
+        for function, modules in ((compiled, (margins, settings)), (losses, twins)):
+            torch.manual_seed(n)
+            results.append(function(*operands(n=n, dtype=torch.float32), *modules))
+        torch.testing.assert_close(*results)
+
+
+def test_export_for_batches_of_any_size(backend, device):
+    head = make_head(backend, device)
+    batches = torch.export.Dim("batches", min=2)
+    program = torch.export.export(head, batch(device), dynamic_shapes=({0: batches}, {0: batches}))
+    for n in (N, 7):
+        x, y = batch(device, n)
+        torch.testing.assert_close(program.module()(x, y), head(x, y))
 
 
 def test_checks_survive_compilation(backend, device):

@@ -28,6 +28,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_MODULES)}, got {backend!r}")
 
 
+@torch.compiler.assume_constant_result
 def select(backend: str, device_type: str, compute_dtype: torch.dtype) -> str:
     """The backend to use: the one that is named, never another, or for "auto" the best that runs.
 

@@ -48,26 +48,21 @@ class Rows(NamedTuple):
     noise: Tensor | None = None  # what ``draw`` gave; None: the margin draws it now
 
 
-class Interval(NamedTuple):
-    """A range of finite numbers, its upper end open or closed."""
+class Interval:
+    """A range of finite numbers, its upper end open or closed.
 
-    low: float
-    high: float
-    open_high: bool = False
+    All is put together at once, because torch.compile(dynamic=True) cannot put a float into a
+    string.
+    """
+
+    def __init__(self, low: float, high: float, open_high: bool = False):
+        self.text = f"[{low:g}, {high:g}{')' if open_high else ']'}"
+        last = math.nextafter(high, -math.inf) if open_high else high
+        # the smallest and the largest float inside
+        self.first, self.last = max(low, -sys.float_info.max), min(last, sys.float_info.max)
 
     def __str__(self) -> str:
-        return f"[{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-
-    @property
-    def first(self) -> float:
-        """The smallest float inside."""
-        return max(self.low, -sys.float_info.max)
-
-    @property
-    def last(self) -> float:
-        """The largest float inside."""
-        high = math.nextafter(self.high, -math.inf) if self.open_high else self.high
-        return min(high, sys.float_info.max)
+        return self.text
 
     def check(self, expected: str, *values: float) -> None:
         """Raises ValueError for the first value outside; its message begins with ``expected``."""

@@ -71,7 +71,9 @@ class ElasticFace(Margin):
         if self.generators is not None:
             rank = dist.get_rank() if in_group() else 0
             generator = self.generators(x.device, rank)
-        return torch.randn(len(x), generator=generator, dtype=torch.float32, device=x.device)
+        # not torch.randn: torch.compile takes no generator=None beside a size that is not fixed
+        numbers = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        return numbers.normal_(generator=generator)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, "none") if self.kind == "arc" else c - m
