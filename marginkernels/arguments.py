@@ -92,4 +92,4 @@ def assignable(owner: nn.Module, name: str, value) -> None:
 
 def _shown(value) -> str:
     kind = type(value).__name__
-    return f"{kind} {value!r}" if isinstance(value, str | bool) else kind
+    return f"{kind} {value!r}" if isinstance(value, str | bool | numbers.Real) else kind

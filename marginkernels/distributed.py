@@ -14,6 +14,7 @@ average.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -220,6 +221,27 @@ def held_shards(module: nn.Module) -> dict[str, tuple[Tensor, ClassShard]]:
         for own in ("weight", "bias")
         if isinstance(getattr(head, own, None), Tensor)
     }
+
+
+# what averages or shards the gradients of the modules in it
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@functools.cache  # once
+def watch_wrappers() -> None:
+    """Lets :func:`is_wrapped` know of the modules that are wrapped from now on."""
+    nn.modules.module.register_module_module_registration_hook(_watch_wrapper)
+
+
+def _watch_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if not _WRAPPERS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+        _wrapped.add(module)
+
+
+def is_wrapped(parameter: nn.Parameter) -> bool:
+    """Whether it is in a module that exchanges its gradients between processes."""
+    return any(p is parameter for module in _wrapped for p in module.parameters())
 
 
 @functools.cache  # once

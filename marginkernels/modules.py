@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """``MarginSoftmaxHead``: the ``nn.Module`` that holds weight, margin, scale and settings."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -124,6 +125,9 @@ class MarginSoftmaxHead(nn.Module):
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self.reset_parameters()
+        distributed.watch_wrappers()
+        # fully_shard puts parameters of its own in the place of this one
+        self._first_weight, self._looked_for_replicas = id(self.weight), False
 
     def __setattr__(self, name, value):
         if name == "scale":
@@ -172,14 +176,16 @@ class MarginSoftmaxHead(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, HeadStats]:
         """The loss of embeddings (N, D) with labels (N,); see :func:`margin_cross_entropy`."""
+        if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
+            self._look_for_replicas()
         sampling = self.training and self.sampler is not None
         return margin_cross_entropy(
             embeddings,
-            distributed.local(self.weight),
+            self._held("weight"),
             labels,
             margin=self.margin,
             scale=self.scale,
-            bias=distributed.local(self.bias),
+            bias=self._held("bias"),
             normalize=self.normalize,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -197,6 +203,38 @@ class MarginSoftmaxHead(nn.Module):
             logq=self.logq and sampling,
             generator=self.sampler(embeddings.device) if sampling else None,
         )
+
+    def _held(self, name: str) -> Tensor | None:
+        """The classes that this rank has to hold of ``weight`` or ``bias``.
+
+        Raises:
+            RuntimeError: another has split it, as fully_shard does outside of its forward.
+        """
+        tensor = getattr(self, name)
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is not None and mesh != self._mesh:
+            raise RuntimeError(
+                f"{name}: expected the head's own, got a DTensor over {mesh}, of which this rank "
+                "holds a part. Call the head between unshard() and reshard() of the module that "
+                "fully_shard was given, or leave the head out: process_group= splits its classes"
+            )
+        return distributed.local(tensor)
+
+    def _look_for_replicas(self) -> None:
+        """Warns where the processes of a group would train copies of the head that drift apart."""
+        if not (distributed.in_group() and torch.is_grad_enabled() and self.weight.requires_grad):
+            return
+        self._looked_for_replicas = True
+        world = dist.get_world_size()
+        owned = self.shard is None and id(self.weight) == self._first_weight
+        if world > 1 and owned and not distributed.is_wrapped(self.weight):
+            warnings.warn(
+                f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
+                "their weights will differ. Split its classes (process_group=dist.group.WORLD) or "
+                "put it into DistributedDataParallel. If you exchange its gradients yourself: "
+                "warnings.filterwarnings('ignore', 'MarginSoftmaxHead: each')",
+                stacklevel=3,
+            )
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """The logits (N, C) without margin, for evaluation: scale * cos + bias where both sides
@@ -225,7 +263,7 @@ class MarginSoftmaxHead(nn.Module):
         exchange, compute_dtype = opened(
             self.shard,
             embeddings,
-            distributed.local(self.weight),
+            self._held("weight"),
             check,
             lambda compute_dtype: dict(
                 k=k, embeddings=embeddings.dtype, compute_dtype=compute_dtype
@@ -254,7 +292,7 @@ class MarginSoftmaxHead(nn.Module):
 
     def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First class and logits of one block of classes after another, in the statistics dtype."""
-        weight, bias = distributed.local(self.weight), distributed.local(self.bias)
+        weight, bias = self._held("weight"), self._held("bias")
         compute_dtype = self._compute_dtype(embeddings)
         scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
         x = scale * _operand(embeddings, self.normalize == "both", compute_dtype)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Heads that other modules wrap, shard, or ought to."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import workers
+from marginkernels import CosFace, MarginSoftmaxHead
+
+N, C, D = 6, 11, 8
+
+
+class Model(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(D, D)
+        self.head = MarginSoftmaxHead(D, C, margin=CosFace(0.2), scale=8.0, **settings)
+
+    def forward(self, x, y):
+        return self.head(self.backbone(x), y)
+
+
+def batch():
+    return torch.randn(N, D), torch.randint(0, C, (N,))
+
+
+def parts_of_a_sharded_weight(whole):
+    """Inside the forward of the module that fully_shard was given all is there; outside it is not,
+    and the head says so.
+    """
+    torch.manual_seed(1)
+    model, plain, (x, y) = Model(bias=True), Model(bias=True), batch()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model if whole else model.head, mesh=mesh)
+    loss = model(x, y)
+    torch.testing.assert_close(loss, plain(x, y))
+    loss.backward()
+    sharded = model if whole else model.head
+    sharded.reshard()
+    head, expected = model.head, plain.head.topk(x, 3)
+    messages = []
+    for call in (lambda: head.topk(x, 3), lambda: head.logits(x), lambda: head.forward(x, y)):
+        try:
+            call()
+        except RuntimeError as error:
+            messages.append(str(error))
+    sharded.unshard()
+    assert all(map(torch.equal, head.topk(x, 3), expected))
+    sharded.reshard()
+    return messages
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "the head"])
+def test_a_part_of_a_head_is_not_taken_for_all_of_it(whole):
+    for messages in workers.run(2, parts_of_a_sharded_weight, whole):
+        assert len(messages) == 3
+        for message in messages:
+            assert all(word in message for word in ("weight:", "DTensor", "unshard()"))
+
+
+def told(make, steps=2, call=None):
+    """The warnings of some training steps of what ``make`` gives, and of an evaluation before."""
+    model, (x, y) = make(), batch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            model(x, y)
+        for _ in range(steps):
+            (call or model)(x, y).backward()
+    return [str(w.message) for w in caught if "MarginSoftmaxHead" in str(w.message)]
+
+
+class TwoWrapped(nn.Module):
+    """Backbone and head in a DistributedDataParallel each."""
+
+    def __init__(self):
+        super().__init__()
+        model = Model()
+        self.backbone, self.head = map(DistributedDataParallel, (model.backbone, model.head))
+
+    def forward(self, x, y):
+        return self.head(self.backbone(x), y)
+
+
+def fully_sharded():
+    model = Model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def warnings_of_set_ups():
+    frozen = Model()
+    frozen.head.requires_grad_(False)
+    return {
+        "alone": told(Model),
+        "DDP": told(lambda: DistributedDataParallel(Model())),
+        "DDP of each": told(TwoWrapped),
+        "FSDP": told(lambda: FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))),
+        "FSDP, original parameters": told(
+            lambda: FullyShardedDataParallel(
+                Model(), device_id=torch.device("cpu"), use_orig_params=True
+            )
+        ),
+        "fully_shard": told(fully_sharded),
+        "split": told(lambda: Model(process_group=dist.group.WORLD)),
+        "frozen": told(lambda: frozen),
+    }
+
+
+def test_heads_that_would_drift_apart_are_warned_of_once():
+    for told_of in workers.run(2, warnings_of_set_ups):
+        (alone,) = told_of.pop("alone")
+        assert all(word in alone for word in ("2 processes", "process_group", "filterwarnings"))
+        assert not any(told_of.values()), told_of
+    assert not workers.run(1, told, Model)[0]
