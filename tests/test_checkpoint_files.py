@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Files of checkpoints: interrupted and simultaneous saves, changed bytes, forged ones, paths."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -119,6 +120,19 @@ def test_of_two_saves_to_one_path_one_is_published_whole(tmp_path):
         torch.testing.assert_close(value, won[name], rtol=0, atol=0)
 
 
+def test_a_directory_made_during_the_save_stays(tmp_path, monkeypatch):
+    publish, path = files.publish, tmp_path / "saved"
+
+    def publish_late(*arguments):
+        path.mkdir()
+        publish(*arguments)
+
+    monkeypatch.setattr(files, "publish", publish_late)
+    with pytest.raises(FileExistsError, match="path: expected a new directory"):
+        save_checkpoint(path, *make("adamw", 0))
+    assert [*tmp_path.iterdir()] == [path] and not [*path.iterdir()]
+
+
 def test_odd_paths_fail_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, optimizer = make("adamw", 0)
@@ -144,20 +158,17 @@ def paths_that_differ(folder):
             save_checkpoint(folder / name if isinstance(name, str) else name, model, optimizer)
         errors.append(str(error.value))
     os.makedirs(folder / str(rank), exist_ok=True)
-    os.chdir(folder / str(rank))  # one name, two places
-    with pytest.raises(ValueError, match="path: expected storage that all ranks share"):
-        save_checkpoint("step", model, optimizer)
-    with pytest.raises(FileNotFoundError, match="path: expected a checkpoint"):
-        load_checkpoint("step", model, optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / str(rank))  # one name, two places
+        with pytest.raises(ValueError, match="path: expected storage that all ranks share"):
+            save_checkpoint("step", model, optimizer)
+        with pytest.raises(FileNotFoundError, match="path: expected a checkpoint"):
+            load_checkpoint("step", model, optimizer)
     return errors
 
 
 def test_paths_that_differ_by_rank_are_refused_on_all(tmp_path):
-    pool = workers.Pool(2)  # it changes directory
-    try:
-        first, second = pool.run(paths_that_differ, tmp_path)
-    finally:
-        pool.kill()
+    first, second = workers.run(2, paths_that_differ, tmp_path)
     assert first[0] == second[0]
     assert not list(tmp_path.glob("step*")) and not list(tmp_path.glob("*/*"))
 
@@ -213,16 +224,22 @@ def test_a_flipped_byte_in_any_file_is_found(tmp_path, monkeypatch):
     same(loaded, model)
 
 
+@contextlib.contextmanager
+def blocks_of(size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "BLOCK", size)
+        yield
+
+
 def save_in_blocks(path):
-    files.BLOCK = 500
-    saved(path)
+    with blocks_of(500):
+        saved(path)
 
 
 def load_flipped(path, expected):
-    files.BLOCK = 500
     model = make("adamw", 99)
     before = state(*model)
-    with pytest.raises(ValueError) as error:
+    with blocks_of(500), pytest.raises(ValueError) as error:
         load_checkpoint(path, *model)
     for name, value in state(*model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -231,17 +248,12 @@ def load_flipped(path, expected):
 
 def test_ranks_share_the_checking_and_fail_together(tmp_path):
     path = tmp_path / "saved"
-    pools = [workers.Pool(world) for world in (3, 2)]
-    try:
-        pools[0].run(save_in_blocks, str(path))
-        for data in path.glob("*.distcp"):
-            for position in positions(data, 3):
-                flip(data, position)
-                pools[1].run(load_flipped, str(path), f"{data.name}: not as saved")
-                flip(data, position)
-    finally:
-        for pool in pools:
-            pool.kill()
+    workers.run(3, save_in_blocks, str(path))
+    for data in path.glob("*.distcp"):
+        for position in positions(data, 3):
+            flip(data, position)
+            workers.run(2, load_flipped, str(path), f"{data.name}: not as saved")
+            flip(data, position)
 
 
 class Payload:

@@ -231,6 +231,14 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change, match, tmp_path)
     assert equal(model.state_dict(), before) and not (optimizer and optimizer.state)
 
 
+def test_what_is_no_model_or_optimizer(tmp_path):
+    model, optimizer = make("SGD")
+    for arguments in ((model.state_dict(),), (model, [optimizer])):
+        for act, path in ((save_checkpoint, tmp_path / "new"), (load_checkpoint, tmp_path)):
+            with pytest.raises(TypeError, match=r"(model|optimizer): expected .*, got (Ord|list)"):
+                act(path, *arguments)
+
+
 def test_settings_that_are_numpy_numbers(tmp_path):
     numpy = pytest.importorskip("numpy")
     model, optimizer = make("SGD")

@@ -107,8 +107,8 @@ def load_checkpoint(
     if not _on_first(group, path.is_dir):
         raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
     with raising_together(group), _as_ours(path):
-        index = Index(path)
         state = State(model, optimizer)
+        index = Index(path)
         targets = state.targets(index)
     parts = ("model", "optimizer") if optimizer is not None else ("model",)
     with raising_together(group), _as_ours(path):

@@ -121,17 +121,15 @@ class State:
         for name in saved.keys() & self._in_model.keys():
             value = self._in_model[name]
             for key in saved[name]:
-                shape = index.shape(key)
-                if shape is None or not isinstance(value, Tensor):
+                if not isinstance(value, Tensor):  # a state that a module gives by itself
                     self._settings[key] = None
                     continue
-                target = self._split(name, value)
-                if target.size() != shape:
+                self._targets[key] = target = self._split(name, value)
+                if target.size() != (shape := index.shape(key)):
                     raise ValueError(
-                        f"model: expected {name} {tuple(shape)} as in {index.folder}, got "
-                        f"{tuple(target.size())}"
+                        f"model: expected {name} {shape and tuple(shape)} as in {index.folder}, "
+                        f"got {tuple(target.size())}"
                     )
-                self._targets[key] = target
 
     def _optimizer_targets(self, index: Index) -> None:
         if not index.under("optimizer"):
@@ -255,6 +253,10 @@ class Rows(Tensor):
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected one or None, got {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
     for name, module in model.named_modules():
