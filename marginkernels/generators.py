@@ -5,20 +5,37 @@
 import torch
 from torch import Tensor, nn
 
+from . import ops
+
 
 class StepGenerators(nn.Module):
     """A generator for each step, from a seed, the number of the step and the rank.
 
     So the state, seed and step, is the same on all ranks: it is saved once, and goes on with
     another number of ranks.
+
+    Args:
+        seed: of all steps.
+        user: what the numbers are for, as an error names it.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, user: str):
         super().__init__()
-        self.seed, self.step = seed, 0
+        self.seed, self.step, self.user = seed, 0, user
 
+    @torch.compiler.disable  # it would warn of the generator
     def forward(self, device: torch.device, rank: int) -> torch.Generator:
-        """The generator of the next step."""
+        """The generator of the next step. RuntimeError where that cannot be the next: within a
+        backward pass, and in the capture of a CUDA graph, which would repeat one step for ever.
+        """
+        ops.refuse_recomputation(self.user)
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self.user}: expected no capture of a CUDA graph, which would repeat the random "
+                "numbers of one step. Capture the backbone alone, or let the numbers come from "
+                "torch's default generator, which goes on with each replay"
+            )
         self.step += 1
         return torch.Generator(device).manual_seed(mixed(self.seed, rank, self.step))
 

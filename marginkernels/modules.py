@@ -52,6 +52,12 @@ class MarginSoftmaxHead(nn.Module):
             DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
         sample_rate, logq: Partial FC in training mode, see :func:`margin_cross_entropy`. The state
             of the random numbers is saved with the head.
+
+    What a margin, a scale or a sample remembers moves at each forward in training mode. Leave the
+    head out of ``torch.utils.checkpoint``, whose second forward would be another step: it is
+    refused then, unless nothing is remembered. With gradient caching (GradCache) call the head
+    once, on the embeddings of all chunks. A trainer that calls it twice before its optimizer steps,
+    as SAM does or where gradients are accumulated, moves them twice.
     """
 
     def __init__(

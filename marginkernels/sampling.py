@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import ops
 from .generators import StepGenerators
 
 
@@ -36,6 +37,8 @@ def uniform(
     """:func:`sample_classes` of max(int(rate C), min(N, C)) classes, a function of the labels."""
 
     def sample(label: Tensor) -> Tensor:
+        if generator is not None:  # torch.utils.checkpoint resets the default one
+            ops.refuse_recomputation("margin_cross_entropy(generator=)")
         num_sample = max(int(sample_rate * num_classes), min(label.shape[0], num_classes))
         return sample_classes(label, num_classes, num_sample, generator)
 
@@ -132,7 +135,7 @@ class Sampler(StepGenerators):
         seed = [int(torch.randint(2**62, ()))]
         if group is not None:
             dist.broadcast_object_list(seed, group=group, group_src=0)
-        super().__init__(seed[0])
+        super().__init__(seed[0], "MarginSoftmaxHead(sample_rate=)")
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def forward(self, device: torch.device) -> torch.Generator:

@@ -56,7 +56,8 @@ class ElasticFace(Margin):
         self.std, self.kind, self.plus = number("std", std, least=0), kind, bool(plus)
         self.generators = None
         if seed is not None:
-            self.generators = StepGenerators(integer("seed", seed, least=0, most=2**63 - 1))
+            seed = integer("seed", seed, least=0, most=2**63 - 1)
+            self.generators = StepGenerators(seed, "ElasticFace(seed=)")
 
     def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
         m = super().of_rows(c, rows)

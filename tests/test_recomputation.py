@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""A forward that is made again within backward sees what the first one saw, or is refused."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from losses import C
+from marginkernels import ArcFace, ElasticFace, NSoftmax, margin_cross_entropy
+from marginkernels.generators import StepGenerators
+from stateful import STATEFUL, batches, head_of, same, state_of
+
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
+SAMPLED = dict(margin=ArcFace(), scale=16.0, sample_rate=0.7)
+# what it is that an error names
+NAMED = {
+    "L-Softmax": "LSoftmax",
+    "A-Softmax": "ASoftmax",
+    "filtered": "LSoftmax",
+    "ElasticFace+": "ElasticFace",
+    "AdaCos delayed": "AdaCos",
+    "sampled": "sample_rate",
+}
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", [*STATEFUL, "sampled"])
+def test_what_has_moved_on_is_refused(name, reentrant):
+    """Before it moves again."""
+    make = (STATEFUL | {"sampled": lambda: SAMPLED})[name]
+    head, plain = head_of(make()), head_of(make())
+    plain.load_state_dict(head.state_dict())
+    x, y = batches()[0]
+    plain(x, y)
+    loss = checkpoint(head, x.requires_grad_(), y, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=f"{NAMED.get(name, name)}.*out of the checkpointed"):
+        loss.backward()
+    assert same(state_of(plain), state_of(head))
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", ["tensor", "default generator", "sample", "evaluation"])
+def test_what_has_not_is_repeated(name, reentrant):
+    make = {
+        "tensor": lambda: dict(margin=ArcFace(torch.tensor(0.3)), scale=torch.tensor(16.0)),
+        "default generator": lambda: dict(margin=ElasticFace(std=0.1, plus=True), scale=16.0),
+        "sample": lambda: dict(margin=NSoftmax(), scale=16.0),
+        "evaluation": STATEFUL["AdaFace"],
+    }[name]
+    head = head_of(make()).train(name != "evaluation")
+    x, y = batches()[0]
+
+    def loss(x, y):
+        if name == "sample":  # of torch's default generator
+            return margin_cross_entropy(
+                x, head.weight, y, margin=head.margin, scale=16.0, sample_rate=0.7
+            )
+        return head(x, y)
+
+    gradients = []
+    for function in (loss, lambda x, y: checkpoint(loss, x, y, use_reentrant=reentrant)):
+        torch.manual_seed(2)
+        leaf = x.clone().requires_grad_()
+        head.zero_grad()
+        function(leaf, y).backward()
+        gradients.append((leaf.grad, head.weight.grad))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_generator_of_the_callers_own_is_refused():
+    x, y = batches()[0]
+    w, generator = torch.randn(C, 8, requires_grad=True), torch.Generator()
+    settings = dict(margin=NSoftmax(), scale=16.0, sample_rate=0.7, generator=generator)
+    loss = checkpoint(lambda: margin_cross_entropy(x, w, y, **settings), use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"margin_cross_entropy\(generator=\)"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("outer", ["checkpoint", "compile"])
+def test_compiled_losses_are_refused_too(outer):
+    head, (x, y) = head_of(STATEFUL["AdaFace"]()), batches()[0]
+    torch.compiler.reset()
+    inner = head if outer == "compile" else torch.compile(head, backend="aot_eager", fullgraph=True)
+
+    def loss(x, y):
+        return checkpoint(inner, x, y, use_reentrant=False)
+
+    if outer == "compile":
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    value = loss(x.requires_grad_(), y)
+    with pytest.raises(RuntimeError, match=r"AdaFace.*out of the checkpointed"):
+        value.backward()
+
+
+def test_cuda_graphs_do_not_repeat_one_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    generators = StepGenerators(3, "ElasticFace(seed=)")
+    assert isinstance(generators(torch.device("cpu"), 0), torch.Generator)
+    with pytest.raises(RuntimeError, match=r"ElasticFace\(seed=\): .*CUDA graph.*default generat"):
+        generators(torch.device("cuda"), 0)
+    assert generators.step == 1
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compiled_samples_differ_and_do_not_recompile():
+    head, (x, y) = head_of(SAMPLED), batches()[0]
+    plain = head_of(SAMPLED)
+    plain.load_state_dict(head.state_dict())
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(head, backend=counter)
+    losses, frames = [], []
+    for _ in range(4):
+        losses.append(compiled(x, y).item())
+        frames.append(counter.frame_count)
+        assert losses[-1] == pytest.approx(plain(x, y).item())
+    assert len(set(losses)) == 4 and len(set(frames[1:])) == 1
