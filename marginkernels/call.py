@@ -77,7 +77,7 @@ def check(
 
 
 def agreed(
-    settings: Settings, call: CheckedCall, x, margin, scale, bias, shard, sampler, **rows_given
+    settings: Settings, call: CheckedCall, margin, scale, bias, shard, sampler, **rows_given
 ) -> dict:
     """What has to be the same on all ranks, because it changes what they exchange or compute."""
     inner = getattr(margin, "margin", margin)
@@ -89,7 +89,6 @@ def agreed(
     number = scale if not isinstance(scale, Tensor | nn.Module) else type(scale).__name__
     given = dict(bias=bias, sampler=sampler, **rows_given)
     return {
-        "x": f"{x.shape[1]} features of {x.dtype}",
         "shard": f"{shard.total} classes with grad_scale={shard.grad_scale!r}",
         "margin": f"{type(margin).__name__} with {m if isinstance(m, numbers.Real) else type(m)}",
         "training": margin.training,

@@ -161,8 +161,10 @@ class Exchange:
         """Tells the others what this rank has and wants; the host waits. The ranks' numbers of
         rows, and whether any wants dx.
         """
-        agreed = {name: str(value) for name, value in agreed.items()}
         failed = self.error is not None
+        if not failed:
+            agreed = {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed
+        agreed = {name: str(value) for name, value in agreed.items()}
         wants_dx = not failed and x.requires_grad
         mine = [failed, self.n, wants_dx, self.wants_stats, _fingerprint(agreed)]
         mine = torch.tensor(mine, dtype=torch.int64).to(self.device)

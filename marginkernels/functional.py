@@ -125,7 +125,7 @@ def margin_cross_entropy(
     exchange, call = opened(
         shard, x, w,
         lambda: check(settings, x, w, y, margin, scale, bias, shard, sampler, **rows_given),
-        lambda call: agreed(settings, call, x, margin, scale, bias, shard, sampler, **rows_given),
+        lambda call: agreed(settings, call, margin, scale, bias, shard, sampler, **rows_given),
         return_stats,
     )  # fmt: skip
     scale, observer, compute_dtype, backend = (

@@ -271,9 +271,7 @@ class MarginSoftmaxHead(nn.Module):
             embeddings,
             self._held("weight"),
             check,
-            lambda compute_dtype: dict(
-                k=k, embeddings=embeddings.dtype, compute_dtype=compute_dtype
-            ),
+            lambda compute_dtype: dict(k=k, compute_dtype=compute_dtype),
         )
         rows = exchange.features(embeddings)
         dtype = ops.statistics_dtype(compute_dtype)

@@ -167,6 +167,8 @@ def check_sampling(sample_rate, logq, sampler, label_smoothing, margin, scale) -
     """A sample stands for all classes in the sum of exponentials only."""
     if not arguments.is_number(sample_rate) or not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
+    if sampler is not None and not callable(sampler):
+        raise TypeError(f"sampler: expected a function of labels, got {type(sampler).__name__}")
     if not isinstance(logq, bool):
         raise TypeError(f"logq: expected a bool, got {type(logq).__name__}")
     if (sample_rate < 1 or sampler is not None) and label_smoothing > 0:

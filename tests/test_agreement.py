@@ -2,12 +2,15 @@
 # Copyright (c) 2026 The marginkernels authors
 """What is wrong on one rank, or differs between ranks, is an error on all of them at once."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import workers
 from marginkernels import CosFace, MarginSoftmaxHead, distributed, margin_cross_entropy
+from marginkernels.compat.insightface import PartialFC_V2
 from sharding import my_shard
 
 
@@ -191,3 +194,16 @@ def test_one_rank_alone_may_ask_for_statistics():
     """As it does where rank 0 writes the log."""
     first, second = workers.run(2, statistics_of_one_rank)
     assert torch.equal(first, second)
+
+
+def unfused_rows_of_other_widths():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not fused
+        head = PartialFC_V2(lambda logits, labels: logits, D, C)
+    return raised_by(lambda: head(torch.randn(N, D + dist.get_rank()), torch.arange(N)))
+
+
+def test_features_that_differ_are_named_for_any_exchange():
+    first, second = workers.run(2, unfused_rows_of_other_widths)
+    assert first == second and first[0] is ValueError
+    assert all(word in first[1] for word in ("x:", "8 features", "9 features")), first

@@ -127,6 +127,13 @@ def refused(function, *words):
     raise AssertionError(f"nothing was refused with {words}")
 
 
+def twice_differentiated(call, x):
+    """A second derivative by name of what it is asked for, which a cut graph would give as None."""
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
+    return torch.autograd.grad(dx.sum(), leaf, allow_unused=True)
+
+
 def refusals():
     rank, shard = dist.get_rank(), my_shard(C)
     x, w, y = operands(n=6, dtype=F32)
@@ -169,6 +176,7 @@ def refusals():
     refused(lambda: head(process_group="gloo"), "process_group:", "str")
     refused(lambda: head(device="mps"), "device:", "cpu", "mps")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
+    refused(lambda: twice_differentiated(call, x), "no second derivative")
     gap = ClassShard(shard.start, shard.stop - rank, C, dist.group.WORLD)
     assert call(w=w[gap.start : gap.stop], y=torch.full_like(y, C - 1), shard=gap).isnan()
     with unittest.mock.patch("marginkernels.validation.checks_values", lambda _: False):

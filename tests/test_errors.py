@@ -333,6 +333,7 @@ BAD = {
         ValueError,
         ["save_tiles:", "normalize", "73", "label_smoothing", "reference"],
     ),
+    "sampler number": (lambda a: dict(sampler=3), TypeError, ["sampler:", "function", "int"]),
     "backend unknown": (
         lambda a: dict(backend="cudnn"),
         ValueError,
