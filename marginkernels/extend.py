@@ -115,7 +115,7 @@ def _is_per_class(key: str, value, parameter: Tensor) -> bool:
 
 
 def _states(head, optimizer: torch.optim.Optimizer | None) -> dict[str, list[str]]:
-    """What the optimizer has for each parameter: what goes from rank to rank."""
+    """Lists the keys of the optimizer's state for each parameter."""
     if optimizer is None:
         return {}
     return {
@@ -157,7 +157,7 @@ def _replace(optimizer, old: Tensor, new: Tensor, k: int, shard: ClassShard | No
 
 
 def _first_value(key: str, settings: dict) -> float:
-    """That of a state, before the first step."""
+    """Returns the value that a state has before the first step."""
     if key == "step_size" and "etas" in settings:  # Rprop
         return settings["lr"]
     if key == "sum":  # Adagrad

@@ -72,7 +72,7 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _holders(gradients: list[Tensor]) -> list[SimpleNamespace]:
-    """What clipping takes for parameters, with the part of the gradients that is here."""
+    """Makes stand-ins of parameters for torch's clipping, with the gradients that are here."""
     return [SimpleNamespace(grad=local(gradient)) for gradient in gradients]
 
 
@@ -106,7 +106,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
 
 
 def _norm(gradient: Tensor, norm_type: float) -> Tensor:
-    """That of a DTensor, a plain tensor (); torch's own fails where a rank has no rows."""
+    """Returns that of a DTensor, a plain tensor (); torch's own fails where a rank has no rows."""
     shard, mesh = gradient.to_local(), gradient.device_mesh
     norm = torch.linalg.vector_norm(shard, norm_type) if shard.numel() else shard.new_zeros(())
     greatest = norm_type == math.inf

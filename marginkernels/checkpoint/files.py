@@ -132,7 +132,7 @@ class _SummedStream:
 
 
 def read_sums(folder: Path) -> dict[str, list[int]] | None:
-    """The checksums of a checkpoint's files; None for one without."""
+    """Reads the checksums of a checkpoint's files; None for one without."""
     try:
         first, _, text = (folder / SUMS).read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -145,8 +145,10 @@ def read_sums(folder: Path) -> dict[str, list[int]] | None:
     return content["files"]
 
 
-def check_blocks(folder: Path, sums: dict[str, list[int]], blocks: Iterable[tuple[str, int]]):
-    """ValueError where the bytes of a block, of a file and its number in it, have changed."""
+def check_blocks(
+    folder: Path, sums: dict[str, list[int]], blocks: Iterable[tuple[str, int]]
+) -> None:
+    """Raises ValueError where the bytes of a block, by file and number, have changed."""
     file, name = None, None
     with contextlib.ExitStack() as opened:
         for next_name, number in blocks:

@@ -36,7 +36,7 @@ _NAMES = {
 
 
 class Index:
-    """Raises ValueError if there is none, or one that holds anything else.
+    """Reads the index; ValueError if there is none, or one that holds anything else.
 
     Entries have a key and a path: the names that lead to them, ``("model", "head.weight")`` or
     ``("optimizer", "state", "head.weight", "momentum_buffer")``.
@@ -53,19 +53,19 @@ class Index:
             self.warnings.append("has no checksums: whether its bytes are as saved is not checked")
 
     def under(self, *start: str) -> dict[str, tuple]:
-        """The rest of the path of each entry whose path starts so, by key."""
+        """Returns the rest of the path of each entry whose path starts so, by key."""
         n = len(start)
         return {key: path[n:] for key, path in self._paths.items() if path[:n] == start}
 
     def grouped(self, *start: str) -> dict[str, dict[str, tuple]]:
-        """The same by the next name on the path."""
+        """Groups the same by the next name on the path."""
         groups = defaultdict(dict)
         for key, (name, *rest) in self.under(*start).items():
             groups[name][key] = tuple(rest)
         return dict(groups)
 
     def shape(self, key: str) -> torch.Size | None:
-        """That of a tensor; None for anything else. ValueError if a part of it was not saved."""
+        """Returns that of a tensor, None for anything else; ValueError if a part is missing."""
         entry = self.entries[key]
         if not isinstance(entry, TensorStorageMetadata):
             return None
@@ -74,7 +74,7 @@ class Index:
         return entry.size
 
     def read(self, key: str) -> Any:
-        """The value of an entry that is in one piece."""
+        """Returns the value of an entry that is in one piece."""
         [info] = self._storage(key)
         with open(self.folder / info.relative_path, "rb") as file:
             file.seek(info.offset)
@@ -100,11 +100,11 @@ class Index:
         files.check_blocks(self.folder, self._sums, share)
 
     def reader(self) -> FileSystemReader:
-        """What ``torch.distributed.checkpoint`` reads tensors with."""
+        """Returns the reader of tensors for ``torch.distributed.checkpoint``."""
         return _Reader(self.folder, self._metadata)
 
     def _storage(self, key: str) -> list:
-        """Where the pieces of an entry are."""
+        """Finds the pieces of an entry."""
         chunks = getattr(self.entries[key], "chunks", None)
         pieces = [None] if chunks is None else [chunk.offsets for chunk in chunks]
         try:

@@ -6,6 +6,7 @@
 step with gradients of 0, which is a step.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _OF_PARAMETERS = ("params", "param_names")
 
 
 class State:
-    """Raises ValueError or TypeError for a model or optimizer that cannot be saved."""
+    """Collects the state; ValueError or TypeError for a model or optimizer without one."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
         _check(model, optimizer)
@@ -66,7 +67,7 @@ class State:
         ]
 
     def to_save(self) -> dict:
-        """All of it, as ``torch.distributed.checkpoint.save`` takes it."""
+        """Returns all of it, as ``torch.distributed.checkpoint.save`` takes it."""
         state = {"model": {name: self._split(name, t) for name, t in self._in_model.items()}}
         if self._optimizer is not None:
             of_parameter = {
@@ -78,7 +79,7 @@ class State:
         return state
 
     def _split(self, name: str, value: Any) -> Any:
-        """Of what is split over ranks as plain tensors, this rank's rows as such."""
+        """Marks rows of a tensor that is split over ranks as plain tensors."""
         shard = self._shards.get(name)
         return value if shard is None else Rows(value, shard)
 
@@ -97,8 +98,8 @@ class State:
         return _python(value)
 
     def targets(self, index: Index) -> dict[str, Tensor]:
-        """The tensors that checkpoint entries go to, by key: those of the model and the optimizer,
-        new ones where the optimizer has none.
+        """Returns the tensors that entries of the checkpoint go to, by key: those of the model and
+        the optimizer, new ones where the optimizer has none.
 
         ValueError if the checkpoint does not fit.
         """
@@ -132,7 +133,7 @@ class State:
                     )
 
     def _optimizer_targets(self, index: Index) -> None:
-        if not index.under("optimizer"):
+        if not index.under("optimizer", "param_groups"):
             raise ValueError(f"optimizer: expected None, as {index.folder} has no optimizer's")
         saved = index.grouped("optimizer", "state")
         for name in self._trained:
@@ -150,7 +151,7 @@ class State:
         self._settings |= dict.fromkeys(index.under("optimizer", "param_groups"))
 
     def _target(self, name, key, held, shape, dtype) -> Tensor:
-        """Room for the state of a parameter: what the optimizer holds, if that fits, or new."""
+        """Returns room for the state of a parameter: a tensor of the optimizer's if one fits."""
         parameter, shard = self._parameters[name].detach(), self._shards.get(name)
         whole = parameter if shard is None else Rows(parameter, shard)
         if shape == whole.size():
@@ -178,7 +179,7 @@ class State:
             self._groups = [self._group(group, saved) for group in self._groups]
 
     def _group(self, group: dict, saved: list[dict]) -> dict:
-        """A parameter group with the settings that its parameters were saved with."""
+        """Returns a parameter group with the settings that its parameters were saved with."""
         sources = [s for s in saved if set(s["params"]) & set(group["params"])]
         settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
         for other in settings[1:]:
@@ -197,7 +198,7 @@ class State:
                 f"optimizer: expected one with {sorted(foreign)} and without {sorted(lacking)}, "
                 f"got {type(self._optimizer).__name__}"
             )
-        return group | settings[0]
+        return group | copy.deepcopy(settings[0])
 
     def apply(self) -> None:
         """Gives model and optimizer what has been read."""
@@ -215,15 +216,15 @@ class State:
         )
 
     def _nested(self, part: str) -> dict:
-        """What has been read of a part of the checkpoint, by the names on the paths."""
+        """Returns all that has been read of a part of the checkpoint, as nested dictionaries."""
         found = {key: getattr(t, "rows", t) for key, t in self._targets.items()} | self._settings
         paths = self._index.under(part)
         return unflatten_state_dict({key: found[key] for key in paths if key in found}, paths)
 
 
 class Rows(Tensor):
-    """Rows of a tensor that is split over ranks in any way, for torch's planners of checkpoints:
-    what a DTensor is to them.
+    """Rows of a tensor that is split over ranks in any way. torch's planners of checkpoints take
+    it for a DTensor.
     """
 
     def __new__(cls, rows: Tensor, shard: ClassShard):
