@@ -3,7 +3,8 @@
 """The PEP 517 backend: setuptools', with the target environment's torch in reach of setup.py.
 
 An isolated build runs the target's interpreter without the target's packages. They come last, so
-that the isolated environment's own setuptools and ninja win.
+that the isolated environment's own setuptools and ninja win; the user's come after the target's,
+except where that is a virtual environment that does not see them.
 """
 
 import site
@@ -11,4 +12,7 @@ import sys
 
 from setuptools.build_meta import *  # noqa: F403
 
-sys.path += [folder for folder in site.getsitepackages() if folder not in sys.path]
+folders = site.getsitepackages()
+if sys.base_prefix in site.PREFIXES:  # pip sets PYTHONNOUSERSITE, so that site itself denies it
+    folders.append(site.getusersitepackages())
+sys.path += [folder for folder in folders if folder not in sys.path]

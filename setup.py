@@ -3,15 +3,17 @@
 """Builds marginkernels._C against the torch that is installed; all else is in pyproject.toml.
 
 MARGINKERNELS_EXT=0          no extension, an install in pure Python
-MARGINKERNELS_CUDA=auto|0|1  CUDA kernels where torch is a CUDA build and there is an nvcc; never;
-                             or always, failing with what is missing
-TORCH_CUDA_ARCH_LIST         for which GPUs, by default all that the kernels are tested for
+MARGINKERNELS_CUDA=auto|0|1  CUDA kernels where torch is a CUDA build and there is an nvcc of its
+                             CUDA's major version; never; or always, failing with what is missing
+TORCH_CUDA_ARCH_LIST         for which GPUs, by default all that the kernels are tested for and nvcc
+                             knows
 """
 
 import json
 import os
 import re
 import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -26,6 +28,8 @@ CXX_FLAGS += ["-Wall", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "--threads=2"]
 # machine code for each, and PTX for what comes later
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+OLDEST_CAPABILITY = (8, 0)
+OLDER_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # as torch calls them
 NO_TORCH = (
     "marginkernels: its C++ extension is built against the torch of the environment that it is "
     "installed in, and there is none: install torch first, pass --no-build-isolation if your tool "
@@ -41,18 +45,52 @@ def setting(name: str, *allowed: str) -> str:
     return value
 
 
-def wants_cuda(choice: str, torch_cuda: str | None, cuda_home: str | None, files: list) -> bool:
-    """Whether to compile the CUDA sources; exits if that is demanded and something is missing."""
-    missing = []
+def obstacles_to_cuda(torch_cuda: str | None, nvcc: Path | None, files: list) -> list[str]:
+    """Every reason why the CUDA sources cannot be compiled."""
+    found = []
     if not files:
-        missing.append("CUDA sources (csrc/cuda/*.cu)")
+        found.append("there are no CUDA sources (csrc/cuda/*.cu)")
     if torch_cuda is None:
-        missing.append("a CUDA build of torch")
-    elif cuda_home is None or not Path(cuda_home, "bin", "nvcc").exists():
-        missing.append("nvcc (on PATH or in CUDA_HOME)")
-    if choice == "1" and missing:
-        raise SystemExit("MARGINKERNELS_CUDA=1: missing " + " and ".join(missing))
-    return choice != "0" and not missing
+        found.append("this torch is no CUDA build")
+    elif nvcc is None or not nvcc.exists():
+        found.append("there is no nvcc on PATH or in CUDA_HOME")
+    else:
+        release = re.search(r"release (\d+)\.\d+", output(nvcc, "--version"))
+        if release and release[1] != torch_cuda.split(".")[0]:
+            found.append(
+                f"{nvcc} is of CUDA {release[0].split()[1]} and torch was built with CUDA "
+                f"{torch_cuda}: their major versions have to be the same"
+            )
+    return found
+
+
+def buildable(asked: str, known: set[tuple[int, int]]) -> tuple[str, list[str]]:
+    """Of TORCH_CUDA_ARCH_LIST the part that the kernels and an nvcc with ``known`` can be built
+    for, and what is left out. PTX that was to be there is that of the last one.
+    """
+    kept, left_out, ptx = [], [], False
+    for entry in asked.replace(" ", ";").split(";"):
+        number = re.match(r"(\d+)\.(\d+)", entry)
+        capability = tuple(map(int, number.groups())) if number else OLDEST_CAPABILITY
+        too_new = bool(number and known) and capability not in known
+        if capability < OLDEST_CAPABILITY or too_new or entry.startswith(OLDER_NAMES):
+            left_out.append(entry)
+            ptx |= entry.endswith("+PTX")
+        elif entry:
+            kept.append(entry)
+    if kept and ptx and not kept[-1].endswith("+PTX"):
+        kept[-1] += "+PTX"
+    return ";".join(kept), left_out
+
+
+def known_capabilities(nvcc: Path) -> set[tuple[int, int]]:
+    """Those that an nvcc has compilers for; none if it does not say."""
+    numbers = re.findall(r"compute_(\d+)(\d)\b", output(nvcc, "--list-gpu-arch"))
+    return {(int(major), int(minor)) for major, minor in numbers}
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def cuda_headers(site_packages: Path, nvcc: Path) -> list[str]:
@@ -64,6 +102,28 @@ def cuda_headers(site_packages: Path, nvcc: Path) -> list[str]:
     ).stderr
     toolkit = re.findall(r'^#\$ INCLUDES="-I([^"]+)"', said, re.M)
     return [*map(str, site_packages.glob("nvidia/cu*/include")), *toolkit]
+
+
+def cuda_plan(
+    choice: str, torch_cuda: str | None, cuda_home: str | None, files: list
+) -> tuple[str, str]:
+    """For which architectures to compile the CUDA sources, "" for none, and a line that says what
+    is left out and why. Exits if CUDA is demanded and cannot be.
+    """
+    if choice == "0":
+        return "", "MARGINKERNELS_CUDA=0"
+    nvcc = None if cuda_home is None else Path(cuda_home, "bin", "nvcc")
+    obstacles = obstacles_to_cuda(torch_cuda, nvcc, files)
+    if not obstacles:
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        architectures, left_out = buildable(asked, known_capabilities(nvcc))
+        if architectures:
+            lacking = ", ".join(left_out)
+            return architectures, lacking and f"not for {lacking}: below 8.0, or not in {nvcc}"
+        obstacles.append(f"TORCH_CUDA_ARCH_LIST={asked}: all below 8.0, or not in {nvcc}")
+    if choice == "1":
+        raise SystemExit("MARGINKERNELS_CUDA=1: " + "; ".join(obstacles))
+    return "", "; ".join(obstacles)
 
 
 class BuildWithoutTorch(build_ext):
@@ -89,6 +149,10 @@ def extension() -> dict:
         module = Extension(NAME, files + cuda_files)
         return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithoutTorch}}
 
+    architectures, left_out = cuda_plan(
+        choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files
+    )
+
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:
             self.force = True  # setuptools sees no change of torch or of headers; ninja does
@@ -98,17 +162,22 @@ def extension() -> dict:
                 (f"BUILT_FOR_{package.upper()}", f'"{version}"')
                 for package, version in built_for.items()
             ]
+            if left_out and torch.version.cuda:
+                kernels = (
+                    f"CUDA kernels for {architectures}" if architectures else "no CUDA kernels"
+                )
+                print(f"marginkernels: {kernels}, {left_out}", file=sys.stderr)
             super().run()
             # read before the extension is loaded
             record = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
-            record.write_text(json.dumps(built_for))
+            record.write_text(json.dumps(built_for | {"left_out": left_out}))
 
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
-    if wants_cuda(choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files):
+    if architectures:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
         headers = cuda_headers(Path(torch.__file__).parents[1], nvcc)
         files += cuda_files
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         macros = [("MARGINKERNELS_CUDA", None)]
         options = dict(include_dirs=headers, extra_compile_args=flags, define_macros=macros)
         module = cpp_extension.CUDAExtension(NAME, files, **options)

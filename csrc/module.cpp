@@ -69,6 +69,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("build_info", build_info,
           "What the extension was built for and with, and the CPU capability in use.");
 
+#if defined(MARGINKERNELS_CUDA)
+    m.def("cuda_failure", marginkernels::cuda::failure, py::arg("device"),
+          "Why the CUDA kernels cannot be launched on this device, in CUDA's words, or nothing.");
+#endif
+
     py::module_ math = m.def_submodule("math", "Host side of csrc/math.h, elementwise in float32.");
     math.def("exp", py::vectorize(mk::exp<float>), py::arg("x"));
     math.def("inverse_norm", py::vectorize(mk::inverse_norm), py::arg("sum_of_squares"),

@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
 
-from .backends import backend_report
+from .backends import backend_notes, backend_report
 from .distributed import ClassShard
 from .functional import HeadStats, margin_cross_entropy
 from .margins import (
@@ -65,6 +65,7 @@ __all__ = [
     "TripletLoss",
     "X2Softmax",
     "__version__",
+    "backend_notes",
     "backend_report",
     "clip_grad_norm_",
     "clip_grad_value_",

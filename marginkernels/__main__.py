@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import __version__, backend_report
+from . import __version__, backend_notes, backend_report
 from .backends import native
 
 
@@ -19,10 +19,11 @@ def main() -> None:
             text = ", ".join(value) if isinstance(value, list) else value
             print(f"  {key:<26}{text}")
     print("\nbackends")
+    notes = backend_notes()
     for backend, reasons in backend_report().items():
         print(f"  {backend:<26}{'unavailable' if reasons else 'available'}")
-        for reason in reasons:
-            print(f"    {reason}")
+        for line in reasons + notes.get(backend, []):
+            print(f"    {line}")
 
 
 if __name__ == "__main__":

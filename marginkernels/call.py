@@ -60,7 +60,7 @@ def check(
     validation.check_sampling(
         settings.sample_rate, settings.logq, sampler, settings.label_smoothing, margin, observer
     )
-    backend = backends.select(settings.backend, x.device.type, compute_dtype)
+    backend = backends.select(settings.backend, x.device, compute_dtype)
     obstacles = _tile_obstacles(settings, bias, margin, scale, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))

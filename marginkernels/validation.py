@@ -114,7 +114,6 @@ def check_local(name: str, t: Tensor) -> None:
 def check_scale(scale) -> None:
     """A number is checked here, a tensor's value with the other values."""
     if isinstance(scale, Tensor):
-        check_local("scale", scale)
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
                 f"scale: expected a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"

@@ -45,6 +45,7 @@ def simulated(simulator: str, **settings):
         stack.callback(library._destroy)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(backends.triton, "unavailable_reasons", _reasons)
+        patch.setattr(backends, "_selected", {})
         stack.enter_context(_session(simulator, **settings))
         if simulator == "ttsem":
             # torch.compile must not take the stand-in for a driver for one

@@ -7,8 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from marginkernels import CosFace, MarginSoftmaxHead
 from marginkernels.checkpoint import load_checkpoint, save_checkpoint
@@ -231,30 +229,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change, match, tmp_path)
     with pytest.raises(ValueError, match=match):
         load_checkpoint(tmp_path / "saved", model, optimizer)
     assert equal(model.state_dict(), before) and not (optimizer and optimizer.state)
-
-
-def test_torch_s_own_checkpoints(tmp_path):
-    """Without checksums; with an optimizer's state by group, flat, or none."""
-    model, optimizer = make("Adam")
-    step(model, optimizer, 0)
-    saved = everything(model, optimizer)[:2]
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    _, flat = get_state_dict(
-        model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
-    )
-    states = {"groups": {"optimizer": of_optimizer}, "flat": {"optimizer": flat}, "none": {}}
-    for name, state in states.items():
-        dcp.save({"model": of_model} | state, checkpoint_id=tmp_path / name, no_dist=True)
-        other, its_optimizer = make("Adam", seed=1)
-        before = everything(other, its_optimizer)
-        with (
-            pytest.warns(UserWarning, match="has no checksums")
-            if name == "groups"
-            else (pytest.raises(ValueError, match=rf"optimizer: expected None, as .*{name} has no"))
-        ):
-            load_checkpoint(tmp_path / name, other, its_optimizer)
-        expected = saved if name == "groups" else before[:2]
-        assert equal(everything(other, its_optimizer)[:2], expected)
 
 
 def test_what_is_no_model_or_optimizer(tmp_path):

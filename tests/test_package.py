@@ -4,8 +4,10 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +48,11 @@ sys.modules["triton"] = None  # an import of it fails
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import marginkernels as mk
-x, w, y = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8), torch.tensor([0, 3, 8, 3])
-def loss(backend):
-    return mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace(0.5), scale=16, backend=backend)
-loss("reference").backward()
-loss("auto").backward()
+    x, w, y = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8), torch.tensor([0, 3, 8, 3])
+    def loss(backend):
+        return mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace(0.5), scale=16, backend=backend)
+    loss("reference").backward()
+    loss("auto").backward()
 try:
     loss("native")
     error = ""
@@ -58,13 +60,13 @@ except RuntimeError as raised:
     error = str(raised)
 messages = [str(w.message) for w in caught if "native" in str(w.message)]
 print(json.dumps(dict(warnings=messages, report=mk.backend_report(), error=error,
-                      x_grad=x.grad.norm().item())))
+                      x_grad=x.grad.norm().item(), compiler="torch._dynamo" in sys.modules)))
 """
 
 
 def test_cold_import_without_triton():
     seen = json.loads(python("-c", IMPORT))
-    assert seen["x_grad"] > 0
+    assert seen["x_grad"] > 0 and not seen["compiler"]  # whose import takes seconds
     assert seen["report"]["reference"] == []
     assert (seen["error"] == "") == (seen["report"]["native"] == [])
 
@@ -92,7 +94,10 @@ def test_without_a_usable_extension(torch_version, reason, tmp_path):
     assert reason in why_not
     assert why_not in seen["error"]
     # an install in pure Python is a choice, of which one is not reminded at each import
-    assert seen["warnings"] == ([] if torch_version is None else [f"no native backend: {why_not}"])
+    on_import = [] if torch_version is None else [f"no native backend: {why_not}"]
+    *first, on_call = seen["warnings"]
+    assert first == on_import
+    assert on_call.startswith('backend="auto" takes "reference"') and why_not in on_call
     assert seen["x_grad"] > 0
 
 
@@ -152,6 +157,7 @@ def test_command_line_report():
     assert out.startswith(f"marginkernels {VERSION}, torch {torch.__version__}, Python ")
     for backend, reasons in marginkernels.backend_report().items():
         assert f"  {backend:<26}{'unavailable' if reasons else 'available'}\n" in out
+        assert all(f"    {reason}\n" in out for reason in reasons)
     if NATIVE is not None:
         for key, value in NATIVE.build_info().items():
             assert f"  {key:<26}{', '.join(value) if isinstance(value, list) else value}\n" in out
@@ -203,23 +209,88 @@ def setup_script(monkeypatch):
     return runpy.run_path("setup.py", run_name="setup")
 
 
-def test_when_cuda_sources_are_built(setup_script, tmp_path):
-    wants_cuda = setup_script["wants_cuda"]
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    everything = dict(torch_cuda="13.0", cuda_home=str(tmp_path), files=["csrc/cuda/head.cu"])
-    for choice, expected in {"auto": True, "1": True, "0": False}.items():
-        assert wants_cuda(choice, **everything) is expected
-    for lacking, what in (
-        ({"torch_cuda": None}, "a CUDA build of torch"),
-        ({"cuda_home": None}, "nvcc"),
-        ({"cuda_home": str(tmp_path / "elsewhere")}, "nvcc"),
-        ({"files": []}, "CUDA sources"),
-    ):
-        assert wants_cuda("auto", **(everything | lacking)) is False
-        assert wants_cuda("0", **(everything | lacking)) is False
-        with pytest.raises(SystemExit, match=f"MARGINKERNELS_CUDA=1: missing {what}"):
-            wants_cuda("1", **(everything | lacking))
+def fake_nvcc(home, release, *capabilities):
+    """A toolkit in ``home`` whose nvcc says this version and these architectures."""
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    architectures = " ".join(f"compute_{c.replace('.', '')}" for c in capabilities)
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        f"--version) echo 'Cuda compilation tools, release {release}, V{release}.131' ;;\n"
+        f"--list-gpu-arch) printf '%s\\n' {architectures} ;;\n"
+        "*) exit 1 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return str(home)
+
+
+@pytest.fixture
+def plan(setup_script, tmp_path, monkeypatch):
+    """setup.py's decision for a torch with CUDA 12.6, an nvcc and a list of architectures."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+
+    def decide(choice="auto", release="12.6", asked=None, torch_cuda="12.6", **other):
+        known = ["7.5", "8.0", "8.6", "8.9", "9.0"]
+        known += ["10.0", "12.0"] if tuple(map(int, release.split("."))) >= (12, 8) else []
+        home = fake_nvcc(tmp_path, release, *known)
+        if asked is not None:
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        given = dict(torch_cuda=torch_cuda, cuda_home=home, files=["csrc/cuda/dense.cu"]) | other
+        return setup_script["cuda_plan"](choice, *given.values())
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    "release, asked, architectures, lacking",
+    [
+        ("12.8", None, "8.0;8.6;8.9;9.0;10.0;12.0+PTX", ""),
+        ("12.4", None, "8.0;8.6;8.9;9.0+PTX", "10.0, 12.0+PTX"),
+        ("12.4", "", "8.0;8.6;8.9;9.0+PTX", "10.0, 12.0+PTX"),
+        ("12.8", "5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", "8.0;8.6;9.0+PTX", "5.2, 6.0, 6.1, 7.0, 7"),
+        ("12.4", "7.5;9.0a;10.0+PTX", "9.0a+PTX", "7.5, 10.0+PTX"),
+        ("12.8", "Volta;Turing;Ampere", "Ampere", "Volta, Turing"),
+        ("12.8", "native", "native", ""),
+    ],
+)
+def test_architectures_that_cannot_be_built_are_left_out(
+    release, asked, architectures, lacking, plan
+):
+    for choice in ("auto", "1"):
+        built, left_out = plan(choice, release, asked)
+        assert built == architectures
+        assert lacking in left_out and bool(left_out) == bool(lacking)
+
+
+@pytest.mark.parametrize(
+    "case, reason",
+    [
+        (dict(release="11.8"), r"nvcc is of CUDA 11\.8 and torch was built with CUDA 12\.6"),
+        (dict(release="13.0"), r"nvcc is of CUDA 13\.0 and torch was built with CUDA 12\.6"),
+        (dict(asked="7.0;7.5"), "TORCH_CUDA_ARCH_LIST=7.0;7.5: all below 8.0, or not in"),
+        (dict(release="12.4", asked="12.0"), "TORCH_CUDA_ARCH_LIST=12.0: all below 8.0, or not"),
+        (dict(torch_cuda=None), "this torch is no CUDA build"),
+        (dict(cuda_home=None), "there is no nvcc"),
+        (dict(cuda_home="/elsewhere"), "there is no nvcc"),
+        (dict(files=[]), "there are no CUDA sources"),
+    ],
+)
+def test_without_cuda_where_it_cannot_be_built(case, reason, plan):
+    architectures, left_out = plan("auto", **case)
+    assert architectures == "" and re.search(reason, left_out)
+    assert plan("0", **case) == ("", "MARGINKERNELS_CUDA=0")
+    with pytest.raises(SystemExit, match=f"MARGINKERNELS_CUDA=1: .*{reason}"):
+        plan("1", **case)
+
+
+def test_an_isolated_build_sees_the_users_torch(monkeypatch, tmp_path):
+    pytest.importorskip("setuptools.build_meta")
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path))
+    for prefixes, seen in ([sys.base_prefix], True), (["/a/virtual/environment"], False):
+        monkeypatch.setattr(site, "PREFIXES", prefixes)
+        monkeypatch.setattr(sys, "path", ["first"])
+        runpy.run_path(str(ROOT / "build_backend.py"))
+        assert sys.path[0] == "first" and (sys.path[-1] == str(tmp_path)) is seen
 
 
 def test_build_settings(setup_script, monkeypatch):

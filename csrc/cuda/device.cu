@@ -49,6 +49,20 @@ int stages_per_block() {
     return shared >= wanted ? kMostStages : kFewestStages;
 }
 
+namespace {
+__global__ void nothing_kernel() {}
+}  // namespace
+
+std::string failure(int device) {
+    const int before = current_device();
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing_kernel);
+    cudaGetLastError();  // which would be reported by the next launch
+    cudaSetDevice(before);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 int cuda_version() {
     return CUDART_VERSION;
 }

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "../transforms.h"
 
@@ -228,5 +229,7 @@ int multiprocessors();        // of the current device
 int stages_per_block();       // of the tile program's pipeline there
 int cuda_version();           // that the kernels were compiled with, 13000 for 13.0
 const char* architectures();  // that they were compiled for, "800,860"
+// Why they cannot be launched on a device, in CUDA's words, or nothing.
+std::string failure(int device);
 
 }  // namespace marginkernels::cuda

@@ -18,12 +18,16 @@ from ..version import __version__
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# what the build left; see setup.py
+_RECORD = Path(__file__).parents[1] / "_C.json"
+
+
 def _load() -> tuple[ModuleType | None, list[str]]:
     """The extension, or None and the reason."""
-    record = Path(__file__).parents[1] / "_C.json"
-    if not record.exists():
+    if not _RECORD.exists():
         return None, ["marginkernels was installed without its extension (MARGINKERNELS_EXT=0)"]
-    built_for = json.loads(record.read_text())
+    built_for = json.loads(_RECORD.read_text())
+    built_for.pop("left_out", None)
     running = {"marginkernels": __version__, "torch": str(torch.__version__)}
     if built_for != running:
         reason = (
@@ -51,36 +55,39 @@ extension, _load_failure = _load()
 
 
 def unavailable_reasons(
-    device_type: str | None = None, compute_dtype: torch.dtype | None = None
+    device: torch.device | None = None, compute_dtype: torch.dtype | None = None
 ) -> list[str]:
     """Every reason why the extension cannot run here, on this device, or in this type."""
     found = list(_load_failure)
     allowed = list(_COMPUTE_DTYPES)
-    if device_type == "cuda":
-        found += _cuda_obstacles()
+    if device is not None and device.type == "cuda":
+        found += _cuda_obstacles(device)
         allowed.append(torch.float64)
-    elif device_type not in (None, "cpu"):
-        found.append(f"it runs on the CPU and on CUDA, got a tensor on {device_type}")
+    elif device is not None and device.type != "cpu":
+        found.append(f"it runs on the CPU and on CUDA, got a tensor on {device.type}")
     if compute_dtype not in (None, *allowed):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         found.append(f"it computes in {names} there, got {compute_dtype}")
     return found
 
 
-def _cuda_obstacles() -> list[str]:
-    """Why the extension's CUDA kernels cannot run."""
+def _cuda_obstacles(device: torch.device) -> list[str]:
+    """Why the extension's CUDA kernels cannot run on this device."""
     if extension is None:
         return []
     info = extension.build_info()
     if info["cuda"] is None:
-        return ["it was built without CUDA, which takes a CUDA build of torch and nvcc"]
+        left_out = json.loads(_RECORD.read_text()).get("left_out")
+        return [f"it was built without CUDA: {left_out}"]
     if not torch.cuda.is_available():
         return ["there is no GPU, or none that this torch can use"]
-    least = min(tuple(map(int, name.split("."))) for name in info["cuda_architectures"])
-    has = torch.cuda.get_device_capability()
-    if has < least:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    failure = extension.cuda_failure(index)
+    if failure:
+        major, minor = torch.cuda.get_device_capability(index)
+        built_for = ", ".join(info["cuda_architectures"])
         return [
-            f"it was built for compute capability {least[0]}.{least[1]} and later, got "
-            f"{has[0]}.{has[1]}"
+            f"it was built for compute capability {built_for}, got {major}.{minor}: {failure} "
+            "(TORCH_CUDA_ARCH_LIST is for which GPUs it is built)"
         ]
     return []

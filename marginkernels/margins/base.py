@@ -4,7 +4,7 @@
 
 A margin is an ``nn.Module`` with ``forward(c, rows) -> t``: from the cosine c_i = cos(theta_i) of
 row i and its target class to the t_i that takes its place, so that the target logit is scale t_i.
-It may overwrite c. No kernel knows a margin. All angles and margins are in radians.
+No kernel knows a margin. All angles and margins are in radians.
 
 A margin may also have
 

@@ -72,7 +72,7 @@ def compilation_traces_cuda_tensors() -> None:
     tensors as if there were a GPU; nothing is executed. The autograd engine itself asks for a
     driver, so that of the backward pass the op is traced alone.
     """
-    native._cuda_obstacles = lambda: []
+    native._cuda_obstacles = lambda _: []
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         with FakeTensorMode():

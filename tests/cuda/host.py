@@ -129,6 +129,7 @@ def executed():
     with pytest.MonkeyPatch.context() as patch:
         stand_in = SimpleNamespace(unavailable_reasons=lambda *_: [])
         patch.setitem(backends._MODULES, NAME, stand_in)
+        patch.setattr(backends, "_selected", {})
         yield
 
 
