@@ -61,6 +61,9 @@ def _check(head, k, init, optimizer) -> None:
         raise ValueError(f"k: expected a positive integer, got {k!r}")
     if init is not None:
         validation.check_tensor("init", init, shape=(k, head.embedding_size))
+    # gathered for its forward, a weight that fully_shard manages looks like any other
+    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+        raise ValueError("weight: expected it as the head made it, got one given to fully_shard")
     for name in _parameters(head):
         _check_parameter(head, name)
     if optimizer is not None:

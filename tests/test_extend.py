@@ -221,8 +221,10 @@ def on_one_bad_rank():
     assert head.weight is weight and head.num_classes == head.shard.total == C
     foreign = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0)
     fully_shard(foreign)
-    with pytest.raises(ValueError, match=r"weight: expected it as the head made it, .*fully_shard"):
-        foreign.extend(2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"weight: expected it as the head .*fully_shard"):
+            foreign.extend(2)
+        foreign(torch.randn(4, D), torch.zeros(4, dtype=torch.int64))  # leaves it gathered
 
 
 def test_one_bad_rank_and_foreign_shards():
