@@ -103,7 +103,7 @@ def test_cuda_graphs_do_not_repeat_one_step(monkeypatch):
     assert generators.step == 1
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error:Dynamo:UserWarning")
 def test_compiled_samples_differ_and_do_not_recompile():
     head, (x, y) = head_of(SAMPLED), batches()[0]
     plain = head_of(SAMPLED)
