@@ -4,7 +4,9 @@
 
 import math
 import numbers
+import warnings
 
+import torch
 from torch import Tensor, nn
 
 
@@ -93,3 +95,29 @@ def assignable(owner: nn.Module, name: str, value) -> None:
 def _shown(value) -> str:
     kind = type(value).__name__
     return f"{kind} {value!r}" if isinstance(value, str | bool | numbers.Real) else kind
+
+
+def kept(value) -> Tensor | None:
+    """A copy of a tensor that was given, for :func:`restore`; None of anything else."""
+    if not isinstance(value, Tensor):
+        return None
+    return value.detach() if value.is_meta else value.detach().cpu().clone()
+
+
+@torch.no_grad()
+def restore(name: str, tensor, given: Tensor | None) -> None:
+    """Fills a tensor with what was :func:`kept` of it, after it may have lost its values.
+
+    One that was given on the meta device is filled with NaN, which no call takes for a value, and a
+    warning says so. What has taken the place of the one given stays.
+    """
+    if given is None or not isinstance(tensor, Tensor) or tensor.shape != given.shape:
+        return
+    if given.is_meta:
+        warnings.warn(
+            f"{name}: NaN until it is filled or loaded, because it was given on the meta device, "
+            "where it has no values",
+            stacklevel=3,
+        )
+        given = torch.full_like(tensor, math.nan)
+    tensor.copy_(given)

@@ -193,7 +193,9 @@ def class_mesh(
     if kind not in types:
         if device is not None and kind != "meta":
             raise ValueError(f"device: expected one that the group is for, {types}, got {device}")
-        kind = types[0]
+        # gloo's groups are for GPUs too, where there may be none
+        found = [t for t in types if t != "cpu" and torch.get_device_module(t).is_available()]
+        kind = next(iter(found), "cpu")
     return DeviceMesh.from_group(process_group, kind)
 
 

@@ -40,7 +40,7 @@ class StepGenerators(nn.Module):
         return torch.Generator(device).manual_seed(mixed(self.seed, rank, self.step))
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.step])
+        return torch.tensor([self.seed, self.step], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.seed, self.step = state.tolist()

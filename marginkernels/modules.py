@@ -111,6 +111,7 @@ class MarginSoftmaxHead(nn.Module):
             self.register_buffer("scale", scale)
         else:
             self.scale = scale
+        self._given_scale = arguments.kept(scale)
         self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
         self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
         self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
@@ -124,13 +125,12 @@ class MarginSoftmaxHead(nn.Module):
                 even_batches=even_batches, max_local_batch=max_local_batch,
             )  # fmt: skip
             self._require_agreement(bias, dtype or torch.get_default_dtype())
-            # the ranks' random numbers may differ
-            distributed.copy_first(self.shard.group, [*self.parameters(), *self.buffers()])
+            self._copy_first()
             distributed.refuse_ddp()
         self.sampler = Sampler(self.shard and self.shard.group) if sample_rate < 1 else None
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
-        self.reset_parameters()
+        self._reset_classes()
         distributed.watch_wrappers()
         # fully_shard puts parameters of its own in the place of this one
         self._first_weight, self._looked_for_replicas = id(self.weight), False
@@ -162,7 +162,28 @@ class MarginSoftmaxHead(nn.Module):
         return nn.Parameter(distributed.sharded(local, self._mesh, shape))
 
     def reset_parameters(self) -> None:
-        """weight from N(0, 0.01^2), bias 0."""
+        """Starts afresh, as after ``to_empty``: weight from N(0, 0.01^2), bias 0, scale and margin
+        as they were given, and what they remember as it was in the beginning; of the user's own
+        modules, what has a ``reset_parameters``. Of a sharded head, collective.
+
+        A scale or margin that was given as a tensor on the meta device becomes NaN until it is
+        filled or loaded, with a warning.
+        """
+        self._reset_classes()
+        arguments.restore("scale", self.scale, self._given_scale)
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.shard is not None:
+            self._copy_first()
+
+    def _copy_first(self) -> None:
+        """Gives all ranks rank 0's margin and scale: random numbers may differ. Collective."""
+        named = (*self.named_parameters(), *self.named_buffers())
+        others = [t for name, t in named if name not in ("weight", "bias")]
+        distributed.copy_first(self.shard.group, others)
+
+    def _reset_classes(self) -> None:
         weight, generator = distributed.local(self.weight.detach()), None
         if self.shard is not None and not weight.is_meta:
             # ranks with one seed must not draw the same rows

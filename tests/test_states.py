@@ -125,6 +125,11 @@ def test_averages_stay_wide_when_a_head_is_cast(make):
     assert module.state_dict() and all(b.dtype == torch.float32 for b in module.buffers())
     assert all(b.dtype == F64 for b in module.double().buffers())
     assert ArcFace(torch.rand(C)).bfloat16().m.dtype == torch.bfloat16
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(b.dtype == torch.float32 for b in make().buffers())
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_annealing_falls_to_its_floor():

@@ -115,6 +115,7 @@ class Margin(nn.Module):
             self.register_buffer("m", m)
         else:
             self.m = m
+        self._given_m = arguments.kept(m)
         self.check_type()
         if not isinstance(m, Tensor) or m.device.type == "cpu":
             self.check_range()
@@ -126,6 +127,10 @@ class Margin(nn.Module):
             if arguments.is_number(value) and not isinstance(value, float | int):
                 value = float(value)  # a numpy number
         super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Restores ``m`` where it is the tensor that the margin was made with."""
+        arguments.restore(f"{type(self).__name__}: m", self.m, self._given_m)
 
     def check_type(self) -> None:
         """Raises TypeError or ValueError unless ``m`` is a number or a tensor of a legal shape."""
@@ -162,7 +167,8 @@ class Margin(nn.Module):
             m = self.m if self.m.ndim == 0 else self.m[rows.label]
             return ops.snapshot(m).to(c.dtype)  # a schedule, or a projection, may move it
         # times one: torch.tensor(m) and torch.full would compile a graph for each value
-        return c.new_ones(()) * self.m
+        dtype = torch.promote_types(c.dtype, torch.float32)
+        return torch.ones((), dtype=dtype, device=c.device) * self.m
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         raise NotImplementedError

@@ -61,7 +61,12 @@ class AdaMSoftmax(CosFace):
         num_classes = integer("num_classes", num_classes)
         weight = number("weight", weight, least=0)
         super().__init__(nn.Parameter(torch.empty(num_classes).uniform_(0.3, 0.4)))
-        self.weight = weight
+        self.weight, self._given_m = weight, None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """m from U(0.3, 0.4)."""
+        self.m.uniform_(0.3, 0.4)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         if self.training:

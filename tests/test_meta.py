@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Heads made on the meta device, and what ``reset_parameters`` gives them after ``to_empty``."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import workers
+from losses import C
+from marginkernels import (
+    AdaMSoftmax,
+    ArcFace,
+    CosFace,
+    InterClassFilter,
+    MarginSoftmaxHead,
+    NSoftmax,
+)
+from stateful import STATEFUL, batches, same, state_of
+
+GIVEN = {
+    "number": lambda: dict(margin=ArcFace(torch.tensor(0.3)), scale=torch.tensor(16.0)),
+    "learnable": lambda: dict(
+        margin=InterClassFilter(CosFace(torch.nn.Parameter(torch.tensor(0.2)))),
+        scale=torch.nn.Parameter(torch.tensor(16.0)),
+    ),
+    "table": lambda: dict(margin=ArcFace(torch.linspace(0.1, 0.4, C)), scale=16.0),
+}
+
+
+def emptied(head):
+    """On the CPU, with the memory as it was: here NaN, and numbers that no counter has."""
+    head = head.to_empty(device="cpu")
+    for t in (*head.parameters(), *head.buffers()):
+        t.data.fill_(math.nan if t.is_floating_point() else -(2**40))
+    return head
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, *GIVEN])
+def test_what_is_remembered_or_given_is_restored(name):
+    """The head alone on meta, or with all that has no value of the user's."""
+    make = (STATEFUL | GIVEN)[name]
+    expected = state_of(MarginSoftmaxHead(8, C, **make()))
+    heads = [MarginSoftmaxHead(8, C, **make(), device="meta")]
+    if name in STATEFUL:
+        with torch.device("meta"):
+            heads.append(MarginSoftmaxHead(8, C, **make()))
+    for head in heads:
+        assert head.weight.is_meta
+        head = emptied(head)
+        head.reset_parameters()
+        assert same(expected, state_of(head)) and head.weight.detach().std() == pytest.approx(
+            0.01, rel=0.2
+        )
+        assert all(head(x, y).isfinite() for x, y in batches())
+        head.reset_parameters()  # after training too
+        assert same({k: v for k, v in expected.items() if "extra" not in k}, state_of(head))
+
+
+def test_margins_that_are_drawn_are_drawn_again():
+    with torch.device("meta"):
+        head = MarginSoftmaxHead(8, C, margin=AdaMSoftmax(C), scale=16.0, bias=True)
+    head = emptied(head)
+    head.reset_parameters()
+    assert 0.3 <= head.margin.m.min() < head.margin.m.max() <= 0.4 and not head.bias.any()
+
+
+def test_values_that_never_were_are_not_made_up():
+    with torch.device("meta"):
+        head = MarginSoftmaxHead(8, C, margin=ArcFace(torch.rand(C)), scale=torch.tensor(16.0))
+    head = emptied(head)
+    with pytest.warns(UserWarning, match="meta device") as warned:
+        head.reset_parameters()
+    assert {str(w.message).split(" NaN")[0] for w in warned} == {"scale:", "ArcFace: m:"}
+    with pytest.raises(ValueError, match=r"scale: .*nan"):
+        head(*batches()[0])
+    head.scale.fill_(16.0)
+    with pytest.raises(ValueError, match=r"margin: .*nan"):
+        head(*batches()[0])
+    head.margin.m.fill_(0.2)
+    assert head(*batches()[0]).isfinite()
+
+
+def test_what_took_the_place_of_the_given_stays():
+    head = MarginSoftmaxHead(8, C, margin=ArcFace(0.3), scale=16.0)
+    head.margin.m, head.scale = torch.rand(C), torch.nn.Parameter(torch.tensor(3.0))
+    before = state_of(head)
+    head.reset_parameters()
+    assert same(before, state_of(head))
+
+
+def test_a_sampling_head_on_meta():
+    with torch.device("meta"):
+        head = MarginSoftmaxHead(8, C, margin=NSoftmax(), scale=16.0, sample_rate=0.7)
+        assert head.sampler.get_extra_state().device.type == "cpu"
+    head = emptied(head)
+    head.reset_parameters()
+    first, second = (head(*batches()[0]) for _ in range(2))
+    assert first.isfinite() and first != second
+
+
+def on_meta(margin, context):
+    torch.manual_seed(dist.get_rank())
+    settings = dict(scale=16.0, sample_rate=0.7, process_group=dist.group.WORLD)
+    if context:
+        with torch.device("meta"):
+            head = MarginSoftmaxHead(8, C, margin=margin(), **settings)
+    else:
+        head = MarginSoftmaxHead(8, C, margin=margin(), device="meta", **settings)
+    head = emptied(head)
+    head.reset_parameters()
+    loss = head(*batches()[0])
+    loss.backward()
+    return loss.item(), {k: v.tolist() for k, v in head.full_state_dict().items()}
+
+
+def adam():
+    return AdaMSoftmax(C)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_sharded_heads_agree_on_what_they_draw(context):
+    first, second = workers.run(2, on_meta, adam, context)
+    assert first == second and math.isfinite(first[0])
+    weight = torch.tensor(first[1]["weight"])
+    assert len(weight.unique(dim=0)) == C and weight.std() == pytest.approx(0.01, rel=0.2)
