@@ -301,14 +301,25 @@ def test_what_insightface_does_silently():
     for name in ("CosFace", "any callable"):
         head = make(name)
         for wrong in (C, -1, -100):
-            with pytest.raises(ValueError, match=rf"y: expected labels in \[0, {C}\).*got {wrong}"):
+            expected = rf"^local_labels: expected labels in \[0, {C}\), got {wrong} in row 2$"
+            with pytest.raises(ValueError, match=expected):
                 head(x, torch.tensor([1, 2, wrong, 0]))
-    with pytest.raises(TypeError, match=r"local_labels: expected integers, got torch\.float32"):
-        head(x, y.float())
+        with pytest.raises(
+            ValueError, match=r"^local_embeddings: expected shape \(N, 6\), got \(4, 5"
+        ):
+            head(x[:, 1:], y)
+        with pytest.raises(ValueError, match=r"^local_labels: expected shape \(4,\).*got \(3,\)"):
+            head(x, y[1:])
     with pytest.raises(ValueError, match="sample_rate: expected a number in"):
         PartialFC_V2(CosFace(), D, C, 1.5)
     for name, sizes in (("embedding_size", (0, C)), ("num_classes", (D, 1.5))):
         with pytest.raises(ValueError, match=f"{name}: expected a positive integer"):
             PartialFC_V2(CosFace(), *sizes)
-    with pytest.raises(TypeError, match="margin_loss: expected a callable, got float"):
-        PartialFC_V2(0.5, D, C)
+    for wrong, got in (
+        (0.5, "a callable, got float"),
+        (CosFace, r"an instance such as CosFace\(\.\.\.\), got the class"),
+        (mk.ArcFace(0.5), r"a margin with its scale, MarginLoss\(ArcFace.*got ArcFace alone"),
+        (mk.NSoftmax(), "got NSoftmax alone"),
+    ):
+        with pytest.raises(TypeError, match=f"^margin_loss: expected .*{got}"):
+            PartialFC_V2(wrong, D, C)

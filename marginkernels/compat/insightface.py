@@ -11,13 +11,16 @@ global batch, those of the embeddings times the number of ranks. What differs:
 - The loss of a row is not capped at 69.08, unless ``loss_cap=LOSS_CAP`` asks for it.
 - Batches may differ in size from step to step and from rank to rank.
 - Without a process group there is one rank; insightface demands a group.
-- Labels outside [0, num_classes) are an error, not a row that belongs to no class.
+- Labels outside [0, num_classes) are an error, not a row that belongs to no class; fractions too,
+  and a floating type that does not hold every class.
 - ``labels`` stay as they are; insightface squeezes and overwrites them in place.
 - Ranks seeded alike start with different weights.
 """
 
+import contextlib
 import math
 import numbers
+import re
 import warnings
 from collections.abc import Callable
 
@@ -26,113 +29,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed, functional, margins, ops, sampling
+from .. import distributed, functional, margins, ops, sampling, validation
 from ..distributed import ClassShard
-from ..exchange import Exchange, Whole
+from ..exchange import opened
 from ..generators import mixed
+from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
+
+__all__ = [
+    "LOSS_CAP",
+    "ArcFace",
+    "CombinedMarginLoss",
+    "CosFace",
+    "MarginLoss",
+    "PartialFC_V2",
+]
 
 # insightface takes -log(max(p, 1e-30))
 LOSS_CAP = -math.log(1e-30)
 # every label is a class
 _NO_LABEL = -(2**63)
-
-
-class MarginLoss(nn.Module):
-    """A margin of :mod:`marginkernels.margins` with a scale: what :class:`PartialFC_V2` fuses.
-
-    Args:
-        margin: any margin, also one that insightface does not have.
-        s: scale.
-    """
-
-    def __init__(self, margin: nn.Module, s: float):
-        super().__init__()
-        self.margin, self.s = margin, s
-
-    def extra_repr(self) -> str:
-        return f"s={self.s:g}"
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        raise RuntimeError(
-            f"MarginLoss: {type(self.margin).__name__} may look at more than cosines: "
-            "PartialFC_V2 computes it, a call does not"
-        )
-
-
-class CosineMarginLoss(MarginLoss):
-    """One that insightface has: it can be called with the cosines too."""
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """s times the cosines ``logits`` (N, C) with the margin in the column of each row's label,
-        (N,) or (N, 1), -1 where there is none. For calls without :class:`PartialFC_V2`; a new
-        tensor, where insightface's overwrites ``logits``.
-        """
-        here = labels.reshape(-1, 1) >= 0
-        column = labels.reshape(-1, 1).clamp_min(0)
-        c, ones = logits.gather(1, column), torch.ones_like(logits[:, 0])
-        t = self.margin(c[:, 0], margins.Rows(column[:, 0], ones, ones, None, here[:, 0]))
-        threshold = getattr(self.margin, "threshold", None)
-        others = logits if threshold is None else logits.masked_fill(logits > threshold, 0)
-        target = torch.where(here, t[:, None], others.gather(1, column))
-        return self.s * others.scatter(1, column, target)
-
-
-class CombinedMarginLoss(CosineMarginLoss):
-    """insightface's, which has two forms: for m3 > 0 CosFace with m3, whatever m1 and m2 are, and
-    for m1 = 1, m3 = 0 ArcFace with m2, without a branch past theta = pi - m2.
-
-    :class:`marginkernels.CombinedMargin` in :class:`MarginLoss` combines all three.
-
-    Args:
-        s: scale.
-        m1, m2, m3: see above.
-        interclass_filtering_threshold: above 0, :class:`marginkernels.InterClassFilter` with it.
-        gradient: of ArcFace, "straight_through" as in insightface since December 2022, or "exact".
-    """
-
-    def __init__(
-        self,
-        s: float,
-        m1: float,
-        m2: float,
-        m3: float,
-        interclass_filtering_threshold: float = 0,
-        *,
-        gradient: str = "straight_through",
-    ):
-        if m3 > 0:
-            margin = margins.CosFace(m3)
-            if (m1, m2) != (1, 0):
-                warnings.warn(
-                    f"m1={m1} and m2={m2} have no effect with m3={m3} > 0, as in insightface; "
-                    "MarginLoss(marginkernels.CombinedMargin(m1, m2, m3), s) combines them",
-                    stacklevel=2,
-                )
-        elif m1 == 1 and m3 == 0:
-            margin = margins.ArcFace(m2, branch="none", gradient=gradient)
-        else:
-            raise ValueError(f"m1, m2, m3: expected m1 = 1 and m3 = 0, or m3 > 0, got {m1, m2, m3}")
-        if interclass_filtering_threshold > 0:
-            margin = margins.InterClassFilter(margin, interclass_filtering_threshold)
-        super().__init__(margin, s)
-        self.m1, self.m2, self.m3 = m1, m2, m3
-        self.interclass_filtering_threshold = interclass_filtering_threshold
-
-
-class ArcFace(CosineMarginLoss):
-    """cos(theta + margin), without a branch past theta = pi - margin; ``gradient`` as for
-    :class:`CombinedMarginLoss`.
-    """
-
-    def __init__(self, s: float = 64.0, margin: float = 0.5, *, gradient: str = "straight_through"):
-        super().__init__(margins.ArcFace(margin, branch="none", gradient=gradient), s)
-
-
-class CosFace(CosineMarginLoss):
-    """cos(theta) - m."""
-
-    def __init__(self, s: float = 64.0, m: float = 0.40):
-        super().__init__(margins.CosFace(m), s)
 
 
 class PartialFC_V2(nn.Module):  # noqa: N801
@@ -171,8 +86,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         backend: str = "auto",
     ):
         super().__init__()
-        if not callable(margin_loss):
-            raise TypeError(f"margin_loss: expected a callable, got {type(margin_loss).__name__}")
+        _check_margin_loss(margin_loss)
         for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
             if not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
@@ -208,6 +122,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 margin_loss=margin_loss if fused else type(margin_loss).__name__,
             )  # fmt: skip
         self.margin_softmax = margin_loss
+        self._looked = False
         if not fused:
             warnings.warn(
                 f"{type(margin_loss).__name__} is not fused: the (N, C) logits are held. "
@@ -222,19 +137,47 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         )
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """The mean loss of all ranks' rows, the same on all.
+        """The mean loss of all ranks' rows, the same on all; 0 where there are none.
 
         Args:
             local_embeddings: (N, D), this rank's.
-            local_labels: (N,) or (N, 1), their classes of [0, num_classes), integers.
+            local_labels: (N,) or (N, 1), their classes of [0, num_classes): integers, of any type
+                that holds every class exactly.
         """
-        if local_labels.is_floating_point():  # large numbers would be others
-            raise TypeError(f"local_labels: expected integers, got {local_labels.dtype}")
+        self._warn_if_alone()
         rows = self._fused if isinstance(self.margin_softmax, MarginLoss) else self._dense
-        loss = rows(local_embeddings, local_labels.reshape(-1).long())
+        with _in_these_words(self.embedding_size):
+            loss = rows(local_embeddings, self._classes(local_labels))
         if self.loss_cap is not None:
             loss = loss + (loss.clamp_max(self.loss_cap) - loss).detach()
-        return loss.mean()
+        return loss.sum() / max(len(loss), 1)
+
+    def _classes(self, labels: Tensor) -> Tensor:
+        """The labels as int64, (N,)."""
+        labels = labels.reshape(-1)
+        if not labels.is_floating_point():
+            return labels.long()
+        exact = 2 / torch.finfo(labels.dtype).eps  # the least that is not the only one that rounds
+        if self.num_classes > exact:
+            raise TypeError(
+                f"local_labels: expected integers, got {labels.dtype}, which holds no more than "
+                f"{exact:g} of num_classes={self.num_classes}"
+            )
+        whole = labels.long()
+        return torch.where(whole == labels, whole, -1)  # -1 is wrong on every device
+
+    def _warn_if_alone(self) -> None:
+        """Says once that a head made before there was a group does not take part in it."""
+        if self._looked or not distributed.in_group():
+            return
+        self._looked = True
+        if self.world_size < dist.get_world_size():
+            warnings.warn(
+                f"PartialFC_V2: made before init_process_group, it holds all {self.num_classes} "
+                f"classes and learns from this rank's rows alone: the {dist.get_world_size()} "
+                "ranks' weights will differ. Make it after init_process_group",
+                stacklevel=3,
+            )
 
     def sample(self, label: Tensor) -> Tensor:
         """Sorted classes, of those on this rank, that a step with rows of ``label`` is made on, -1
@@ -254,7 +197,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             x,
             self.weight,
             y,
-            margin=self.margin_softmax.margin,
+            margin=self.margin_softmax.fused,
             scale=self.margin_softmax.s,
             reduction="none",
             ignore_index=_NO_LABEL,
@@ -268,10 +211,15 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
         """The same with the logits, for a margin that only they can be given to."""
-        exchange = Whole(x) if self.shard is None else Exchange(self.shard, x)
-        x, y = exchange.features(x), exchange.rows(y, fill=_NO_LABEL)
-        label = exchange.held(ops.checked_labels(y, self.num_classes, _NO_LABEL))
         weight = self.weight
+
+        def check() -> Tensor:
+            validation.check_operands(x, weight, y, None, None, None, self.shard)
+            return ops.checked_labels(y, self.num_classes, _NO_LABEL)
+
+        exchange, label = opened(self.shard, x, weight, check, lambda _: {})
+        x = exchange.features(x)
+        label = exchange.held(exchange.rows(label, fill=_NO_LABEL))
         lost = label.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
             before = label
@@ -289,3 +237,42 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         lse = logits.logsumexp(1).masked_fill(lost, torch.nan)
         lse, _, _, target = exchange.merge(label, lse, none, none, target)
         return lse - target
+
+
+def _check_margin_loss(margin_loss) -> None:
+    """Raises TypeError unless it is a :class:`MarginLoss` or another callable that can be one."""
+    if isinstance(margin_loss, type):
+        raise TypeError(
+            f"margin_loss: expected an instance such as {margin_loss.__name__}(...), got the class"
+        )
+    if any(kind.__module__.startswith(margins.__name__) for kind in type(margin_loss).__mro__):
+        name = type(margin_loss).__name__
+        raise TypeError(
+            f"margin_loss: expected a margin with its scale, MarginLoss({name}(...), s=64.0), got "
+            f"{name} alone"
+        )
+    if not callable(margin_loss):
+        raise TypeError(f"margin_loss: expected a callable, got {type(margin_loss).__name__}")
+
+
+@contextlib.contextmanager
+def _in_these_words(embedding_size: int):
+    """Errors inside name the arguments as :meth:`PartialFC_V2.forward` does."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = re.sub(
+            r"\bw: expected shape .* for x of shape (\(.*?\)), got .*",
+            rf"local_embeddings: expected shape (N, {embedding_size}), got \1",
+            str(error),
+        )
+        text = text.replace(f" or ignore_index={_NO_LABEL}", "")
+        text = re.sub(r"\bx: |\b(?<=of )x\b|\b(?<=as )x\b", _embeddings, text)
+        text = re.sub(r"\by: ", "local_labels: ", text)
+        if text == str(error):
+            raise
+        raise type(error)(text) from None
+
+
+def _embeddings(found: re.Match) -> str:
+    return "local_embeddings" + found[0][1:]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""The drop-in for insightface's Partial FC in use: numbers that change, odd labels, late groups."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import workers
+from marginkernels import distributed
+from marginkernels.compat.insightface import ArcFace, CombinedMarginLoss, CosFace, PartialFC_V2
+from test_compat import LOSSES, C, D, batch, make, same
+
+# what makes the loss, the numbers assigned one after another, and what makes the loss with them
+REASSIGNED = {
+    "ArcFace": (ArcFace, dict(margin=0.3, s=32.0), lambda: ArcFace(32.0, 0.3)),
+    "CosFace": (CosFace, dict(m=0.2, s=16), lambda: CosFace(16.0, 0.2)),
+    "arc": (
+        lambda: CombinedMarginLoss(64, 1.0, 0.0, 0.0),
+        dict(m2=0.4, interclass_filtering_threshold=0.2),
+        lambda: CombinedMarginLoss(64, 1.0, 0.4, 0.0, 0.2),
+    ),
+    "arc to cos": (
+        lambda: CombinedMarginLoss(64, 1.0, 0.0, 0.0, 0.2),
+        dict(m3=0.35, interclass_filtering_threshold=0),
+        lambda: CombinedMarginLoss(64, 1.0, 0.0, 0.35),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASSIGNED)
+def test_new_numbers_hold_from_the_next_step(name):
+    make, numbers, make_expected = REASSIGNED[name]
+    head, (x, y) = PartialFC_V2(make(), D, C).double(), batch(9)
+    before = head(x, y)
+    loss = head.margin_softmax
+    for number, value in numbers.items():
+        setattr(loss, number, value)
+        assert getattr(loss, number) == value
+    expected = PartialFC_V2(make_expected(), D, C).double()
+    expected.load_state_dict(head.state_dict())
+    same(head(x, y), expected(x, y))
+    assert head(x, y) != before
+    cosines = F.normalize(x) @ F.normalize(head.weight).T
+    same(loss(cosines, y), make_expected()(cosines, y))
+    same(copy.deepcopy(loss)(cosines, y), loss(cosines, y))
+
+
+@pytest.mark.parametrize(
+    "make, number, value, error",
+    [
+        (ArcFace, "margin", 4.0, r"margin: expected a number in \[0, 3.14159\), got 4"),
+        (ArcFace, "s", -1.0, "s: expected a finite number > 0, got -1"),
+        (CosFace, "m", "0.4", r"m: expected a number in \[0, 2\], got str"),
+        (LOSSES["arc"][0], "m1", 1.35, "m1, m2, m3: expected m1 = 1 and m3 = 0"),
+        (LOSSES["arc"][0], "m2", -0.5, "m2: expected a number in"),
+        (LOSSES["arc"][0], "interclass_filtering_threshold", 2, "interclass_filtering_threshold: "),
+    ],
+)
+def test_wrong_numbers_change_nothing(make, number, value, error):
+    loss = make()
+    before, made = getattr(loss, number), loss.fused
+    with pytest.raises((TypeError, ValueError), match=f"^{error}"):
+        setattr(loss, number, value)
+    assert getattr(loss, number) == before and loss.fused is made
+
+
+@pytest.mark.parametrize("name", ["CosFace", "any callable"])
+def test_floating_labels_and_no_rows(name):
+    head, (x, y) = make(name), batch(9)
+    same(head(x, y[:, None].float()), head(x, y))
+    for wrong in (1.5, math.nan):
+        labels = y.double()
+        labels[3] = wrong
+        with pytest.raises(ValueError, match=r"local_labels: expected labels in \[0, 11\)"):
+            head(x, labels)
+    head.num_classes = 2**11 + 1
+    with pytest.raises(
+        TypeError, match=r"local_labels: expected integers, got torch.float16.* 2048"
+    ):
+        head(x, y.half())
+    head.num_classes = C
+    loss = head(x[:0], y[:0])
+    assert loss == 0
+    (dw,) = torch.autograd.grad(loss, head.weight)
+    assert (dw == 0).all()
+
+
+def bad_labels_on_one_rank(name):
+    head, (x, y) = make(name), batch(5)
+    if torch.distributed.get_rank() == 1:
+        y[2] = C
+    with pytest.raises(ValueError, match=r"local_labels: expected labels in \[0, 11\), got 11"):
+        head(x, y)
+
+
+@pytest.mark.parametrize("name", ["CosFace", "any callable"])
+def test_bad_labels_of_one_rank_are_raised_on_all(name):
+    workers.run(2, bad_labels_on_one_rank, name)
+
+
+def made_before_the_group():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "in_group", lambda: False)
+        head = make("CosFace")
+    x, y = batch(5)
+    with pytest.warns(UserWarning, match="made before init_process_group.*the 2 ranks"):
+        head(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(x, y)
+        make("CosFace")(x, y)
+
+
+def test_a_head_made_before_the_group_says_that_it_is_alone():
+    workers.run(2, made_before_the_group)
