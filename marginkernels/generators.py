@@ -45,8 +45,19 @@ class StepGenerators(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.seed, self.step = state.tolist()
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # saved where nothing was drawn: the own seed is as good a start
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"seed={self.seed}"
+
+
+def without_unused(state_dict: dict, prefix: str, used: StepGenerators | None) -> dict:
+    """The state to load, without that of generators under ``prefix`` where none are used now."""
+    name = prefix + "._extra_state"
+    return state_dict if used is not None else {k: v for k, v in state_dict.items() if k != name}
 
 
 def mixed(*numbers: int) -> int:

@@ -15,7 +15,7 @@ from .call import resolve_compute_dtype
 from .exchange import opened
 from .extend import extend
 from .functional import HeadStats, margin_cross_entropy
-from .generators import mixed
+from .generators import mixed, without_unused
 from .sampling import Sampler
 from .scales import AdaCos
 
@@ -366,6 +366,7 @@ class MarginSoftmaxHead(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict = without_unused(state_dict, prefix + "sampler", self.sampler)
         # of a tensor with all classes each rank takes its own
         for name in ("weight", "bias") if self.shard is not None else ():
             value = state_dict.get(prefix + name)

@@ -10,7 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import workers
-from marginkernels import AdaCos, ArcFace, CurricularFace, MarginSoftmaxHead, margin_cross_entropy
+from marginkernels import (
+    AdaCos,
+    ArcFace,
+    CurricularFace,
+    ElasticFace,
+    MarginSoftmaxHead,
+    margin_cross_entropy,
+)
+from marginkernels.checkpoint import load_checkpoint, save_checkpoint
 from marginkernels.sampling import sample_classes, sampled
 from sharding import my_rows, my_shard
 
@@ -145,6 +153,39 @@ def test_the_state_of_the_sample_is_saved_and_evaluation_uses_all_classes():
     whole.weight = head.weight
     assert head(x, y) == head(x, y) == whole(x, y)
     assert set(whole.state_dict()) == {"weight"}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("what", ["sampled", "seeded"])
+def test_states_load_where_nothing_is_drawn_and_from_there(what, checkpoint, tmp_path):
+    """One that lacks it goes on from the seed that it was made with; all else is loaded."""
+
+    def make(draws):
+        torch.manual_seed(5)
+        if what == "sampled":
+            head = make_head(sample_rate=0.5 if draws else 1.0)
+        else:
+            head = make_head(margin=ElasticFace(seed=3 if draws else None), sample_rate=1.0)
+        return torch.nn.ModuleList([head])
+
+    x, _, y = problem()
+    for draws in (False, True):
+        source, target, fresh = make(draws), make(not draws), make(not draws)
+        source[0](x.float(), y)
+        with torch.no_grad():
+            source[0].weight.add_(1)
+        if checkpoint:
+            save_checkpoint(tmp_path / str(draws), source)
+            load_checkpoint(tmp_path / str(draws), target)
+        else:
+            target.load_state_dict(source.state_dict())
+        assert torch.equal(source[0].weight, target[0].weight)
+        (key,) = source.state_dict().keys() ^ target.state_dict().keys()
+        if not draws:
+            assert torch.equal(target.state_dict()[key], fresh.state_dict()[key])
+    wrong = source.state_dict() | {"0.other._extra_state": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match="other"):
+        target.load_state_dict(wrong)
 
 
 def samples():

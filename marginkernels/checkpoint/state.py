@@ -277,8 +277,8 @@ def _name(model: nn.Module, name: str) -> str:
 
 
 def _is_sampler(name: str) -> bool:
-    """Whether it is the state of random numbers that only a head with a sample_rate has."""
-    return name.split(".")[-2:] == ["sampler", "_extra_state"]
+    """Whether it is the state of random numbers that only a sampled or seeded one has."""
+    return name.split(".")[-2:] in (["sampler", "_extra_state"], ["generators", "_extra_state"])
 
 
 def _python(value: Any) -> Any:

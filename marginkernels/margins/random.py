@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import integer, number
 from ..distributed import in_group
-from ..generators import StepGenerators
+from ..generators import StepGenerators, without_unused
 from .base import Interval, Margin, Rows
 from .target import arc
 
@@ -75,6 +75,10 @@ class ElasticFace(Margin):
         # not torch.randn: torch.compile takes no generator=None beside a size that is not fixed
         numbers = torch.empty(len(x), dtype=torch.float32, device=x.device)
         return numbers.normal_(generator=generator)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict = without_unused(state_dict, prefix + "generators", self.generators)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, "none") if self.kind == "arc" else c - m
