@@ -154,8 +154,8 @@ def statistics_kernel(
         flag = flags + row_tile.to(tl.int64) * flags_stride + tile
         v = _without_dead(v, flag, label, start, C, BLOCK_C)
         rate = r  # the logits are v * rate
-        dead = v == float("-inf")  # not so a class that its bias masks
         if bias is not None:
+            dead = v == float("-inf")  # not so a class that its bias masks
             v = tl.fma(v, rate[:, None], tl.load(bias + col)[None, :])
             rate = 1.0
         if SEPARATE_MAX:
@@ -163,6 +163,8 @@ def statistics_kernel(
         if TRANSFORM is not None:
             v, _ = TRANSFORM(v, parameter, constants)
         if WANT_SUM:
+            if bias is None:
+                dead = v == float("-inf")
             total += tl.sum(tl.where(dead, 0.0, v), 1) * rate
         if SAVE_TILES:
             p = tl.exp2(v * rate[:, None] - offset)
