@@ -46,7 +46,8 @@ struct BFloat16 {
 #endif
 
 // One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else
-// at a[i * lda + k]; b is one panel.
+// at a[i * lda + k]; b is one panel. What c holds is added last: long sums are sums of shorter
+// ones, which keeps more digits.
 template <class Op, int kRows, int kVectors, bool kColumns>
 void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
           bool add) {
@@ -54,8 +55,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, 
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v)
-            sum[i][v] = add ? load(c + i * ldc + v * kLanes) : vfloat{};
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = vfloat{};
     for (int64_t k = 0; k < depth; ++k) {
         vfloat columns[kVectors];
 #pragma GCC unroll 8
@@ -73,7 +73,10 @@ void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, 
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes, sum[i][v]);
+        for (int v = 0; v < kVectors; ++v) {
+            float* const to = c + i * ldc + v * kLanes;
+            store(to, add ? load(to) + sum[i][v] : sum[i][v]);
+        }
 }
 
 // All rows of c against one panel; the last rows that fill no tile have a smaller one.
@@ -109,41 +112,6 @@ struct Panels {
     const float* at(int64_t p, int64_t k) const { return data + p * kPanel * depth + k * width(p); }
 };
 
-// The same for a panel of this width.
-template <class Op, bool kColumns>
-void panel_of(int64_t vectors, int64_t rows, const float* a, int64_t lda, const float* b,
-              int64_t depth, float* c, int64_t ldc, bool add) {
-    if (vectors == kTileVectors)
-        panel<Op, kTileVectors, kColumns>(rows, a, lda, b, depth, c, ldc, add);
-    else if (vectors == 1)
-        panel<Op, 1, kColumns>(rows, a, lda, b, depth, c, ldc, add);
-#if MK_TILE_VECTORS > 2
-    else if (vectors == 2)
-        panel<Op, 2, kColumns>(rows, a, lda, b, depth, c, ldc, add);
-    else
-        panel<Op, 3, kColumns>(rows, a, lda, b, depth, c, ldc, add);
-#endif
-}
-
-// c += a times b, whose product is summed on its own first: of a long sum in parts rounding takes
-// less.
-template <class Op, bool kColumns>
-void add_panel(int64_t vectors, int64_t rows, const float* a, int64_t lda, const float* b,
-               int64_t depth, float* c, int64_t ldc) {
-    constexpr int64_t kRows = 8 * kTileRows;
-    alignas(64) float product[kRows * kPanel];
-    for (int64_t begin = 0; begin < rows; begin += kRows) {
-        const int64_t count = rows - begin < kRows ? rows - begin : kRows;
-        panel_of<Op, kColumns>(vectors, count, a + begin * (kColumns ? 1 : lda), lda, b, depth,
-                               product, kPanel, false);
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
-                float* const sum = c + (begin + i) * ldc + v;
-                store(sum, load(sum) + load(product + i * kPanel + v));
-            }
-    }
-}
-
 // Columns [first_panel * kPanel, ...) of c, ``panels`` panels of them, (+)= a times units
 // [k, k + depth) of b. Sums longer than kDepth are cut, so that a panel's part stays in the cache.
 template <class Op, bool kColumns>
@@ -157,10 +125,18 @@ void multiply(int64_t rows, const float* a, int64_t lda, const Panels& b, int64_
             const float* a_part = a + done * (kColumns ? lda : 1);
             const float* b_part = b.at(first_panel + p, k + done);
             float* c_part = c + p * kPanel;
-            if (done == 0)
-                panel_of<Op, kColumns>(vectors, rows, a_part, lda, b_part, part, c_part, ldc, add);
+            const bool add_part = add || done > 0;
+            if (vectors == kTileVectors)
+                panel<Op, kTileVectors, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc,
+                                                  add_part);
+            else if (vectors == 1)
+                panel<Op, 1, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+#if MK_TILE_VECTORS > 2
+            else if (vectors == 2)
+                panel<Op, 2, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
             else
-                add_panel<Op, kColumns>(vectors, rows, a_part, lda, b_part, part, c_part, ldc);
+                panel<Op, 3, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+#endif
         }
     }
 }
