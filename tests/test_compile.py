@@ -98,6 +98,7 @@ def test_compile_recompiles_at_most_once_for_a_number(attribute, backend, device
 
 
 STEADY = {  # beside those of stateful.py; rounding is no state, but is dropped alike
+    "fused": lambda: dict(margin=ArcFace(), scale=16.0, backend="auto"),
     "scheduled": lambda: dict(margin=ArcFace(torch.tensor(0.1)), scale=torch.tensor(8.0)),
     "rounded": lambda: dict(
         margin=ArcFace(), scale=16.0, normalize="weight", compute_dtype=torch.bfloat16
@@ -109,17 +110,17 @@ STEADY = {  # beside those of stateful.py; rounding is no state, but is dropped 
 # inductor compiles for seconds
 COMPILED = {
     "aot_eager": [name for name in stateful.STATEFUL | STEADY if "Elastic" not in name],
-    "inductor": ["filtered", "AdaFace", "AdaCos delayed", "rounded", "rounded first"],
+    "inductor": ["fused", "filtered", "AdaCos delayed", "rounded", "rounded first"],
 }
 
 
 @pytest.mark.parametrize("compiler", COMPILED)
-def test_gradients_and_states_of_compiled_losses(compiler):
+def test_gradients_and_states_of_compiled_losses(compiler, device):
     """Over several steps, all losses in one graph: state that a graph moves is not read again in
     backward, and what is rounded to bfloat16 forward is.
     """
     makers = [(stateful.STATEFUL | STEADY)[name] for name in COMPILED[compiler]]
-    heads = torch.nn.ModuleList(stateful.head_of(make()) for make in makers)
+    heads = torch.nn.ModuleList(stateful.head_of(make()) for make in makers).to(device)
     twins = copy.deepcopy(heads)
 
     def losses(heads, x, y):
@@ -128,6 +129,7 @@ def test_gradients_and_states_of_compiled_losses(compiler):
     torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
     compiled = torch.compile(losses, backend=compiler, fullgraph=True)
     for step, (x, y) in enumerate(stateful.batches()):
+        x, y = x.to(device), y.to(device)
         results = []
         for function, each in ((compiled, heads), (losses, twins)):
             leaf = x.clone().requires_grad_()
