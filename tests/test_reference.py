@@ -24,25 +24,22 @@ OPTIONS = {
 
 
 class Seen(TorchDispatchMode):
-    """The size of the largest tensor that is made, and the types of those that the two ops make."""
+    """The size of the largest tensor that is made, and the types of all, those in the ops too."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.dtypes, self.inside = 0, set(), False
+        self.largest, self.dtypes = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func.name().partition("::")
         if namespace == "marginkernels" and name.startswith("head_"):
-            self.inside = True
             with self:
-                made = getattr(reference, name.removesuffix("_reference"))(*args, **kwargs)
-            self.inside = False
-            return made
+                return getattr(reference, name.removesuffix("_reference"))(*args, **kwargs)
         made = func(*args, **(kwargs or {}))
         for t in tree_leaves(made):
             if isinstance(t, torch.Tensor):
                 self.largest = max(self.largest, t.numel())
-                self.dtypes |= {t.dtype} if self.inside else set()
+                self.dtypes.add(t.dtype)
         return made
 
 
