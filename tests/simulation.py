@@ -24,12 +24,29 @@ def _require(simulator: str) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if simulator == "interpreter":
+        require_interpreter()
         if not interpreted:
             pytest.skip("the process was not started with TRITON_INTERPRET=1")
     elif interpreted:
         pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler")
     else:
         pytest.importorskip(simulator, reason=f"the package {simulator} is not installed")
+
+
+def require_interpreter() -> None:
+    """Skips the test where Triton's interpreter cannot run: before 3.8 it makes a scalar of an
+    array of one number, which numpy 2.5 refuses.
+    """
+    triton, numpy = (
+        pytest.importorskip(name, reason=f"the package {name} is not installed").__version__
+        for name in ("triton", "numpy")
+    )
+    if _release(triton) < (3, 8) and _release(numpy) >= (2, 5):
+        pytest.skip(f"the interpreter of Triton {triton} fails beside numpy {numpy}")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from marginkernels.backends import triton as backend
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
 from problems import random_problem
-from simulation import simulated
+from simulation import require_interpreter, simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(
@@ -141,6 +141,7 @@ def test_ptx_matches_fp64(dtypes, poisoned):
 @needs_triton
 def test_interpreter_agrees(request):
     """Triton's own interpreter, in a process that starts with it; fp32 and fp16 only."""
+    require_interpreter()
     if os.environ.get("TRITON_INTERPRET") != "1":
         command = [sys.executable, "-m", "pytest", "-q", "-x", f"{__file__}::{request.node.name}"]
         result = subprocess.run(
