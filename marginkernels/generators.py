@@ -23,7 +23,9 @@ class StepGenerators(nn.Module):
         super().__init__()
         self.seed, self.step, self.user = seed, 0, user
 
-    @torch.compiler.disable  # it would warn of the generator
+    # torch.compile would take each step for a new graph. As torch.compiler.disable, which imports
+    # the compiler at once
+    @torch._disable_dynamo
     def forward(self, device: torch.device, rank: int) -> torch.Generator:
         """The generator of the next step. RuntimeError where that cannot be the next: within a
         backward pass, and in the capture of a CUDA graph, which would repeat one step for ever.
