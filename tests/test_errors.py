@@ -371,9 +371,11 @@ def test_values_on_an_accelerator_are_checked_on_request(device):
 
 
 def test_unavailable_backend_lists_all_reasons(monkeypatch):
-    from marginkernels.backends import native
+    from marginkernels import backends
 
-    monkeypatch.setattr(native, "unavailable_reasons", lambda *_: ["one reason", "another reason"])
+    monkeypatch.setattr(backends, "_selected", {})
+    why_not = ["one reason", "another reason"]
+    monkeypatch.setattr(backends.native, "unavailable_reasons", lambda *_: why_not)
     with pytest.raises(RuntimeError, match="'native' cannot run here: one reason; another reason"):
         margin_cross_entropy(**operands(), backend="native")
 
