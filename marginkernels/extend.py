@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import distributed, validation
 from .distributed import ClassShard
-from .generators import mixed
+from .generators import mixed, random_seed
 
 # states of optimizers of torch with neither a row for each class nor one number
 _OF_ALL_CLASSES = ("col_var",)  # Adafactor
@@ -138,7 +138,7 @@ def _fill(grown: Grown, init: Tensor | None, shard: ClassShard | None) -> None:
     generator = None
     if shard is not None:
         # ranks with one seed must not draw the same rows
-        seed = mixed(int(torch.randint(2**62, ())), dist.get_rank(shard.group))
+        seed = mixed(random_seed(), dist.get_rank(shard.group))
         generator = torch.Generator(grown.fresh.device).manual_seed(seed)
     grown.fresh.normal_(std=0.01, generator=generator)
 

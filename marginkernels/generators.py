@@ -62,6 +62,11 @@ def without_unused(state_dict: dict, prefix: str, used: StepGenerators | None) -
     return state_dict if used is not None else {k: v for k, v in state_dict.items() if k != name}
 
 
+def random_seed() -> int:
+    """Draws a seed from torch's default generator, whatever the default device."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
 def mixed(*numbers: int) -> int:
     """A seed of 32 bits, the same for the same numbers and else unrelated (FNV-1a by bytes)."""
     state = 0x811C9DC5

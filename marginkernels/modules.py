@@ -15,7 +15,7 @@ from .call import resolve_compute_dtype
 from .exchange import opened
 from .extend import extend
 from .functional import HeadStats, margin_cross_entropy
-from .generators import mixed, without_unused
+from .generators import mixed, random_seed, without_unused
 from .sampling import Sampler
 from .scales import AdaCos
 
@@ -187,7 +187,7 @@ class MarginSoftmaxHead(nn.Module):
         weight, generator = distributed.local(self.weight.detach()), None
         if self.shard is not None and not weight.is_meta:
             # ranks with one seed must not draw the same rows
-            seed = mixed(int(torch.randint(2**62, ())), dist.get_rank(self.shard.group))
+            seed = mixed(random_seed(), dist.get_rank(self.shard.group))
             generator = torch.Generator(weight.device).manual_seed(seed)
         nn.init.normal_(weight, std=0.01, generator=generator)
         if self.bias is not None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from .generators import StepGenerators
+from .generators import StepGenerators, random_seed
 
 
 def sample_classes(
@@ -132,7 +132,7 @@ class Sampler(StepGenerators):
     """Those of a head's samples, from a seed that the ranks agree on."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        seed = [int(torch.randint(2**62, (), device="cpu"))]
+        seed = [random_seed()]
         if group is not None:
             dist.broadcast_object_list(seed, group=group, group_src=0)
         super().__init__(seed[0], "MarginSoftmaxHead(sample_rate=)")

@@ -18,6 +18,7 @@ from marginkernels import (
     MarginSoftmaxHead,
     NSoftmax,
 )
+from marginkernels.compat import insightface
 from stateful import STATEFUL, batches, same, state_of
 
 GIVEN = {
@@ -99,6 +100,15 @@ def test_a_sampling_head_on_meta():
     head.reset_parameters()
     first, second = (head(*batches()[0]) for _ in range(2))
     assert first.isfinite() and first != second
+
+
+def test_the_heads_of_insightface_on_meta():
+    margin = insightface.ArcFace()
+    with torch.device("meta"):
+        head = insightface.PartialFC_V2(margin, 8, C, sample_rate=0.5)
+    trained = insightface.PartialFC_V2(margin, 8, C, sample_rate=0.5).state_dict()
+    head.to_empty(device="cpu").load_state_dict(trained)
+    assert head(*batches()[0]).isfinite()
 
 
 def on_meta(margin, context):

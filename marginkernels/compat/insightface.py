@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .. import distributed, functional, margins, ops, sampling, validation
 from ..distributed import ClassShard
 from ..exchange import opened
-from ..generators import mixed
+from ..generators import mixed, random_seed
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 
 __all__ = [
@@ -130,7 +130,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 "MarginLoss for every other margin",
                 stacklevel=2,
             )
-        seed = mixed(int(torch.randint(2**62, ())), self.rank)
+        seed = mixed(random_seed(), self.rank)
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(
             torch.empty(self.num_local, embedding_size).normal_(std=0.01, generator=generator)
