@@ -19,9 +19,9 @@ from marginkernels import backends
 SIMULATORS = ("ttsem", "ptxsim", "interpreter")
 
 
-def _require(simulator: str) -> None:
+def require(simulator: str) -> None:
     """Skips the test, with the reason, where the simulator cannot run."""
-    pytest.importorskip("triton", reason="the package triton is not installed")
+    triton = _version("triton")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if simulator == "interpreter":
         require_interpreter()
@@ -31,18 +31,21 @@ def _require(simulator: str) -> None:
         pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler")
     else:
         pytest.importorskip(simulator, reason=f"the package {simulator} is not installed")
+    if simulator == "ttsem" and _release(triton) < (3, 8):
+        pytest.skip(f"ttsem does not read what Triton {triton} prints")
 
 
 def require_interpreter() -> None:
     """Skips the test where Triton's interpreter cannot run: before 3.8 it makes a scalar of an
     array of one number, which numpy 2.5 refuses.
     """
-    triton, numpy = (
-        pytest.importorskip(name, reason=f"the package {name} is not installed").__version__
-        for name in ("triton", "numpy")
-    )
+    triton, numpy = _version("triton"), _version("numpy")
     if _release(triton) < (3, 8) and _release(numpy) >= (2, 5):
         pytest.skip(f"the interpreter of Triton {triton} fails beside numpy {numpy}")
+
+
+def _version(name: str) -> str:
+    return pytest.importorskip(name, reason=f"the package {name} is not installed").__version__
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -52,7 +55,7 @@ def _release(version: str) -> tuple[int, ...]:
 @contextlib.contextmanager
 def simulated(simulator: str, **settings):
     """``backend="triton"`` accepts CPU tensors inside this context."""
-    _require(simulator)
+    require(simulator)
     from marginkernels.backends.triton import launch
 
     library = torch.library.Library("marginkernels", "IMPL")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import simulation
 import workers
 from losses import C, operands
 from marginkernels import (
@@ -249,7 +250,7 @@ def test_ranks_start_from_different_weights_and_the_same_margins(seed):
 
 
 def test_triton_sharded_in_a_simulator():
-    pytest.importorskip("ttsem")
+    simulation.require("ttsem")
     problem = sharded_problem(2, 12, 37, 24, margin=ArcFace(0.3), scale=24.0)
     problem.simulator = "ttsem"
     problem.check("triton")

@@ -103,7 +103,7 @@ def measure(setup):
 
 @pytest.mark.parametrize("setup", SETUPS, ids=["fp32", "bf16"])
 def test_small_runs_agree_with_the_formulas(setup):
-    pytest.importorskip("ttsem")
+    simulation.require("ttsem")
     s = scaling.Setup(**setup)
     lasting, working, volume = workers.run(2, measure, setup)[0]
     assert lasting == scaling.lasting(s)

@@ -27,7 +27,7 @@ from marginkernels.backends import triton as backend
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
 from problems import random_problem
-from simulation import require_interpreter, simulated
+from simulation import require, require_interpreter, simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(
@@ -258,7 +258,8 @@ RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row
 )
 @needs_triton
 def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monkeypatch):
-    sanitize = pytest.importorskip("ttsem.sanitize", reason="ttsem is not installed")
+    require("ttsem")
+    sanitize = importlib.import_module("ttsem.sanitize")
     from marginkernels.backends.triton import launch, row_kernels, tile_kernels
 
     module = tile_kernels if kernel == "statistics" else row_kernels
