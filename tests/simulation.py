@@ -37,10 +37,10 @@ def require(simulator: str) -> None:
 
 def require_interpreter() -> None:
     """Skips the test where Triton's interpreter cannot run: before 3.8 it makes a scalar of an
-    array of one number, which numpy 2.5 refuses.
+    array of one number, which numpy 2.4 refuses.
     """
     triton, numpy = _version("triton"), _version("numpy")
-    if _release(triton) < (3, 8) and _release(numpy) >= (2, 5):
+    if _release(triton) < (3, 8) and _release(numpy) >= (2, 4):
         pytest.skip(f"the interpreter of Triton {triton} fails beside numpy {numpy}")
 
 
