@@ -76,6 +76,8 @@ def head_fwd(
             MAX_PLANE=3 if separate_max else 0,
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
+    if want_sum and bias is not None:  # the kernel takes a class that its bias masks for left out
+        logit_sum += torch.where(bias == -torch.inf, bias, 0.0).sum()
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles
 
 

@@ -149,23 +149,20 @@ def statistics_kernel(
         if NORMALIZE_W:
             q = tl.load(w_inv + col)
             v *= q[None, :]
+        rate = r  # the logits are v * rate
+        if bias is not None:
+            v = tl.fma(v, rate[:, None], tl.load(bias + col)[None, :])
+            rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
         flag = flags + row_tile.to(tl.int64) * flags_stride + tile
         v = _without_dead(v, flag, label, start, C, BLOCK_C)
-        rate = r  # the logits are v * rate
-        if bias is not None:
-            dead = v == float("-inf")  # not so a class that its bias masks
-            v = tl.fma(v, rate[:, None], tl.load(bias + col)[None, :])
-            rate = 1.0
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
             v, _ = TRANSFORM(v, parameter, constants)
         if WANT_SUM:
-            if bias is None:
-                dead = v == float("-inf")
-            total += tl.sum(tl.where(dead, 0.0, v), 1) * rate
+            total += tl.sum(tl.where(v == float("-inf"), 0.0, v), 1) * rate
         if SAVE_TILES:
             p = tl.exp2(v * rate[:, None] - offset)
             row64 = row.to(tl.int64)[:, None] * (tiles_stride * BLOCK_C)
