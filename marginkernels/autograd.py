@@ -12,19 +12,21 @@ from . import ops
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """Makes a Function's backward refuse to be differentiated.
+    """Makes ``backward(ctx, saved, *grads)`` that of a Function, and refuses to differentiate it.
 
-    torch's once_differentiable cuts what it returns off from the operands, so that
-    ``torch.autograd.grad`` and what is built on it take a second derivative for 0.
+    ``saved`` are the saved tensors, unpacked once. torch's once_differentiable cuts what it returns
+    off from the operands, so that ``torch.autograd.grad`` and what is built on it take a second
+    derivative for 0.
     """
 
     @functools.wraps(backward)
     def once(ctx, *grads):
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, *grads)
+            gradients = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return gradients
-        tied = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        tied = [t for t in (*saved, *grads) if t is not None and t.requires_grad]
         return tuple(None if g is None else _Once.apply(g, *tied) for g in gradients)
 
     return once
@@ -91,9 +93,9 @@ class HeadFunction(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad_lse, grad_d, grad_w_norm, grad_sum, _):
+    def backward(ctx, saved, grad_lse, grad_d, grad_w_norm, grad_sum, _):
         # hooks on saved tensors may bring back other strides; the ops read x and w with any
-        x, w, *rest = ctx.saved_tensors
+        x, w, *rest = saved
         bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = (
             t if t is None else t.contiguous() for t in rest
         )

@@ -79,26 +79,42 @@ def check(
 def agreed(
     settings: Settings, call: CheckedCall, margin, scale, bias, shard, sampler, **rows_given
 ) -> dict:
-    """What has to be the same on all ranks, because it changes what they exchange or compute."""
-    inner = getattr(margin, "margin", margin)
-    m = getattr(inner, "m", None)
+    """Lists what changes what ranks exchange or compute, and so has to be the same on all."""
     names = (
         "normalize", "reduction", "ignore_index", "label_smoothing", "z_loss", "focal_gamma",
         "sample_rate", "logq",
     )  # fmt: skip
-    number = scale if not isinstance(scale, Tensor | nn.Module) else type(scale).__name__
-    given = dict(bias=bias, sampler=sampler, **rows_given)
+    training, described = margin.training, scale
+    if isinstance(scale, nn.Module):
+        training, described = (margin.training, scale.training), _described(scale)
+    elif isinstance(scale, Tensor):
+        described = type(scale).__name__
+    given = dict(bias=bias, sampler=sampler)
     return {
         "shard": f"{shard.total} classes with grad_scale={shard.grad_scale!r}",
-        "margin": f"{type(margin).__name__} with {m if isinstance(m, numbers.Real) else type(m)}",
-        "training": margin.training,
-        "scale": number,
+        "margin": _described(margin),
+        "training": training,
+        "scale": described,
         "learnable scale": call.learns_scale,
         "compute_dtype": call.compute_dtype,
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         **{name: getattr(settings, name) for name in names},
         **{name: "None" if value is None else "given" for name, value in given.items()},
+        # the numbers of rows are gathered as they are
+        **{name: v if v is None else f"given in {v.dtype}" for name, v in rows_given.items()},
     }
+
+
+def _described(module: nn.Module) -> str:
+    """Names a margin or scale and what is inside, with the settings of the library's own."""
+    parts = []
+    for part in module.modules():
+        m = getattr(part, "m", None)  # exact, where extra_repr rounds
+        settings = [str(m)] if isinstance(m, numbers.Real) else []
+        if type(part).__module__.startswith(__package__ + "."):
+            settings.append(part.extra_repr())
+        parts.append(f"{type(part).__name__}({', '.join(settings)})")
+    return " of ".join(parts)
 
 
 def _called(
@@ -127,7 +143,7 @@ def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> to
 
 
 def _tile_obstacles(settings: Settings, bias, margin, scale, compute_dtype, backend) -> list[str]:
-    """What forbids to keep exponentials."""
+    """Lists what forbids to keep exponentials."""
     is_number = not isinstance(scale, Tensor)
     obstacles = {
         f"normalize={settings.normalize!r}": settings.normalize != "both",

@@ -305,7 +305,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, saved, grad: Tensor):
         dx = ctx.exchange._scatter_sum(grad).mul_(ctx.exchange.factor)
         return dx if ctx.needs_input_grad[0] else None, None, None, None
 
@@ -320,7 +320,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, saved, grad: Tensor):
         exchange = ctx.exchange
         return exchange.factor * grad[exchange.first : exchange.first + exchange.n], None, None
 
@@ -335,7 +335,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, saved, grad: Tensor):
         return ctx.exchange.total(grad), None, None
 
 
@@ -347,6 +347,8 @@ class _Merge(torch.autograd.Function):
         if exchange.shard.size == 0:  # the sweep was over a stand-in
             lse, logit_max = (torch.full_like(t, -torch.inf) for t in (lse, logit_max))
             logit_sum = torch.zeros_like(logit_sum)
+        if exchange.error is not None:
+            lse = torch.full_like(lse, torch.nan)
         parts = [lse, logit_sum, logit_max, *owned]
         packed = torch.cat(parts)
         every = exchange._gather(packed).view(exchange.world, len(packed))
@@ -363,8 +365,8 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad_lse, grad_sum, _, *grads_owned):
-        label, lse, merged = ctx.saved_tensors
+    def backward(ctx, saved, grad_lse, grad_sum, _, *grads_owned):
+        label, lse, merged = saved
         if grad_lse is not None:
             share = torch.where(lse == -torch.inf, 0, (lse - merged).exp())
             grad_lse = grad_lse * share

@@ -9,9 +9,17 @@ import torch
 import torch.distributed as dist
 
 import workers
-from marginkernels import CosFace, MarginSoftmaxHead, distributed, margin_cross_entropy
+from marginkernels import (
+    AdaCos,
+    ArcFace,
+    CosFace,
+    MarginSoftmaxHead,
+    NSoftmax,
+    distributed,
+    margin_cross_entropy,
+)
 from marginkernels.compat.insightface import PartialFC_V2
-from sharding import my_shard
+from sharding import F64, my_shard
 
 
 def raised_by(function):
@@ -113,6 +121,13 @@ def differing(promise):
     head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
     messages["k"] = raised_by(lambda: head.topk(torch.randn(N, D), 2 + dist.get_rank()))
     messages["grad mode"] = raised_by(without_gradient_on_one)
+    odd = dist.get_rank() == 1
+    for case, settings in {
+        "margin's branch": dict(margin=ArcFace(0.2, branch="easy" if odd else "none")),
+        "scale that sweeps twice": dict(margin=NSoftmax(), scale=AdaCos(C, delayed=odd)),
+        "sample_weight's type": dict(sample_weight=torch.ones(N, dtype=F64 if odd else None)),
+    }.items():
+        messages[case] = raised_by(lambda s=settings: call(my_shard(C, **promise), **s))
     return messages
 
 
@@ -126,7 +141,8 @@ def test_settings_that_differ_are_named_on_all_ranks(promise):
     first, second = workers.run(2, differing, promise)
     assert first == second
     names = {case: name for case, (_, name) in DIFFERENCES.items()}
-    names |= {"k": "k", "grad mode": "torch.is_grad_enabled()"}
+    names |= {"k": "k", "grad mode": "torch.is_grad_enabled()", "margin's branch": "margin"}
+    names |= {"scale that sweeps twice": "scale", "sample_weight's type": "sample_weight"}
     for case, name in names.items():
         assert first[case] is not None, case
         kind, message = first[case]
@@ -207,3 +223,20 @@ def test_rows_of_another_width_are_named_on_all_ranks_where_logits_are_held_too(
     first, second = workers.run(2, unfused_rows_of_other_widths)
     message = f"local_embeddings: expected shape (N, {D}), got ({N}, {D + 1})"
     assert second == (ValueError, message) and first == (ValueError, f"rank 1: {message}")
+
+
+def raised_on_a_rank_without_classes():
+    """Of four classes the last of three ranks has none."""
+    shard = my_shard(4)
+
+    def sample(label):
+        return torch.arange({2: 2}[shard.size])
+
+    arguments = dict(w=torch.randn(4, D)[shard.start : shard.stop], y=torch.randint(0, 4, (N,)))
+    return shard.size, raised_by(lambda: call(shard, sampler=sample, **arguments))
+
+
+def test_a_sampler_that_fails_on_a_rank_without_classes():
+    first, second, third = workers.run(3, raised_on_a_rank_without_classes)
+    assert (first[0], second[0], third) == (2, 2, (0, (KeyError, "0")))
+    assert first == second == (2, (RuntimeError, "rank 2: 0"))

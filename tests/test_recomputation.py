@@ -117,3 +117,13 @@ def test_compiled_samples_differ_and_do_not_recompile():
         frames.append(counter.frame_count)
         assert losses[-1] == pytest.approx(plain(x, y).item())
     assert len(set(losses)) == 4 and len(set(frames[1:])) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")  # for MAML and the like as it is done
+def test_a_first_derivative_that_makes_a_graph_unpacks_what_it_saved_once():
+    head = head_of(dict(margin=ArcFace(), scale=16.0))
+    x, y = batches()[0]
+    x.requires_grad_()
+    checkpoint(head, x, y, use_reentrant=False).backward(create_graph=True)
+    (expected,) = torch.autograd.grad(head(x, y), x)
+    assert torch.equal(x.grad, expected)

@@ -77,7 +77,9 @@ def head_fwd(
             BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **sweep.row_settings(),
         )  # fmt: skip
     if want_sum and bias is not None:  # the kernel takes a class that its bias masks for left out
-        logit_sum += torch.where(bias == -torch.inf, bias, 0.0).sum()
+        masked = bias == -torch.inf
+        others = masked.sum() - torch.where(y >= 0, masked[y.clamp_min(0)].long(), 0)
+        logit_sum.masked_fill_(others > 0, -torch.inf)
     return lse, target, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles
 
 
