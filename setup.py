@@ -65,8 +65,8 @@ def obstacles_to_cuda(torch_cuda: str | None, nvcc: Path | None, files: list) ->
 
 
 def buildable(asked: str, known: set[tuple[int, int]]) -> tuple[str, list[str]]:
-    """Of TORCH_CUDA_ARCH_LIST the part that the kernels and an nvcc with ``known`` can be built
-    for, and what is left out. PTX that was to be there is that of the last one.
+    """Splits TORCH_CUDA_ARCH_LIST into what the kernels and an nvcc with ``known`` can be built
+    for, and what is left out. PTX, where it was asked for, goes to the last one that is left.
     """
     kept, left_out, ptx = [], [], False
     for entry in asked.replace(" ", ";").split(";"):
@@ -84,7 +84,7 @@ def buildable(asked: str, known: set[tuple[int, int]]) -> tuple[str, list[str]]:
 
 
 def known_capabilities(nvcc: Path) -> set[tuple[int, int]]:
-    """Those that an nvcc has compilers for; none if it does not say."""
+    """Asks an nvcc for which capabilities it compiles; none if it does not say."""
     numbers = re.findall(r"compute_(\d+)(\d)\b", output(nvcc, "--list-gpu-arch"))
     return {(int(major), int(minor)) for major, minor in numbers}
 

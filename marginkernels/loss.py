@@ -37,7 +37,7 @@ def unnormalised_norms(normalize: str, rows: Rows) -> Tensor | None:
 
 
 def margined(margin: nn.Module, c: Tensor, rows: Rows) -> Tensor:
-    """What the margin makes of the cosines c (N,), in their type."""
+    """Calls the margin on the cosines c (N,), and checks and casts what it returns."""
     t = margin(c, rows)
     if not isinstance(t, Tensor) or t.shape != c.shape:
         came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What is wrong on one rank, or differs between ranks, is an error on all of them at once."""
+"""Errors of one rank, and settings that differ between ranks, are raised on all ranks at once."""
 
 import warnings
 
@@ -226,7 +226,7 @@ def test_rows_of_another_width_are_named_on_all_ranks_where_logits_are_held_too(
 
 
 def raised_on_a_rank_without_classes():
-    """Of four classes the last of three ranks has none."""
+    """Splits four classes over three ranks, so that the last one has none."""
     shard = my_shard(4)
 
     def sample(label):

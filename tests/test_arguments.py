@@ -193,7 +193,7 @@ def test_what_a_head_is_made_of():
 
 
 def test_a_number_in_the_place_of_a_tensor():
-    """Which torch refuses with words that name no remedy."""
+    """torch refuses it with words that name no remedy."""
     for tensor in (torch.tensor(0.3), torch.nn.Parameter(torch.tensor(0.3))):
         margin, module = ArcFace(tensor), head(scale=tensor)
         for owner, name in ((margin, "m"), (module, "scale")):

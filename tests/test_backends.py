@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Which backend runs on a device, and what is said of it: with drivers and versions made up."""
+"""The choice of a backend for a device, and its report, with drivers and versions made up."""
 
 import warnings
 from types import SimpleNamespace

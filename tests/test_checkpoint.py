@@ -163,7 +163,7 @@ def make_with(head, seed):
 
 
 def all_classes(head, tensor):
-    """Of a tensor like the weight, the rows of all ranks."""
+    """Gathers the rows of all ranks of a tensor like the weight."""
     if hasattr(tensor, "full_tensor") or not dist.is_initialized():
         return whole(tensor)
     every = [None] * dist.get_world_size()

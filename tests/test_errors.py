@@ -52,7 +52,7 @@ class Unbounded(Margin):
 
 
 class Split(torch.Tensor):
-    """What a DTensor is known by."""
+    """Has the attributes that a DTensor is known by."""
 
     @staticmethod
     def __new__(cls, *shape):

@@ -205,7 +205,7 @@ def test_what_cannot_be_extended_stays_as_it_is(change, match):
 
 
 def on_one_bad_rank():
-    """What one rank alone finds wrong is raised on all, and changes nothing on any."""
+    """Raises on all ranks what one of them finds wrong, and changes nothing on any."""
     head = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, process_group=dist.group.WORLD)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     bad = dist.get_rank() == 1

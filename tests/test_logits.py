@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What forward hands to backward: log-sum-exps, logits that are made twice, classes left out."""
+"""Forward hands to backward: log-sum-exps, logits that are made twice, classes left out."""
 
 import math
 

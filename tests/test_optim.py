@@ -47,7 +47,7 @@ def make(mesh=None):
 
 
 def give_gradients(model, seed):
-    """Those of all ranks together are the same, however parameters are split; returned whole."""
+    """Gives the same gradients, however parameters are split, and returns them whole."""
     generator = torch.Generator().manual_seed(seed)
     whole = []
     for p in model.parameters():

@@ -26,13 +26,13 @@ class Stateful(nn.Module):
             self.register_buffer(name, torch.tensor(number, dtype=dtype))
 
     def recall(self, name: str) -> Tensor:
-        """The number now, in a copy. Before anything moves, a forward in training mode is refused
-        where it is the second of its kind, made within a backward pass.
+        """Returns a copy of the number. Before anything moves, a forward in training mode is
+        refused where it is the second of its kind, made within a backward pass.
         """
         return ops.snapshot(getattr(self, name), type(self).__name__ if self.training else "")
 
     def reset_parameters(self) -> None:
-        """The numbers that it started from, and what the other base resets."""
+        """Restores the numbers that it started from, and what the other base resets."""
         for name, number in self._initial.items():
             getattr(self, name).fill_(number)
         others = getattr(super(), "reset_parameters", None)

@@ -60,7 +60,7 @@ def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int])
 
 
 def notes() -> list[str]:
-    """What to know of this backend on the current device, though it may run there."""
+    """Lists what a user should know of this backend on the current device."""
     if not torch.cuda.is_available():
         return []
     if torch.version.hip:
