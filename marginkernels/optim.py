@@ -108,7 +108,10 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
 def _norm(gradient: Tensor, norm_type: float) -> Tensor:
     """Returns that of a DTensor, a plain tensor (); torch's own fails where a rank has no rows."""
     shard, mesh = gradient.to_local(), gradient.device_mesh
-    norm = torch.linalg.vector_norm(shard, norm_type) if shard.numel() else shard.new_zeros(())
+    dtype = torch.promote_types(shard.dtype, torch.float32)  # powers leave the range of fp16
+    norm = shard.new_zeros((), dtype=dtype)
+    if shard.numel() > 0:
+        norm = torch.linalg.vector_norm(shard, norm_type, dtype=dtype)
     greatest = norm_type == math.inf
     value = norm if greatest else norm**norm_type
     for dimension, placement in enumerate(gradient.placements):

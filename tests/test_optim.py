@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import workers
@@ -127,6 +127,22 @@ def clip(on_a_mesh):
 def test_clipping(on_a_mesh):
     """Also of FSDP2's shards on a mesh of two dimensions, beside the head's on one."""
     workers.run(4, clip, on_a_mesh)
+
+
+def clip_fp16(value):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(DTensor.from_local(torch.zeros(4, 8).half(), mesh, [Shard(0)]))
+    p.grad = DTensor.from_local(torch.full((4, 8), value).half(), mesh, [Shard(0)])
+    whole = torch.nn.Parameter(torch.zeros(8, 8))
+    whole.grad = p.grad.full_tensor().float()
+    norms = clip_grad_norm_(p, 4e-5), torch.nn.utils.clip_grad_norm_(whole, 4e-5)
+    torch.testing.assert_close(*norms)
+    assert torch.equal(p.grad.full_tensor(), whole.grad.half())
+
+
+@pytest.mark.parametrize("value", [100.0, 1e-5])
+def test_squares_of_gradients_may_leave_the_range_of_fp16(value):
+    workers.run(2, clip_fp16, value)
 
 
 def test_clipping_of_a_tensor_by_itself():
