@@ -46,7 +46,8 @@ _BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tens
     str transform, Tensor? row_parameter, Tensor? constants)
     -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
-_CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int ignore_index) -> Tensor"""
+_CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int? ignore_index,
+    str name='y') -> Tensor"""
 _SNAPSHOT_SCHEMA = """(Tensor value, str moved_by) -> Tensor"""
 _ROUNDED_SCHEMA = """(Tensor rows, ScalarType dtype) -> Tensor"""
 
@@ -93,9 +94,11 @@ def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -
     return torch.ops.marginkernels.checked(result, value, low, high, what)
 
 
-def checked_labels(y: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def checked_labels(
+    y: Tensor, num_classes: int, ignore_index: int | None, name: str = "y"
+) -> Tensor:
     """Copy of ``y``, after ValueError unless labels are ``ignore_index`` or in [0, num_classes)."""
-    return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index)
+    return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index, name)
 
 
 def snapshot(value: Tensor, moved_by: str = "") -> Tensor:
@@ -178,14 +181,15 @@ def _checked(result, value, low, high, what):
     return result.clone()
 
 
-def _checked_labels(y, num_classes, ignore_index):
-    wrong = (y != ignore_index) & ((y < 0) | (y >= num_classes))
+def _checked_labels(y, num_classes, ignore_index, name="y"):
+    wrong = (y < 0) | (y >= num_classes)
+    expected = f"{name}: expected labels in [0, {num_classes})"
+    if ignore_index is not None:
+        wrong &= y != ignore_index
+        expected += f" or ignore_index={ignore_index}"
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"y: expected labels in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {int(y[row])} in row {row}"
-        )
+        raise ValueError(f"{expected}, got {int(y[row])} in row {row}")
     return y.clone()
 
 

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 
 import workers
 from marginkernels import distributed
-from marginkernels.compat.insightface import ArcFace, CombinedMarginLoss, CosFace, PartialFC_V2
+from marginkernels.compat.insightface import (
+    ArcFace,
+    CombinedMarginLoss,
+    CosFace,
+    MarginLoss,
+    PartialFC_V2,
+)
 from test_compat import LOSSES, C, D, batch, make, same
 
 # what makes the loss, the numbers assigned one after another, and what makes the loss with them
@@ -90,17 +96,70 @@ def test_floating_labels_and_no_rows(name):
     assert (dw == 0).all()
 
 
-def bad_labels_on_one_rank(name):
-    head, (x, y) = make(name), batch(5)
-    if torch.distributed.get_rank() == 1:
-        y[2] = C
-    with pytest.raises(ValueError, match=r"local_labels: expected labels in \[0, 11\), got 11"):
-        head(x, y)
+# what one rank gives instead of its embeddings or labels, and what is said of it
+ONE_RANKS_OWN = {
+    "range": (
+        lambda x, y: (x, y + C),
+        ValueError,
+        r"local_labels: expected labels in \[0, 11\), got",
+    ),
+    "list": (lambda x, y: (x, y.tolist()), TypeError, "local_labels: expected a tensor, got list"),
+    "float8": (
+        lambda x, y: (x, y.to(torch.float8_e5m2)),
+        TypeError,
+        "local_labels: expected integers, got torch.float8_e5m2",
+    ),
+    "no tensor": (
+        lambda x, y: (None, y),
+        TypeError,
+        "local_embeddings: expected a tensor, got NoneType",
+    ),
+    "not finite": (
+        lambda x, y: (x / 0, y),
+        ValueError,
+        "local_embeddings: expected finite rows of norm at most 1e.15, got",
+    ),
+}
+
+
+def wrong_on_one_rank(name):
+    head, rank = make(name), torch.distributed.get_rank()
+    for change, error, text in ONE_RANKS_OWN.values():
+        given = change(*batch(5)) if rank == 1 else batch(5)
+        with pytest.raises(error, match="^rank 1: " * (rank == 0) + text):
+            head(*given)
+    assert head(*batch(5)).isfinite()
 
 
 @pytest.mark.parametrize("name", ["CosFace", "any callable"])
-def test_bad_labels_of_one_rank_are_raised_on_all(name):
-    workers.run(2, bad_labels_on_one_rank, name)
+def test_what_is_wrong_on_one_rank_is_raised_on_all(name):
+    workers.run(2, wrong_on_one_rank, name)
+
+
+class Raises(torch.nn.Module):
+    """A user's margin or margin loss with an error in it."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, *_):
+        raise self.error
+
+
+# the second is of a class that cannot be made from a text alone
+@pytest.mark.parametrize(
+    "error", [ValueError("y: no x: "), UnicodeDecodeError("y: ", b"x", 0, 1, "y: ")], ids=type
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_errors_of_the_users_own_are_left_alone(error, fused):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not fused
+        loss = MarginLoss(Raises(error), 8.0) if fused else Raises(error)
+        head = PartialFC_V2(loss, D, C).double()
+    with pytest.raises(type(error)) as raised:
+        head(*batch(5))
+    assert raised.value is error and error.__cause__ is None
 
 
 def made_before_the_group():

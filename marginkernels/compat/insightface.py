@@ -17,10 +17,8 @@ global batch, those of the embeddings times the number of ranks. What differs:
 - Ranks seeded alike start with different weights.
 """
 
-import contextlib
 import math
 import numbers
-import re
 import warnings
 from collections.abc import Callable
 
@@ -29,9 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed, functional, margins, ops, sampling, validation
+from .. import distributed, functional, loss, margins, ops, sampling, validation
 from ..distributed import ClassShard
-from ..exchange import opened
+from ..exchange import Exchange, opened
 from ..generators import mixed, random_seed
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 
@@ -48,6 +46,7 @@ __all__ = [
 LOSS_CAP = -math.log(1e-30)
 # every label is a class
 _NO_LABEL = -(2**63)
+_BAD_EMBEDDINGS = "local_embeddings" + ops.BAD_X.removeprefix("x")
 
 
 class PartialFC_V2(nn.Module):  # noqa: N801
@@ -146,15 +145,45 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         """
         self._warn_if_alone()
         rows = self._fused if isinstance(self.margin_softmax, MarginLoss) else self._dense
-        with _in_these_words(self.embedding_size):
-            loss = rows(local_embeddings, self._classes(local_labels))
+        try:
+            label = self._checked(local_embeddings, local_labels)
+        except Exception as error:
+            if self.shard is not None:  # it raises the error on all ranks
+                Exchange(self.shard, local_embeddings, self.weight, error=error)
+            raise
+        losses = rows(local_embeddings, label)
         if self.loss_cap is not None:
-            loss = loss + (loss.clamp_max(self.loss_cap) - loss).detach()
-        return loss.sum() / max(len(loss), 1)
+            losses = losses + (losses.clamp_max(self.loss_cap) - losses).detach()
+        return losses.sum() / max(len(losses), 1)
+
+    def _checked(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The labels as int64, (N,), after checks of both in the words of :meth:`forward`."""
+        validation.check_tensor("local_embeddings", x, like=self.weight)
+        if x.ndim != 2 or x.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"local_embeddings: expected shape (N, {self.embedding_size}), got {tuple(x.shape)}"
+            )
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"local_labels: expected a tensor, got {type(labels).__name__}")
+        validation.check_local("local_labels", labels)
+        if labels.numel() != len(x):
+            raise ValueError(
+                f"local_labels: expected shape ({len(x)},), one label per row of local_embeddings, "
+                f"got {tuple(labels.shape)}"
+            )
+        if labels.device != x.device:
+            raise ValueError(
+                f"local_labels: expected device {x.device} as local_embeddings, got {labels.device}"
+            )
+        label = self._classes(labels.reshape(-1))
+        if validation.checks_values(x.device):
+            label = ops.checked_labels(label, self.num_classes, None, "local_labels")
+            norm = loss.row_norm(x.detach(), self._compute_dtype(x))
+            label = ops.checked(label, norm, 0, ops.NORM_MAX, _BAD_EMBEDDINGS)
+        return label
 
     def _classes(self, labels: Tensor) -> Tensor:
-        """The labels as int64, (N,)."""
-        labels = labels.reshape(-1)
+        """The labels as int64, -1 where they are fractions."""
         if not labels.is_floating_point():
             return labels.long()
         exact = 2 / torch.finfo(labels.dtype).eps  # the least that is not the only one that rounds
@@ -191,6 +220,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         # a shard needs a class, where insightface fails
         return order.topk(max(self.num_sample, 1)).indices.sort().values
 
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.float16 if self.fp16 else torch.promote_types(x.dtype, torch.float32)
+
     def _fused(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of all rows, (N,)."""
         return functional.margin_cross_entropy(
@@ -201,9 +233,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             scale=self.margin_softmax.s,
             reduction="none",
             ignore_index=_NO_LABEL,
-            compute_dtype=torch.float16
-            if self.fp16
-            else torch.promote_types(x.dtype, torch.float32),
+            compute_dtype=self._compute_dtype(x),
             backend=self.backend,
             shard=self.shard,
             sampler=self.sample if self.sample_rate < 1 else None,
@@ -212,12 +242,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
         """The same with the logits, for a margin that only they can be given to."""
         weight = self.weight
-
-        def check() -> Tensor:
-            validation.check_operands(x, weight, y, None, None, None, self.shard)
-            return ops.checked_labels(y, self.num_classes, _NO_LABEL)
-
-        exchange, label = opened(self.shard, x, weight, check, lambda _: {})
+        exchange, label = opened(self.shard, x, weight, lambda: y, lambda _: {})
         x = exchange.features(x)
         label = exchange.held(exchange.rows(label, fill=_NO_LABEL))
         lost = label.new_zeros((), dtype=torch.bool)
@@ -253,26 +278,3 @@ def _check_margin_loss(margin_loss) -> None:
         )
     if not callable(margin_loss):
         raise TypeError(f"margin_loss: expected a callable, got {type(margin_loss).__name__}")
-
-
-@contextlib.contextmanager
-def _in_these_words(embedding_size: int):
-    """Errors inside name the arguments as :meth:`PartialFC_V2.forward` does."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        text = re.sub(
-            r"\bw: expected shape .* for x of shape (\(.*?\)), got .*",
-            rf"local_embeddings: expected shape (N, {embedding_size}), got \1",
-            str(error),
-        )
-        text = text.replace(f" or ignore_index={_NO_LABEL}", "")
-        text = re.sub(r"\bx: |\b(?<=of )x\b|\b(?<=as )x\b", _embeddings, text)
-        text = re.sub(r"\by: ", "local_labels: ", text)
-        if text == str(error):
-            raise
-        raise type(error)(text) from None
-
-
-def _embeddings(found: re.Match) -> str:
-    return "local_embeddings" + found[0][1:]
