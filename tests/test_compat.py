@@ -310,11 +310,6 @@ def test_what_insightface_does_silently():
             head(x[:, 1:], y)
         with pytest.raises(ValueError, match=r"^local_labels: expected shape \(4,\).*got \(3,\)"):
             head(x, y[1:])
-    with pytest.raises(ValueError, match="sample_rate: expected a number in"):
-        PartialFC_V2(CosFace(), D, C, 1.5)
-    for name, sizes in (("embedding_size", (0, C)), ("num_classes", (D, 1.5))):
-        with pytest.raises(ValueError, match=f"{name}: expected a positive integer"):
-            PartialFC_V2(CosFace(), *sizes)
     for wrong, got in (
         (0.5, "a callable, got float"),
         (CosFace, r"an instance such as CosFace\(\.\.\.\), got the class"),

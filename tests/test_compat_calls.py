@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import workers
-from marginkernels import distributed
+from marginkernels import CurricularFace, distributed
 from marginkernels.compat.insightface import (
     ArcFace,
     CombinedMarginLoss,
@@ -94,6 +94,42 @@ def test_floating_labels_and_no_rows(name):
     assert loss == 0
     (dw,) = torch.autograd.grad(loss, head.weight)
     assert (dw == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("embedding_size", 0, "a positive integer, got 0"),
+        ("embedding_size", True, "a positive integer, got bool"),
+        ("num_classes", 1.5, "a positive integer, got float"),
+        ("num_classes", True, "a positive integer, got bool"),
+        ("sample_rate", 1.5, r"a number in \[0, 1\], got 1.5"),
+        ("sample_rate", "x", r"a number in \[0, 1\], got str"),
+        ("loss_cap", "x", "a finite number, got str"),
+        ("backend", "nope", "'auto' or one of .* got 'nope'"),
+    ],
+)
+def test_the_head_refuses_wrong_settings(name, value, error):
+    settings = dict(embedding_size=D, num_classes=C) | {name: value}
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected {error}"):
+        PartialFC_V2(CosFace(), **settings)
+
+
+def test_a_head_starts_afresh_after_meta():
+    def made():
+        torch.manual_seed(0)
+        return PartialFC_V2(MarginLoss(CurricularFace(0.5), 64.0), D, C)
+
+    fresh = made().state_dict()
+    with torch.device("meta"):
+        head = made()
+    head.to_empty(device="cpu")
+    for tensor in head.state_dict().values():
+        tensor.fill_(math.nan)
+    torch.manual_seed(0)
+    head.reset_parameters()
+    assert len(fresh) > 1
+    torch.testing.assert_close(head.state_dict(), fresh, rtol=0, atol=0)
 
 
 # what one rank gives instead of its embeddings or labels, and what is said of it

@@ -18,7 +18,6 @@ global batch, those of the embeddings times the number of ranks. What differs:
 """
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable
 
@@ -27,7 +26,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed, functional, loss, margins, ops, sampling, validation
+from .. import (
+    arguments,
+    backends,
+    distributed,
+    functional,
+    loss,
+    margins,
+    ops,
+    sampling,
+    validation,
+)
 from ..distributed import ClassShard
 from ..exchange import Exchange, opened
 from ..generators import mixed, random_seed
@@ -86,11 +95,12 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     ):
         super().__init__()
         _check_margin_loss(margin_loss)
-        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-            if not isinstance(size, numbers.Integral) or size < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
-        if not 0 <= sample_rate <= 1:
-            raise ValueError(f"sample_rate: expected a number in [0, 1], got {sample_rate}")
+        embedding_size = arguments.integer("embedding_size", embedding_size)
+        num_classes = arguments.integer("num_classes", num_classes)
+        sample_rate = arguments.number("sample_rate", sample_rate, least=0, most=1)
+        if loss_cap is not None:
+            loss_cap = arguments.number("loss_cap", loss_cap)
+        backends.check_name(backend)
         fused = isinstance(margin_loss, MarginLoss)
         grouped = distributed.in_group()
         self.rank = dist.get_rank() if grouped else 0
@@ -129,11 +139,23 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 "MarginLoss for every other margin",
                 stacklevel=2,
             )
-        seed = mixed(random_seed(), self.rank)
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(
-            torch.empty(self.num_local, embedding_size).normal_(std=0.01, generator=generator)
-        )
+        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
+        self._reset_weight()
+
+    def reset_parameters(self) -> None:
+        """Starts afresh, as after ``to_empty``: weight from N(0, 0.01^2), and of the margin loss
+        and its modules, what has a ``reset_parameters``.
+        """
+        self._reset_weight()
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def _reset_weight(self) -> None:
+        seed = mixed(random_seed(), self.rank)  # ranks with one seed must not draw the same rows
+        if not self.weight.is_meta:
+            generator = torch.Generator(self.weight.device).manual_seed(seed)
+            nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The mean loss of all ranks' rows, the same on all; 0 where there are none.
