@@ -111,18 +111,18 @@ def check_local(name: str, t: Tensor) -> None:
         )
 
 
-def check_scale(scale) -> None:
+def check_scale(scale, name: str = "scale") -> None:
     """A number is checked here, a tensor's value with the other values."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
-                f"scale: expected a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"
+                f"{name}: expected a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"
             )
     elif not arguments.is_number(scale):
         came = f"the class {scale.__name__}" if isinstance(scale, type) else type(scale).__name__
-        raise TypeError(f"scale: expected a number, 0-d tensor or module, got {came}")
+        raise TypeError(f"{name}: expected a number, 0-d tensor or module, got {came}")
     elif not 0 < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+        raise ValueError(f"{name}: expected a finite number > 0, got {scale}")
 
 
 def check_margin(margin, row_margin, num_classes: int, device: torch.device | None = None) -> None:

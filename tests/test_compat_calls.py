@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import workers
-from marginkernels import CurricularFace, distributed
+from marginkernels import AdaCos, CurricularFace, MarginSchedule, NSoftmax, distributed
 from marginkernels.compat.insightface import (
     ArcFace,
     CombinedMarginLoss,
@@ -73,6 +73,52 @@ def test_wrong_numbers_change_nothing(make, number, value, error):
     with pytest.raises((TypeError, ValueError), match=f"^{error}"):
         setattr(loss, number, value)
     assert getattr(loss, number) == before and loss.fused is made
+
+
+@pytest.mark.parametrize(
+    "make, number, margin_of",
+    [
+        (ArcFace, "margin", lambda loss: loss.fused),
+        (CosFace, "m", lambda loss: loss.fused),
+        (lambda: CombinedMarginLoss(64, 1.0, 0.5, 0.0), "m2", lambda loss: loss.fused),
+        (LOSSES["cos, filtered"][0], "m3", lambda loss: loss.fused.margin),
+    ],
+)
+def test_a_scheduled_margin_keeps_its_place(make, number, margin_of):
+    loss = make()
+    limits = dict(initial=0.1, final=0.3, finish=2, ramp="linear")
+    schedule = MarginSchedule(margin_of(loss), **limits)
+    assert getattr(loss, number) == 0.1
+    loss.s = 30
+    schedule.step()
+    assert getattr(loss, number) == margin_of(loss).m == 0.2
+
+
+def test_a_new_number_makes_a_margin_in_the_mode_of_its_loss():
+    loss = LOSSES["cos, filtered"][0]().eval()
+    loss.m3 = 0.2
+    assert not any(module.training for module in loss.modules())
+
+
+@pytest.mark.parametrize(
+    "margin, s, error",
+    [
+        (NSoftmax, 64.0, r"margin: expected an instance such as .* got the class NSoftmax"),
+        (0.5, 64.0, "margin: expected an nn.Module such as .* got float 0.5"),
+        (NSoftmax(), -3.0, "s: expected a finite number > 0, got -3.0"),
+        (NSoftmax(), AdaCos, "s: expected a number, 0-d tensor or module, got the class AdaCos"),
+    ],
+)
+def test_a_margin_loss_refuses_wrong_parts(margin, s, error):
+    with pytest.raises((TypeError, ValueError), match=f"^{error}"):
+        MarginLoss(margin, s)
+
+
+@pytest.mark.parametrize("s", [AdaCos(C), torch.nn.Parameter(torch.tensor(64.0))], ids=type)
+def test_a_margin_loss_with_any_scale_is_shown(s):
+    head, (x, y) = PartialFC_V2(MarginLoss(NSoftmax(), s), D, C), batch(9)
+    assert "NSoftmax()" in repr(head)
+    assert head(x.float(), y).isfinite()
 
 
 @pytest.mark.parametrize("name", ["CosFace", "any callable"])

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .. import arguments, margins
+from .. import arguments, margins, validation
 
 
 class MarginLoss(nn.Module):
@@ -16,11 +16,15 @@ class MarginLoss(nn.Module):
 
     Args:
         margin: any margin, also one that insightface does not have.
-        s: scale.
+        s: scale: a number, a 0-d tensor or a module, as ``scale`` of
+            :func:`marginkernels.margin_cross_entropy`.
     """
 
-    def __init__(self, margin: nn.Module, s: float):
+    def __init__(self, margin: nn.Module, s: float | Tensor | nn.Module):
         super().__init__()
+        arguments.module("margin", margin, "ArcFace(0.5)")
+        if not isinstance(s, nn.Module):
+            validation.check_scale(s, "s")
         self.margin, self.s = margin, s
 
     @property
@@ -29,7 +33,7 @@ class MarginLoss(nn.Module):
         return self.margin
 
     def extra_repr(self) -> str:
-        return f"s={self.s:g}"
+        return f"s={self.s:g}" if arguments.is_number(self.s) else ""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         raise RuntimeError(
@@ -41,6 +45,9 @@ class MarginLoss(nn.Module):
 class CosineMarginLoss(MarginLoss):
     """One that insightface has: it can be called with the cosines too, and its ``numbers`` have
     insightface's names. A new value, checked as that of the constructor, holds from the next step.
+
+    :class:`marginkernels.MarginSchedule` can move the m of ``fused``, which stays when ``s`` gets a
+    new value; one of the other numbers makes a new margin.
     """
 
     numbers: tuple[str, ...] = ("s",)
@@ -55,14 +62,16 @@ class CosineMarginLoss(MarginLoss):
         values["s"] = arguments.number("s", values["s"], above=0)
         made = self.make(**{name: values[name] for name in self.numbers if name != "s"})
         self.__dict__.update(values)
-        self._made = made
+        self._made = made.train(self.training)
 
     def make(self, **values: float) -> nn.Module:
         """The margin with these numbers."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value) -> None:
-        if name in self.numbers:
+        if name == "s":
+            self.__dict__["s"] = arguments.number("s", value, above=0)
+        elif name in self.numbers:
             self._take({known: getattr(self, known) for known in self.numbers} | {name: value})
         else:
             super().__setattr__(name, value)
@@ -86,6 +95,16 @@ class CosineMarginLoss(MarginLoss):
         return self.s * others.scatter(1, column, target)
 
 
+def _m_of(kind: type[margins.Margin], name: str) -> property:
+    """The number ``name``: m of the margin made, which may have moved, where it is of this kind."""
+
+    def read(loss: CosineMarginLoss) -> float:
+        margin = getattr(loss.fused, "margin", loss.fused)  # inside of a filter
+        return margin.m if isinstance(margin, kind) else loss.__dict__[name]
+
+    return property(read)
+
+
 class CombinedMarginLoss(CosineMarginLoss):
     """insightface's, which has two forms: for m3 > 0 CosFace with m3, whatever m1 and m2 are, and
     for m1 = 1, m3 = 0 ArcFace with m2, without a branch past theta = pi - m2.
@@ -100,6 +119,7 @@ class CombinedMarginLoss(CosineMarginLoss):
     """
 
     numbers = ("s", "m1", "m2", "m3", "interclass_filtering_threshold")
+    m2, m3 = _m_of(margins.ArcFace, "m2"), _m_of(margins.CosFace, "m3")
 
     def __init__(
         self,
@@ -143,6 +163,7 @@ class ArcFace(CosineMarginLoss):
     """
 
     numbers = ("s", "margin")
+    margin = _m_of(margins.ArcFace, "margin")
 
     def __init__(self, s: float = 64.0, margin: float = 0.5, *, gradient: str = "straight_through"):
         self.__dict__["gradient"] = gradient
@@ -156,6 +177,7 @@ class CosFace(CosineMarginLoss):
     """cos(theta) - m."""
 
     numbers = ("s", "m")
+    m = _m_of(margins.CosFace, "m")
 
     def __init__(self, s: float = 64.0, m: float = 0.40):
         super().__init__(s=s, m=m)
