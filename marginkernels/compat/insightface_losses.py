@@ -20,12 +20,19 @@ class MarginLoss(nn.Module):
             :func:`marginkernels.margin_cross_entropy`.
     """
 
+    _given_s = None  # of a number
+
     def __init__(self, margin: nn.Module, s: float | Tensor | nn.Module):
         super().__init__()
         arguments.module("margin", margin, "ArcFace(0.5)")
         if not isinstance(s, nn.Module):
             validation.check_scale(s, "s")
         self.margin, self.s = margin, s
+        self._given_s = arguments.kept(s)
+
+    def reset_parameters(self) -> None:
+        """Restores ``s`` where it is the tensor that was given."""
+        arguments.restore("s", self.s, self._given_s)
 
     @property
     def fused(self) -> nn.Module:
