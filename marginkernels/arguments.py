@@ -82,14 +82,41 @@ def trainable(name: str, value) -> None:
         )
 
 
-def assignable(owner: nn.Module, name: str, value) -> None:
-    """Raises TypeError where a number takes the place of a registered tensor."""
+def replace(owner: nn.Module, name: str, value) -> None:
+    """Makes room for a value that is about to be assigned: a number, tensor or module may take the
+    place of another kind.
+
+    A plain tensor will be a buffer. ``owner._given_<name>`` becomes what is :func:`kept` of the
+    value.
+
+    Raises:
+        TypeError: a number would take the place of a tensor.
+        ValueError: the value is not :func:`trainable`.
+    """
     now = owner._parameters.get(name, owner._buffers.get(name))
-    if now is not None and is_number(value):
+    if now is not None and isinstance(value, numbers.Real):
         raise TypeError(
             f"{name}: expected a tensor, as it is one now, got {value}: fill it, "
             f"{name}.data.fill_({value}), or delete it before you assign a number"
         )
+    trainable(name, value)
+    homes = (
+        (nn.Parameter, owner._parameters),
+        (Tensor, owner._buffers),
+        (nn.Module, owner._modules),
+        (numbers.Real, owner.__dict__),
+    )
+    home = next((entries for kind, entries in homes if isinstance(value, kind)), None)
+    if home is None:
+        return
+    for _, entries in homes:
+        if entries is not home:
+            entries.pop(name, None)
+    if home is owner._buffers and name not in home:
+        owner.register_buffer(name, None)
+    # fully_shard puts a whole parameter in the place of its part, and back, at each step
+    if not any(hasattr(tensor, "to_local") for tensor in (now, value)):
+        setattr(owner, f"_given_{name}", kept(value))
 
 
 def _shown(value) -> str:
@@ -98,7 +125,7 @@ def _shown(value) -> str:
 
 
 def kept(value) -> Tensor | None:
-    """A copy of a tensor that was given, for :func:`restore`; None of anything else."""
+    """A copy of a tensor that is given, for :func:`restore`; None of anything else."""
     if not isinstance(value, Tensor):
         return None
     return value.detach() if value.is_meta else value.detach().cpu().clone()
@@ -109,7 +136,7 @@ def restore(name: str, tensor, given: Tensor | None) -> None:
     """Fills a tensor with what was :func:`kept` of it, after it may have lost its values.
 
     One that was given on the meta device is filled with NaN, which no call takes for a value, and a
-    warning says so. What has taken the place of the one given stays.
+    warning says so. A tensor of another shape stays.
     """
     if given is None or not isinstance(tensor, Tensor) or tensor.shape != given.shape:
         return

@@ -60,6 +60,10 @@ class MarginSoftmaxHead(nn.Module):
     as SAM does or where gradients are accumulated, moves them twice.
     """
 
+    _given_scale: Tensor | None = None
+    _looked_for_replicas = False
+    _split = False  # whether the weight was ever a DTensor: fully_shard's is none in its forward
+
     def __init__(
         self,
         embedding_size: int,
@@ -90,11 +94,6 @@ class MarginSoftmaxHead(nn.Module):
         super().__init__()
         embedding_size = arguments.integer("embedding_size", embedding_size)
         num_classes = arguments.integer("num_classes", num_classes)
-        if isinstance(scale, AdaCos) and scale.num_classes != num_classes:
-            raise ValueError(
-                f"scale: expected AdaCos({num_classes}) for {num_classes} classes, got "
-                f"AdaCos({scale.num_classes})"
-            )
         if not isinstance(scale, nn.Module):
             validation.check_scale(scale)
         backends.check_name(backend)
@@ -105,13 +104,7 @@ class MarginSoftmaxHead(nn.Module):
             save_tiles,
         )  # fmt: skip
         self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.margin = margin
-        if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
-            arguments.trainable("scale", scale)
-            self.register_buffer("scale", scale)
-        else:
-            self.scale = scale
-        self._given_scale = arguments.kept(scale)
+        self.margin, self.scale = margin, scale
         self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
         self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
         self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
@@ -132,13 +125,17 @@ class MarginSoftmaxHead(nn.Module):
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
         distributed.watch_wrappers()
-        # fully_shard puts parameters of its own in the place of this one
-        self._first_weight, self._looked_for_replicas = id(self.weight), False
 
     def __setattr__(self, name, value):
         if name == "scale":
-            arguments.assignable(self, name, value)
-            arguments.trainable(name, value)
+            if isinstance(value, AdaCos) and value.num_classes != self.num_classes:
+                raise ValueError(
+                    f"scale: expected AdaCos({self.num_classes}) for {self.num_classes} classes, "
+                    f"got AdaCos({value.num_classes})"
+                )
+            arguments.replace(self, name, value)
+        elif name == "weight" and hasattr(value, "to_local"):
+            self._split = True
         super().__setattr__(name, value)
 
     def _require_agreement(self, bias: bool, dtype: torch.dtype) -> None:
@@ -163,8 +160,8 @@ class MarginSoftmaxHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Starts afresh, as after ``to_empty``: weight from N(0, 0.01^2), bias 0, scale and margin
-        as they were given, and what they remember as it was in the beginning; of the user's own
-        modules, what has a ``reset_parameters``. Of a sharded head, collective.
+        as they were last given, and what they remember as it was in the beginning; of the user's
+        own modules, what has a ``reset_parameters``. Of a sharded head, collective.
 
         A scale or margin that was given as a tensor on the meta device becomes NaN until it is
         filled or loaded, with a warning.
@@ -253,7 +250,8 @@ class MarginSoftmaxHead(nn.Module):
             return
         self._looked_for_replicas = True
         world = dist.get_world_size()
-        owned = self.shard is None and id(self.weight) == self._first_weight
+        # FullyShardedDataParallel puts a view of its own in the place of the parameter
+        owned = isinstance(self.weight, nn.Parameter) and not self._split
         if world > 1 and owned and not distributed.is_wrapped(self.weight):
             warnings.warn(
                 f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import Parameter
 
 from marginkernels import (
     AdaCos,
@@ -208,6 +209,34 @@ def test_a_number_in_the_place_of_a_tensor():
             getattr(owner, name).data.fill_(0.4)
             delattr(owner, name)
             setattr(owner, name, 0.2)
+
+
+# a head's scale or its margin's m: a number, one that is saved, one that is trained as well
+KINDS = {"number": float, "buffer": torch.tensor, "parameter": lambda v: Parameter(torch.tensor(v))}
+
+
+@pytest.mark.parametrize("before", KINDS)
+@pytest.mark.parametrize("after", ["buffer", "parameter"])
+def test_a_tensor_in_any_place_is_saved_and_moves(before, after):
+    module = head(margin=ArcFace(KINDS[before](0.5)), scale=KINDS[before](8.0))
+    module.scale, module.margin.m = KINDS[after](20.0), KINDS[after](0.3)
+    state, parameters = module.state_dict(), dict(module.named_parameters())
+    assert state["scale"] == 20 and state["margin.m"].item() == pytest.approx(0.3)
+    assert ("scale" in parameters) == ("margin.m" in parameters) == (after == "parameter")
+    assert {t.dtype for t in (module.double().scale, module.margin.m)} == {torch.float64}
+
+
+@pytest.mark.parametrize("before", KINDS)
+def test_a_module_as_scale_in_any_place_and_back(before):
+    module = head(margin=NSoftmax(), scale=KINDS[before](8.0))
+    with pytest.raises(ValueError, match=r"scale: expected AdaCos\(5\) .*, got AdaCos\(3\)"):
+        module.scale = AdaCos(3)
+    assert torch.as_tensor(module.scale) == 8
+    module.scale = AdaCos(5)
+    assert set(module.state_dict()) == {"weight", "scale.s"}
+    assert module(torch.randn(3, 4), torch.tensor([1, 2, 4])).isfinite()
+    module.scale = KINDS[before](16.0)
+    assert torch.as_tensor(module.scale) == 16 and "scale.s" not in module.state_dict()
 
 
 def test_a_tensor_that_would_never_be_trained():

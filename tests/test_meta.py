@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import workers
 from losses import C
@@ -84,12 +85,35 @@ def test_values_that_never_were_are_not_made_up():
     assert head(*batches()[0]).isfinite()
 
 
-def test_what_took_the_place_of_the_given_stays():
-    head = MarginSoftmaxHead(8, C, margin=ArcFace(0.3), scale=16.0)
-    head.margin.m, head.scale = torch.rand(C), torch.nn.Parameter(torch.tensor(3.0))
+@pytest.mark.parametrize(
+    "kind", [float, torch.tensor, lambda v: torch.nn.Parameter(torch.tensor(v))]
+)
+def test_what_took_the_place_of_the_given_is_restored(kind):
+    head = MarginSoftmaxHead(8, C, margin=ArcFace(kind(0.3)), scale=kind(16.0))
+    head.margin.m, head.scale = (torch.nn.Parameter(torch.tensor(v)) for v in (0.2, 3.0))
     before = state_of(head)
+    assert before["margin.m"] == 0.2 and before["scale"] == 3
+    head = emptied(head)
     head.reset_parameters()
     assert same(before, state_of(head))
+
+
+def whole_again():
+    """The margin of a head that fully_shard split, trained and put together, after a reset."""
+    margin = ArcFace(torch.nn.Parameter(torch.linspace(0.1, 0.4, C)))
+    head = MarginSoftmaxHead(8, C, margin=margin, scale=16.0)
+    fully_shard(head, mesh=dist.init_device_mesh("cpu", (2,)))
+    head.reshard()
+    with torch.no_grad():
+        margin.m.fill_(0.0)
+    head.unshard()
+    head.reset_parameters()
+    return margin.m.tolist()
+
+
+def test_the_parts_of_fully_shard_are_not_given():
+    for m in workers.run(2, whole_again):
+        assert m == torch.linspace(0.1, 0.4, C).tolist()
 
 
 def test_a_sampling_head_on_meta():

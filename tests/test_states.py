@@ -84,6 +84,19 @@ def test_ignored_rows_and_empty_batches_leave_statistics_alone(make):
     assert same(before, state_of(with_them))
 
 
+@EACH
+def test_modules_pickled_before_an_attribute_existed(make):
+    head = head_of(make())
+    newer = ("_looked_for_replicas", "_split", "_given_scale", "_given_m", "_initial")
+    for module in head.modules():
+        for name in newer:
+            module.__dict__.pop(name, None)
+    (x, y), twin = batches()[0], head_of(make())
+    assert torch.equal(head(x, y), twin(x, y))
+    assert head.double()(x.double(), y).dtype == F64
+    head.reset_parameters()
+
+
 def test_curricular_t_is_the_average_of_the_target_cosines():
     margin, (x, w, y) = CurricularFace(alpha=0.25).double(), operands()
     cosine = torch.nn.functional.cosine_similarity(x, w[y])

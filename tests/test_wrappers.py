@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Heads that other modules wrap, shard, or ought to."""
 
+import copy
 import warnings
 
 import pytest
@@ -97,11 +98,29 @@ def fully_sharded():
     return model
 
 
+def from_meta():
+    with torch.device("meta"):
+        model = Model()
+    model.to_empty(device="cpu")
+    for module in model.children():
+        module.reset_parameters()
+    return model
+
+
+def extended():
+    model = Model()
+    model.head.extend(2)
+    return model
+
+
 def warnings_of_set_ups():
     frozen = Model()
     frozen.head.requires_grad_(False)
     return {
         "alone": told(Model),
+        "copied": told(lambda: copy.deepcopy(Model())),
+        "from meta": told(from_meta),
+        "extended": told(extended),
         "DDP": told(lambda: DistributedDataParallel(Model())),
         "DDP of each": told(TwoWrapped),
         "FSDP": told(lambda: FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))),
@@ -118,7 +137,9 @@ def warnings_of_set_ups():
 
 def test_heads_that_would_drift_apart_are_warned_of_once():
     for told_of in workers.run(2, warnings_of_set_ups):
-        (alone,) = told_of.pop("alone")
-        assert all(word in alone for word in ("2 processes", "process_group", "filterwarnings"))
+        for drifting in ("alone", "copied", "from meta", "extended"):
+            (warned,) = told_of.pop(drifting)
+            words = ("2 processes", "process_group", "filterwarnings")
+            assert all(word in warned for word in words)
         assert not any(told_of.values()), told_of
     assert not workers.run(1, told, Model)[0]

@@ -104,32 +104,27 @@ class Margin(nn.Module):
     """
 
     interval = Interval(-math.inf, math.inf)
+    _given_m: Tensor | None = None
 
     def __init__(self, m: float | Tensor, gradient: str = "exact"):
         super().__init__()
         if gradient not in ("exact", "straight_through"):
             raise ValueError(f"gradient: expected 'exact' or 'straight_through', got {gradient!r}")
         self.gradient = gradient
-        if isinstance(m, Tensor) and not isinstance(m, nn.Parameter):
-            arguments.trainable("m", m)
-            self.register_buffer("m", m)
-        else:
-            self.m = m
-        self._given_m = arguments.kept(m)
+        self.m = m
         self.check_type()
         if not isinstance(m, Tensor) or m.device.type == "cpu":
             self.check_range()
 
     def __setattr__(self, name, value):
         if name == "m":
-            arguments.assignable(self, name, value)
-            arguments.trainable(name, value)
+            arguments.replace(self, name, value)
             if arguments.is_number(value) and not isinstance(value, float | int):
                 value = float(value)  # a numpy number
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Restores ``m`` where it is the tensor that the margin was made with."""
+        """Restores ``m`` where it is a tensor, as it was given or last assigned."""
         arguments.restore(f"{type(self).__name__}: m", self.m, self._given_m)
 
     def check_type(self) -> None:

@@ -2,6 +2,9 @@
 # Copyright (c) 2026 The marginkernels authors
 """State of losses, and statistics of the rows that take part, without synchronisation."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,8 @@ class Stateful(nn.Module):
     steps of an average would be rounded away. A forward reads them by :meth:`recall` and nowhere
     else, so that what it computes does not change when they move on.
     """
+
+    _initial: Mapping[str, float] = MappingProxyType({})
 
     def remember(self, **initial: float) -> None:
         """Registers a buffer () for each number; integers stay integers."""
