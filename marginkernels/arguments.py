@@ -63,6 +63,12 @@ def integer(name: str, value, least: int = 1, most: int | None = None) -> int:
     return int(value)
 
 
+def boolean(name: str, value) -> None:
+    """Raises TypeError unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
+
+
 def module(name: str, value, example: str) -> None:
     """Raises TypeError unless the value is a module, and not its class."""
     if isinstance(value, type):

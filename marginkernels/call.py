@@ -42,8 +42,9 @@ class CheckedCall(NamedTuple):
 
 
 def check(
-    settings: Settings, x, w, y, margin, scale, bias, shard, sampler, sample_weight, row_margin
-) -> CheckedCall:
+    settings: Settings, x, w, y, margin, scale, bias, shard, sampler, generator, sample_weight,
+    row_margin,
+) -> CheckedCall:  # fmt: skip
     """Raises whatever is wrong with the arguments of a call, before anything is exchanged."""
     validation.check_settings(*settings[:8])
     validation.check_operands(x, w, y, bias, sample_weight, row_margin, shard)
@@ -58,8 +59,9 @@ def check(
     validation.check_margin(margin, row_margin, num_classes, w.device)
     validation.check_cosines(margin, observer, settings.normalize, bias is not None)
     validation.check_sampling(
-        settings.sample_rate, settings.logq, sampler, settings.label_smoothing, margin, observer
-    )
+        settings.sample_rate, settings.logq, sampler, generator, settings.label_smoothing, margin,
+        observer,
+    )  # fmt: skip
     backend = backends.select(settings.backend, x.device, compute_dtype)
     obstacles = _tile_obstacles(settings, bias, margin, scale, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:

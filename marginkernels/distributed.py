@@ -31,10 +31,15 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def check_grad_scale(grad_scale: str) -> None:
-    """Raises ValueError unless it is one of the two that there are."""
+def check_settings(grad_scale: str, even_batches: bool, max_local_batch: int | None) -> None:
+    """Raises TypeError or ValueError for what a :class:`ClassShard` cannot be set to."""
     if grad_scale not in ("ddp", "exact"):
         raise ValueError(f"grad_scale: expected 'ddp' or 'exact', got {grad_scale!r}")
+    arguments.boolean("even_batches", even_batches)
+    if max_local_batch is not None:
+        arguments.integer("max_local_batch", max_local_batch)
+        if even_batches:
+            raise ValueError("max_local_batch: expected None with even_batches=True")
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,7 @@ class ClassShard:
                 "shard: expected 0 <= start <= stop <= total and a class at least, got "
                 f"start={self.start}, stop={self.stop}, total={self.total}"
             )
-        check_grad_scale(self.grad_scale)
-        height = self.max_local_batch
-        if height is not None:
-            arguments.integer("max_local_batch", height)
-        if self.even_batches and height is not None:
-            raise ValueError("max_local_batch: expected None with even_batches=True")
+        check_settings(self.grad_scale, self.even_batches, self.max_local_batch)
         if not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(
                 "group: expected a process group that this rank is in, got "

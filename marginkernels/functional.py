@@ -124,7 +124,9 @@ def margin_cross_entropy(
     rows_given = dict(sample_weight=sample_weight, row_margin=row_margin)
     exchange, call = opened(
         shard, x, w,
-        lambda: check(settings, x, w, y, margin, scale, bias, shard, sampler, **rows_given),
+        lambda: check(
+            settings, x, w, y, margin, scale, bias, shard, sampler, generator, **rows_given,
+        ),
         lambda call: agreed(settings, call, margin, scale, bias, shard, sampler, **rows_given),
         return_stats,
     )  # fmt: skip

@@ -97,7 +97,8 @@ class MarginSoftmaxHead(nn.Module):
         if not isinstance(scale, nn.Module):
             validation.check_scale(scale)
         backends.check_name(backend)
-        distributed.check_grad_scale(grad_scale)
+        arguments.boolean("bias", bias)
+        distributed.check_settings(grad_scale, even_batches, max_local_batch)
         validation.check_margin(margin, None, num_classes)
         validation.check_settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
@@ -109,7 +110,7 @@ class MarginSoftmaxHead(nn.Module):
         self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
         self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
         validation.check_cosines(margin, scale, normalize, bias)
-        validation.check_sampling(sample_rate, logq, None, label_smoothing, margin, scale)
+        validation.check_sampling(sample_rate, logq, None, None, label_smoothing, margin, scale)
         self.sample_rate, self.logq = sample_rate, logq
         self.shard, self._mesh = None, distributed.class_mesh(process_group, device_mesh, device)
         if self._mesh is not None:

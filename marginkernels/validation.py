@@ -163,14 +163,17 @@ def check_cosines(margin, scale, normalize: str, bias: bool) -> None:
         raise ValueError(f"bias: expected none with {type(needs).__name__}")
 
 
-def check_sampling(sample_rate, logq, sampler, label_smoothing, margin, scale) -> None:
+def check_sampling(sample_rate, logq, sampler, generator, label_smoothing, margin, scale) -> None:
     """A sample stands for all classes in the sum of exponentials only."""
     if not arguments.is_number(sample_rate) or not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
     if sampler is not None and not callable(sampler):
         raise TypeError(f"sampler: expected a function of labels, got {type(sampler).__name__}")
-    if not isinstance(logq, bool):
-        raise TypeError(f"logq: expected a bool, got {type(logq).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+        )
+    arguments.boolean("logq", logq)
     if (sample_rate < 1 or sampler is not None) and label_smoothing > 0:
         raise ValueError(f"label_smoothing: expected 0 with a sample, got {label_smoothing}")
     looks = scale if getattr(scale, "adapts", False) else margin

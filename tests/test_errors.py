@@ -334,11 +334,9 @@ BAD = {
         ["save_tiles:", "normalize", "73", "label_smoothing", "reference"],
     ),
     "sampler number": (lambda a: dict(sampler=3), TypeError, ["sampler:", "function", "int"]),
-    "backend unknown": (
-        lambda a: dict(backend="cudnn"),
-        ValueError,
-        ["backend:", "reference", "cudnn"],
-    ),
+    "generator": (lambda a: dict(generator=3), TypeError, ["generator:", "Generator", "int"]),
+    "backend list": (lambda a: dict(backend=[]), ValueError, ["backend:", "reference", "[]"]),
+    "backend": (lambda a: dict(backend="cudnn"), ValueError, ["backend:", "'auto'", "cudnn"]),
 }
 
 

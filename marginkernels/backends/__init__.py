@@ -38,7 +38,7 @@ def reasons(
 
 def check_name(backend: str) -> None:
     """Raises ValueError unless it is "auto" or a backend."""
-    if backend != "auto" and backend not in _MODULES:
+    if backend not in ("auto", *_MODULES):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(_MODULES)}, got {backend!r}")
 
 
@@ -47,6 +47,7 @@ def select(backend: str, device: torch.device | str, compute_dtype: torch.dtype)
 
     Raises ValueError for an unknown name, RuntimeError with all reasons for one that cannot run.
     """
+    check_name(backend)
     device = torch.device(device)
     call = backend, device, compute_dtype
     if call not in _selected:
@@ -75,7 +76,6 @@ def _best(device: torch.device, compute_dtype: torch.dtype) -> str:
 
 
 def _named(backend: str, device: torch.device, compute_dtype: torch.dtype) -> str:
-    check_name(backend)
     why_not = reasons(backend, device, compute_dtype)
     if why_not:
         raise RuntimeError(f"backend: {backend!r} cannot run here: " + "; ".join(why_not))
