@@ -99,6 +99,15 @@ def replace(owner: nn.Module, name: str, value) -> None:
         TypeError: a number would take the place of a tensor.
         ValueError: the value is not :func:`trainable`.
     """
+    homes = (
+        (nn.Parameter, owner._parameters),
+        (Tensor, owner._buffers),
+        (nn.Module, owner._modules),
+        (numbers.Real, owner.__dict__),
+    )
+    # FullyShardedDataParallel takes a parameter out, and then sets views of its own
+    if f"_given_{name}" in owner.__dict__ and not any(name in entries for _, entries in homes):
+        return
     now = owner._parameters.get(name, owner._buffers.get(name))
     if now is not None and isinstance(value, numbers.Real):
         raise TypeError(
@@ -106,12 +115,6 @@ def replace(owner: nn.Module, name: str, value) -> None:
             f"{name}.data.fill_({value}), or delete it before you assign a number"
         )
     trainable(name, value)
-    homes = (
-        (nn.Parameter, owner._parameters),
-        (Tensor, owner._buffers),
-        (nn.Module, owner._modules),
-        (numbers.Real, owner.__dict__),
-    )
     home = next((entries for kind, entries in homes if isinstance(value, kind)), None)
     if home is None:
         return

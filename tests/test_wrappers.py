@@ -135,6 +135,31 @@ def warnings_of_set_ups():
     }
 
 
+def trained_with_a_table(original_parameters):
+    """Two steps of a head with a learnable table of margins, and one forward without gradient."""
+    head = MarginSoftmaxHead(D, C, margin=CosFace(nn.Parameter(torch.full((C,), 0.2))), scale=8.0)
+    model = FullyShardedDataParallel(
+        head, device_id=torch.device("cpu"), use_orig_params=original_parameters
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(N, D), torch.arange(N)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x, y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(x, y)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return head.margin.m.detach().clone(), sorted(name for name, _ in head.named_buffers())
+
+
+@pytest.mark.parametrize("original_parameters", [False, True])
+def test_a_table_of_margins_is_trained_by_fully_sharded_data_parallel(original_parameters):
+    (first, buffers), (second, _) = workers.run(2, trained_with_a_table, original_parameters)
+    assert torch.equal(first, second) and buffers == []
+    assert (first[:N] != 0.2).all() and torch.equal(first[N:], torch.full((C - N,), 0.2))
+
+
 def test_heads_that_would_drift_apart_are_warned_of_once():
     for told_of in workers.run(2, warnings_of_set_ups):
         for drifting in ("alone", "copied", "from meta", "extended"):
