@@ -49,15 +49,14 @@ int stages_per_block() {
     return shared >= wanted ? kMostStages : kFewestStages;
 }
 
-namespace {
-__global__ void nothing_kernel() {}
-}  // namespace
+// Stands for all kernels where the runtime is asked whether there is code for a device.
+__global__ void __launch_bounds__(32) probe_kernel() {}
 
 std::string failure(int device) {
     const int before = current_device();
     cudaFuncAttributes attributes;
     cudaError_t error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing_kernel);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe_kernel);
     cudaGetLastError();  // which would be reported by the next launch
     cudaSetDevice(before);
     return error == cudaSuccess ? "" : cudaGetErrorString(error);

@@ -72,7 +72,7 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
             const auto f = F::apply(product * rate[row], parameter[row], tile_call.constants);
             // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
             const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
-                                                            : scale * f.value;
+                                                            : scale * f.value + bias[k];
             float g = a[row] * ptx::exp2((z - lse[row]) * kLog2E) + u[row];
             g = target == k || k >= classes ? 0.0F : g;
             dbias[k] += g;
