@@ -63,13 +63,12 @@ def opened(
         return Whole(x, wants_stats), check()
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
-    checked, settings, error = None, {}, None
+    checked, error = None, None
     try:
         checked = check()
-        settings = agreed(checked)
     except Exception as raised:
         error = raised
-    return Exchange(shard, x, w, wants_stats, error, settings), checked
+    return Exchange(shard, x, w, wants_stats, error, lambda: agreed(checked)), checked
 
 
 class Whole:
@@ -120,7 +119,8 @@ class Exchange:
         w: this rank's classes, on the group's device even where x is not.
         wants_stats: whether this rank wants statistics; ``wants_stats`` is then whether any does.
         error: what this rank found wrong with its arguments: it is raised on all ranks.
-        agreed: what has to be the same on all ranks; compared, and shown, as strings.
+        agreed: gives what has to be the same on all ranks, where they compare it; compared, and
+            shown, as strings.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Exchange:
         w: Tensor | None = None,
         wants_stats: bool = False,
         error: Exception | None = None,
-        agreed: dict | None = None,
+        agreed: Callable[[], dict] = dict,
     ):
         self.shard, self.group, self.error = shard, shard.group, error
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -147,7 +147,7 @@ class Exchange:
         self.wants_dx, self.wants_stats = True, wants_stats
         promised = shard.even_batches or height is not None
         if self.check or not promised:
-            sizes, wants_dx = self._agree(x, agreed or {})
+            sizes, wants_dx = self._agree(x, agreed)
             if not promised:
                 self._place(sizes)
                 self.wants_dx = wants_dx
@@ -157,23 +157,23 @@ class Exchange:
             self.first = self.rank * self.height
         self.wants_dx = self.wants_dx and torch.is_grad_enabled()
 
-    def _agree(self, x: Tensor, agreed: dict) -> tuple[list[int], bool]:
+    def _agree(self, x: Tensor, agreed: Callable[[], dict]) -> tuple[list[int], bool]:
         """Tells the others what this rank has and wants; the host waits. The ranks' numbers of
         rows, and whether any wants dx.
         """
-        failed = self.error is not None
+        failed, settings = self.error is not None, {}
         if not failed:
-            agreed = {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed
-        agreed = {name: str(value) for name, value in agreed.items()}
+            settings = {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed()
+        settings = {name: str(value) for name, value in settings.items()}
         wants_dx = not failed and x.requires_grad
-        mine = [failed, self.n, wants_dx, self.wants_stats, _fingerprint(agreed)]
+        mine = [failed, self.n, wants_dx, self.wants_stats, _fingerprint(settings)]
         mine = torch.tensor(mine, dtype=torch.int64).to(self.device)
         every = self._gather(mine).view(self.world, -1).tolist()
         failed, sizes, wants_dx, wants_stats, fingerprints = zip(*every, strict=True)
         if any(failed):
             raise_together(self.group, self.error)
         if len(set(fingerprints)) > 1:
-            require_agreement(self.group, **agreed)
+            require_agreement(self.group, **settings)
         if self.shard.even_batches:
             require_same("x", [f"{size} rows (even_batches=True)" for size in sizes])
         self.wants_stats = any(wants_stats)

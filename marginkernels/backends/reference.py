@@ -29,11 +29,6 @@ def unavailable_reasons(
     return []
 
 
-def _rounded(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """The rows as the tile sees them: rounded to the compute type, held in the statistics type."""
-    return rows.to(compute_dtype).to(ops.statistics_dtype(compute_dtype))
-
-
 def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(ops.norm_min(compute_dtype))
 
@@ -63,7 +58,7 @@ def _blocks(
     count = max(_BLOCK_NUMBERS // max(*x_unit.shape, 1), _BLOCK_CLASSES)
     for first in range(0, len(w), count):
         classes = slice(first, min(first + count, len(w)))
-        rows = _rounded(w[classes], compute_dtype)
+        rows = ops.rounded(w[classes], compute_dtype)
         w_inv = _inverse_norm(rows, compute_dtype)
         w_unit = rows * w_inv[:, None] if normalize_w else rows
         product = x_unit @ w_unit.T
@@ -78,7 +73,7 @@ def head_fwd(
     want_max, transform, row_parameter, constants,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`."""
-    x = _rounded(x, compute_dtype)
+    x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     x_unit = x * x_inv[:, None] if normalize_x else x
     top, logit_max = (x.new_full((len(x),), -math.inf) for _ in range(2))  # of f, and of z
@@ -118,7 +113,7 @@ def head_bwd(
     transform, row_parameter, constants,
 ):  # fmt: skip
     """See :mod:`marginkernels.ops`."""
-    rows = _rounded(x, compute_dtype)
+    rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
     dx = torch.zeros_like(rows) if need_x else None
     dw = w.new_empty(w.shape if need_w else 0)
