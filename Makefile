@@ -43,8 +43,8 @@ gpu: build/extension
 
 # the Triton and, where nvcc is, the CUDA kernels in every configuration for every target
 compile-gate: $(VENV)/package
-	$(BIN)/python -m tests.gpu.compile_gate --all
-	$(BIN)/python -m tests.cuda.gate
+	$(BIN)/python -m tools.gates.triton --all
+	$(BIN)/python -m tools.gates.cuda
 
 lint: $(VENV)/package
 	ruff check .

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import measure
 from heads import HEADS
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
-from marginkernels.distributed import local
+from marginkernels.distributed.shard import local
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
 NOISE = 0.5  # standard deviation of a view around its centre, whose own is 1

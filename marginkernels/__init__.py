@@ -3,7 +3,13 @@
 """Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
 
 from .backends import backend_notes, backend_report
-from .distributed import ClassShard
+from .distributed import (
+    ClassShard,
+    GradScaler,
+    clip_grad_norm_,
+    clip_grad_value_,
+    param_groups,
+)
 from .functional import HeadStats, margin_cross_entropy
 from .margins import (
     AdaFace,
@@ -29,7 +35,6 @@ from .margins import (
     margins_from_counts,
 )
 from .modules import MarginSoftmaxHead
-from .optim import GradScaler, clip_grad_norm_, clip_grad_value_, param_groups
 from .scales import AdaCos
 from .schedules import MarginSchedule
 from .triplet import TripletLoss

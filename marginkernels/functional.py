@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from . import loss, ops, sampling
 from .autograd import HeadFunction
 from .call import Settings, agreed, check
-from .distributed import ClassShard
-from .exchange import opened
+from .distributed.exchange import opened
+from .distributed.shard import ClassShard
 from .loss import HeadStats
 from .margins import Rows
 from .transforms import IDENTITY, Transform

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, backends, distributed, ops, validation
+from . import arguments, backends, ops, validation
 from .call import resolve_compute_dtype
-from .exchange import opened
-from .extend import extend
+from .distributed import shard as distributed
+from .distributed.exchange import opened
+from .distributed.extend import extend
 from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed, random_seed, without_unused
 from .sampling import Sampler
@@ -46,9 +47,9 @@ class MarginSoftmaxHead(nn.Module):
             arcface_torch.
         process_group, device_mesh: splits the classes over the ranks of a group, or of a mesh of
             one dimension (``mesh["classes"]`` of a larger one). ``weight`` and ``bias`` are then
-            DTensors, Shard(0); :mod:`marginkernels.exchange` says what a step exchanges, and
-            :class:`ClassShard` what grad_scale, even_batches and max_local_batch mean. All ranks
-            construct the head, and call it, together. It must not be inside a
+            DTensors, Shard(0); :mod:`marginkernels.distributed.exchange` says what a step
+            exchanges, and :class:`ClassShard` what grad_scale, even_batches and max_local_batch
+            mean. All ranks construct the head, and call it, together. It must not be inside a
             DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
         sample_rate, logq: Partial FC in training mode, see :func:`margin_cross_entropy`. The state
             of the random numbers is saved with the head.

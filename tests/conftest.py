@@ -7,10 +7,10 @@ CUDA kernels too, on the CPU.
 import pytest
 import torch
 
-import simulation
 from marginkernels import backend_report
 from marginkernels.backends import reasons
-from tests.cuda import host
+from tests.emulation import host
+from tests.support import simulation
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = list(backend_report())

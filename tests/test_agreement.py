@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import workers
 from marginkernels import (
     AdaCos,
     ArcFace,
@@ -19,7 +18,8 @@ from marginkernels import (
     margin_cross_entropy,
 )
 from marginkernels.compat.insightface import PartialFC_V2
-from sharding import F64, my_shard
+from tests.support import workers
+from tests.support.sharding import F64, my_shard
 
 
 def raised_by(function):

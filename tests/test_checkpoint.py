@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import workers
 from marginkernels import ArcFace, CosFace, CurricularFace, MarginSoftmaxHead
-from marginkernels.checkpoint import load_checkpoint, save_checkpoint
 from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
+from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
+from tests.support import workers
 
 N, C, D = 12, 7, 4
 OPTIMIZERS = {

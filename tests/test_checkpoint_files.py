@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-import workers
-from marginkernels.checkpoint import files, load_checkpoint, save_checkpoint
 from test_checkpoint import make, state, step
+
+from marginkernels.distributed.checkpoint import files, load_checkpoint, save_checkpoint
+from tests.support import workers
 
 
 def saved(path, **settings):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from marginkernels import CosFace, MarginSoftmaxHead
-from marginkernels.checkpoint import load_checkpoint, save_checkpoint
+from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
 
 C, D = 5, 4
 CLASSES = {

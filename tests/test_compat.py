@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import marginkernels as mk
-import workers
 from marginkernels.compat.insightface import (
     LOSS_CAP,
     ArcFace,
@@ -19,6 +18,7 @@ from marginkernels.compat.insightface import (
     MarginLoss,
     PartialFC_V2,
 )
+from tests.support import workers
 
 C, D, F64 = 11, 6, torch.float64
 

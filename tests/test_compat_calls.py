@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from test_compat import LOSSES, C, D, batch, make, same
 
-import workers
-from marginkernels import AdaCos, CurricularFace, MarginSchedule, NSoftmax, distributed
+from marginkernels import AdaCos, CurricularFace, MarginSchedule, NSoftmax
 from marginkernels.compat.insightface import (
     ArcFace,
     CombinedMarginLoss,
@@ -19,7 +19,8 @@ from marginkernels.compat.insightface import (
     MarginLoss,
     PartialFC_V2,
 )
-from test_compat import LOSSES, C, D, batch, make, same
+from marginkernels.distributed import shard as distributed
+from tests.support import workers
 
 # what makes the loss, the numbers assigned one after another, and what makes the loss with them
 REASSIGNED = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import stateful
-from losses import LOSSES, operands
-from losses import C as CLASSES
 from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy, ops
-from small import C, D, N, batch, make_head
+from tests.support import stateful
+from tests.support.losses import LOSSES, operands
+from tests.support.losses import C as CLASSES
+from tests.support.small import C, D, N, batch, make_head
 
 
 def op_arguments(backend, device, compute_dtype, save_tiles):

@@ -5,12 +5,14 @@ what differs from one GPU to the next, its PTX in a simulator, and the gate for 
 """
 
 import pytest
+import test_compile as compiled
 import torch
 
-import test_compile as compiled
 from marginkernels import ArcFace, MVSoftmax
-from problems import random_problem
-from tests.cuda import gate, host, nvcc, simulate
+from tests.emulation import host, simulate
+from tests.support.problems import random_problem
+from tools.gates import cuda as gate
+from tools.gates import nvcc
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 needs_nvcc = pytest.mark.skipif(nvcc.why_not() is not None, reason=str(nvcc.why_not()))

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda import gate, host, nvcc
+from tests.emulation import host
+from tools.gates import cuda as gate
+from tools.gates import nvcc
 
-TOY = Path(__file__).parent / "cuda" / "toy.cu"
+TOY = Path(__file__).parent / "emulation" / "toy.cu"
 BUGS = (
     "none",
     "missing barrier",

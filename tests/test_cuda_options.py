@@ -6,12 +6,12 @@ sums, maxima, biases, un-normalised sides and gradients of norms and of the scal
 
 import pytest
 import torch
+from test_transforms import operands
 
 from marginkernels import ops
 from marginkernels.testing import row_errors
 from marginkernels.transforms import TRANSFORMS
-from test_transforms import operands
-from tests.cuda import host
+from tests.emulation import host
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # with G rounded once: a unit in the last place of its type

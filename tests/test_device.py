@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import LOSSES, C, operands
 from marginkernels import AdaCos, ArcFace, MarginSoftmaxHead, NSoftmax, validation
 from marginkernels.backends import reasons
+from tests.support.losses import LOSSES, C, operands
 
 GPU_BACKENDS = ("triton", "native")
 

@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import simulation
-import workers
-from losses import C, operands
 from marginkernels import (
     AdaCos,
     AdaMSoftmax,
@@ -24,8 +21,10 @@ from marginkernels import (
     NSoftmax,
     margin_cross_entropy,
 )
-from problems import random_problem
-from sharding import (
+from tests.support import simulation, workers
+from tests.support.losses import C, operands
+from tests.support.problems import random_problem
+from tests.support.sharding import (
     ShardedProblem,
     compare_edges,
     compare_losses,

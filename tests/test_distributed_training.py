@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import workers
 from marginkernels import (
     ArcFace,
     CurricularFace,
@@ -20,8 +19,9 @@ from marginkernels import (
     MarginSoftmaxHead,
     clip_grad_norm_,
 )
-from marginkernels.distributed import local
-from sharding import my_rows
+from marginkernels.distributed.shard import local
+from tests.support import workers
+from tests.support.sharding import my_rows
 
 C, D = 13, 8
 OPTIMIZERS = {

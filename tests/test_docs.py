@@ -2,26 +2,16 @@
 # Copyright (c) 2026 The marginkernels authors
 """The table of the losses is that of the code."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import torch
 
 import marginkernels as mk
-
-
-def load():
-    path = Path(__file__).parents[1] / "docs" / "losses_table.py"
-    spec = importlib.util.spec_from_file_location("losses_table", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools.docs import losses as generator
 
 
 def test_the_table_is_up_to_date_and_complete():
-    generator = load()
-    assert generator.PATH.read_text() == generator.document(), "run python docs/losses_table.py"
+    assert generator.PATH.read_text() == generator.document(), "run python -m tools.docs.losses"
     listed = {thing.__name__ for thing in generator.MARGINS}
     margins = {
         name

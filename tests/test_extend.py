@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from test_checkpoint import C, D, make, run, state, step, train_and_save, whole
+from test_checkpoint_optimizers import OPTIMIZERS, give_gradients
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-import workers
 from marginkernels import ArcFace, CosFace, MarginSoftmaxHead
-from marginkernels.checkpoint import load_checkpoint
-from test_checkpoint import C, D, make, run, state, step, train_and_save, whole
-from test_checkpoint_optimizers import OPTIMIZERS, give_gradients
+from marginkernels.distributed.checkpoint import load_checkpoint
+from tests.support import workers
 
 
 def load_and_extend(kind, path, k, init, settings):

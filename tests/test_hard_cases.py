@@ -9,7 +9,7 @@ import torch
 
 from marginkernels import ArcFace, CosFace, MagFace, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget, row_errors
-from problems import Problem, random_problem
+from tests.support.problems import Problem, random_problem
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TYPES = pytest.mark.parametrize("compute_dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])

@@ -7,7 +7,7 @@ import torch
 
 from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy
 from marginkernels.testing import plain_margin_cross_entropy
-from problems import random_problem
+from tests.support.problems import random_problem
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

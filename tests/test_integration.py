@@ -22,7 +22,7 @@ from marginkernels import (
     ops,
 )
 from marginkernels.testing import plain_margin_cross_entropy
-from small import C, D, N, batch, make_head
+from tests.support.small import C, D, N, batch, make_head
 
 
 def test_autocast_decides_the_compute_type(backend, device):

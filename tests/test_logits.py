@@ -9,7 +9,7 @@ import torch
 
 from marginkernels import ArcFace, MVSoftmax, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget
-from problems import Problem, random_problem
+from tests.support.problems import Problem, random_problem
 
 BF16, F32 = torch.bfloat16, torch.float32
 

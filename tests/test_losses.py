@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from losses import LOSSES, C, dense, fused, operands, solve
 from marginkernels import CurricularFace, MVSoftmax, NSoftmax, margin_cross_entropy
 from marginkernels.backends import reasons
 from marginkernels.testing import assert_within_budget
+from tests.support.losses import LOSSES, C, dense, fused, operands, solve
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EACH = pytest.mark.parametrize("name", LOSSES)

@@ -19,7 +19,7 @@ from marginkernels import (
     margin_cross_entropy,
 )
 from marginkernels.margins import safe_acos, safe_sin
-from problems import random_problem
+from tests.support.problems import random_problem
 
 PI = math.pi
 

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-import workers
-from losses import C
 from marginkernels import (
     AdaMSoftmax,
     ArcFace,
@@ -20,7 +18,9 @@ from marginkernels import (
     NSoftmax,
 )
 from marginkernels.compat import insightface
-from stateful import STATEFUL, batches, same, state_of
+from tests.support import workers
+from tests.support.losses import C
+from tests.support.stateful import STATEFUL, batches, same, state_of
 
 GIVEN = {
     "number": lambda: dict(margin=ArcFace(torch.tensor(0.3)), scale=torch.tensor(16.0)),

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-import workers
 from marginkernels import (
     CosFace,
     GradScaler,
@@ -21,7 +20,8 @@ from marginkernels import (
     clip_grad_value_,
     param_groups,
 )
-from marginkernels.distributed import local
+from marginkernels.distributed.shard import local
+from tests.support import workers
 
 C, D = 5, 4
 # settings by optimizer; torch has no fused step of DTensors for SGD

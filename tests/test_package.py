@@ -109,7 +109,7 @@ def test_each_cpu_capability(capability):
 import json, torch
 from marginkernels.backends import native
 from marginkernels import ArcFace
-from problems import random_problem
+from tests.support.problems import random_problem
 import test_logits
 why_not = native.unavailable_reasons()
 for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16):

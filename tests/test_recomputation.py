@@ -7,10 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from losses import C
 from marginkernels import ArcFace, ElasticFace, NSoftmax, margin_cross_entropy
 from marginkernels.generators import StepGenerators
-from stateful import STATEFUL, batches, head_of, same, state_of
+from tests.support.losses import C
+from tests.support.stateful import STATEFUL, batches, head_of, same, state_of
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 SAMPLED = dict(margin=ArcFace(), scale=16.0, sample_rate=0.7)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from marginkernels import ArcFace, CurricularFace, MagFace, NSoftmax, margin_cross_entropy
 from marginkernels.backends import reference
-from problems import random_problem
+from tests.support.problems import random_problem
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 OPTIONS = {

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import workers
 from marginkernels import (
     AdaCos,
     ArcFace,
@@ -18,9 +17,10 @@ from marginkernels import (
     MarginSoftmaxHead,
     margin_cross_entropy,
 )
-from marginkernels.checkpoint import load_checkpoint, save_checkpoint
+from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
 from marginkernels.sampling import sample_classes, sampled
-from sharding import my_rows, my_shard
+from tests.support import workers
+from tests.support.sharding import my_rows, my_shard
 
 F64 = torch.float64
 D, C = 6, 40

@@ -4,7 +4,7 @@
 identities, with fewer, alone and under torchrun.
 """
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -14,21 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import simulation
-import workers
-from marginkernels import ArcFace, MarginSoftmaxHead, exchange, validation
+from marginkernels import ArcFace, MarginSoftmaxHead, validation
+from marginkernels.distributed import exchange
+from tests.support import simulation, workers
+from tools.docs import scaling
 
 ROOT = Path(__file__).parents[1]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "docs" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-scaling = load()
 # fp32, whose w is read as it is; and bf16, whose w is rounded into a buffer
 SETUPS = [
     dict(classes=500, gpus=2, rows=32, features=64, itemsize=4),
@@ -37,7 +30,7 @@ SETUPS = [
 
 
 def test_the_page_is_up_to_date():
-    assert scaling.PATH.read_text() == scaling.document(), "run python docs/scaling.py"
+    assert scaling.PATH.read_text() == scaling.document(), "run python -m tools.docs.scaling"
 
 
 def peak_bytes(function):

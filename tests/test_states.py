@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-from losses import C, operands
 from marginkernels import (
     AdaCos,
     AdaFace,
@@ -27,7 +26,8 @@ from marginkernels import (
     margin_cross_entropy,
     margins_from_counts,
 )
-from stateful import STATEFUL, batches, head_of, same, state_of
+from tests.support.losses import C, operands
+from tests.support.stateful import STATEFUL, batches, head_of, same, state_of
 
 F64 = torch.float64
 

@@ -14,20 +14,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-
 import test_hard_cases as hard
 import test_head as head
 import test_losses as losses
 import test_transforms as transforms
 import test_unchecked as unchecked
-from losses import LOSSES, dense, fused, solve
+import torch
+
 from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
 from marginkernels.backends import triton as backend
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
-from problems import random_problem
-from simulation import require, require_interpreter, simulated
+from tests.support.losses import LOSSES, dense, fused, solve
+from tests.support.problems import random_problem
+from tests.support.simulation import require, require_interpreter, simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(
@@ -286,7 +286,7 @@ def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
 @needs_triton
 def test_compile_gate_passes_one_configuration_per_target():
     result = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.compile_gate"],
+        [sys.executable, "-m", "tools.gates.triton"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0 and " 0 failures" in result.stdout, result.stdout + result.stderr
@@ -296,7 +296,7 @@ def test_compile_gate_passes_one_configuration_per_target():
 def test_compile_gate_fires():
     from marginkernels.backends.triton.configs import Config
 
-    gate = pytest.importorskip("tests.gpu.compile_gate")
+    gate = pytest.importorskip("tools.gates.triton")
     kernels = ("statistics_kernel",)
     for kind, config, complaint in (
         ("half", Config(128, 256, 64, 4, 3, 1), "spills"),
@@ -321,7 +321,7 @@ def test_compile_gate_fires():
 def test_new_sizes_and_margins_compile_nothing():
     from marginkernels.backends.triton.configs import TABLE
 
-    gate = pytest.importorskip("tests.gpu.compile_gate")
+    gate = pytest.importorskip("tools.gates.triton")
     config = TABLE["sm_90"]["half"][0]
     for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
         kernels = set()
@@ -334,7 +334,7 @@ def test_new_sizes_and_margins_compile_nothing():
 
 @needs_triton
 def test_launches_are_few():
-    gate = pytest.importorskip("tests.gpu.compile_gate")
+    gate = pytest.importorskip("tools.gates.triton")
     with gate.aot.recorded_launches("sm_90") as launches:
         gate.run_launchers(dtype=BF16, n=300, c=1000)
     counts = Counter(launch.kernel for launch in launches)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import workers
 from marginkernels import AdaCos, ArcFace, CurricularFace, NSoftmax, margin_cross_entropy
 from marginkernels.compat.insightface import CosFace, PartialFC_V2
-from sharding import my_rows, my_shard
+from tests.support import workers
+from tests.support.sharding import my_rows, my_shard
 
 N, C, D = 9, 50, 12
 WRONG = {2: C, 3: -5, 5: 2**40}  # labels, by row; row 6 is ignored

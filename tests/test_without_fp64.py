@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from losses import LOSSES, C, fused, operands, solve
 from marginkernels import AdaCos, NSoftmax, TripletLoss, margin_cross_entropy
 from marginkernels.backends import reference
+from tests.support.losses import LOSSES, C, fused, operands, solve
 
 
 class NoFloat64(TorchDispatchMode):

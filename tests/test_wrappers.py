@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import workers
 from marginkernels import CosFace, MarginSoftmaxHead
+from tests.support import workers
 
 N, C, D = 6, 11, 8
 

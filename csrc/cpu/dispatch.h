@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "sweep.h"
+#include "problem.h"
 
 namespace marginkernels {
 

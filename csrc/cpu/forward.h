@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../transforms.h"
-#include "sweeps.h"
+#include "blocks.h"
 
 namespace marginkernels {
 namespace {

@@ -9,7 +9,7 @@
 #include <torch/library.h>
 
 #include "../arguments.h"
-#include "head.h"
+#include "schedule.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

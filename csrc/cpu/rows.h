@@ -5,8 +5,8 @@
 
 #pragma once
 
+#include "problem.h"
 #include "simd.h"
-#include "sweep.h"
 
 namespace marginkernels {
 namespace {

@@ -3,8 +3,8 @@
 
 // head_bwd: G chunk by chunk, from where it comes and into which GEMMs it goes.
 
-#include "gemm.h"
 #include "sweep.h"
+#include "vendor_gemm.h"
 
 namespace marginkernels::cuda {
 namespace {

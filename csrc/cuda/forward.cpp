@@ -3,8 +3,8 @@
 
 // head_fwd: which kernel runs on which chunk of the classes.
 
-#include "gemm.h"
 #include "sweep.h"
+#include "vendor_gemm.h"
 
 namespace marginkernels::cuda {
 namespace {

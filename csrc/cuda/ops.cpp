@@ -4,9 +4,9 @@
 // marginkernels::head_fwd_native and head_bwd_native for CUDA tensors; for the CPU, where tests run
 // the kernels as fibers, under names of their own.
 
-#include <torch/library.h>
+#include "ops.h"
 
-#include "head.h"
+#include <torch/library.h>
 
 namespace marginkernels::cuda {
 

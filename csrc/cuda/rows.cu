@@ -3,8 +3,8 @@
 
 // Launchers of the kernels that walk along rows, in every type.
 
-#include "gradients.cuh"
 #include "launch.h"
+#include "targets.cuh"
 
 namespace marginkernels::cuda {
 namespace {

@@ -13,8 +13,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "head.h"
 #include "kernels.h"
+#include "ops.h"
 
 namespace marginkernels::cuda {
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from .. import (
     arguments,
     backends,
-    distributed,
     functional,
     loss,
     margins,
@@ -37,8 +36,9 @@ from .. import (
     sampling,
     validation,
 )
-from ..distributed import ClassShard
-from ..exchange import Exchange, opened
+from ..distributed import shard as distributed
+from ..distributed.exchange import Exchange, opened
+from ..distributed.shard import ClassShard
 from ..generators import mixed, random_seed
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import integer, number
-from ..distributed import in_group
+from ..distributed.shard import in_group
 from ..generators import StepGenerators, without_unused
 from .base import Interval, Margin, Rows
 from .target import arc

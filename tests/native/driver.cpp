@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/head.h"
+#include "../../csrc/cpu/schedule.h"
 
 using namespace marginkernels;
 

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from . import host, nvcc
+from tools.gates import nvcc
+
+from . import host
 
 _HEAR = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,

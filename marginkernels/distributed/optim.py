@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .distributed import local
+from .shard import local
 
 
 def param_groups(parameters: nn.Module | Tensor | Iterable) -> list[dict]:

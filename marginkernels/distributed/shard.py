@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Classes split over the ranks of a group: who holds which, and what has to be the same on all.
 
-:mod:`marginkernels.exchange` is what a step exchanges.
+:mod:`marginkernels.distributed.exchange` is what a step exchanges.
 
 All ranks compute the same loss, that of all rows. Of what is split each rank gets the gradient of
 its part: of its classes' weights, as they are in one process, and of its rows' features, times the
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments
+from .. import arguments
 
 
 def in_group() -> bool:

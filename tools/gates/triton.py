@@ -2,9 +2,9 @@
 # Copyright (c) 2026 The marginkernels authors
 """Compiles the Triton kernels for every supported GPU and checks what came out.
 
-    python -m tests.gpu.compile_gate              # one configuration per target
-    python -m tests.gpu.compile_gate --all        # each with all that may be compiled into it
-    python -m tests.gpu.compile_gate --table docs/triton_kernels.md
+    python -m tools.gates.triton              # one configuration per target
+    python -m tools.gates.triton --all        # each with all that may be compiled into it
+    python -m tools.gates.triton --table docs/triton_kernels.md
 
 Checked are spills, registers and shared memory for the planned occupancy, matrix instructions, and
 asynchronous copies. No GPU is needed. The exit status is 1 if anything fails.
@@ -23,7 +23,7 @@ import triton
 from marginkernels.backends.triton import configs, launch, transforms
 from marginkernels.backends.triton.configs import Config
 
-from . import aot, kernel_table
+from . import aot, triton_table
 from .machine_code import Facts, facts
 
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
@@ -212,10 +212,10 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="also what passes")
     arguments = parser.parse_args()
     if arguments.table:
-        shown = [case for case in cases(True) if case.variant in kernel_table.VARIANTS]
+        shown = [case for case in cases(True) if case.variant in triton_table.VARIANTS]
         rows = check_all(shown, arguments.jobs)
         with open(arguments.table, "w") as file:
-            file.write(kernel_table.render(rows))
+            file.write(triton_table.render(rows))
     else:
         rows = check_all(cases(arguments.all), arguments.jobs)
     failed = [row for row in rows if row.problems]

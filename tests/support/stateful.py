@@ -4,7 +4,6 @@
 
 import torch
 
-from losses import C, operands
 from marginkernels import (
     AdaCos,
     AdaFace,
@@ -16,6 +15,7 @@ from marginkernels import (
     MarginSoftmaxHead,
     NSoftmax,
 )
+from tests.support.losses import C, operands
 
 
 def annealed():

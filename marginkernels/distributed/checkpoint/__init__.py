@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..distributed import in_group, raising_together, require_agreement
+from ..shard import in_group, raising_together, require_agreement
 from . import files
 from .index import Index
 from .state import State

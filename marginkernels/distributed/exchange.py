@@ -34,9 +34,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, validation
-from .autograd import first_derivative_only
-from .distributed import ClassShard, raise_together, require_agreement, require_same
+from .. import ops, validation
+from ..autograd import first_derivative_only
+from .shard import ClassShard, raise_together, require_agreement, require_same
 
 # new names since torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

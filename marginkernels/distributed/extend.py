@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed, validation
-from .distributed import ClassShard
-from .generators import mixed, random_seed
+from .. import validation
+from ..generators import mixed, random_seed
+from . import shard as distributed
+from .shard import ClassShard
 
 # states of optimizers of torch with neither a row for each class nor one number
 _OF_ALL_CLASSES = ("col_var",)  # Adafactor

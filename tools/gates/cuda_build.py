@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """What an installed extension with CUDA kernels has to show where there is no GPU.
 
-python check_build.py
+python cuda_build.py
 """
 
 import torch

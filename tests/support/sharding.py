@@ -10,9 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import simulation
-import workers
-from losses import LOSSES, C, operands
 from marginkernels import (
     AdaCos,
     AdaFace,
@@ -26,7 +23,9 @@ from marginkernels import (
     NSoftmax,
     margin_cross_entropy,
 )
-from problems import Problem
+from tests.support import simulation, workers
+from tests.support.losses import LOSSES, C, operands
+from tests.support.problems import Problem
 
 F64 = torch.float64
 N = 40  # rows of losses.operands

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..distributed import ClassShard, held_shards
+from ..shard import ClassShard, held_shards
 from .index import Index
 
 # of a parameter group: what says which parameters it has, and is never loaded

@@ -7,7 +7,7 @@
 
 #include <functional>
 
-#include "sweep.h"
+#include "problem.h"
 
 namespace marginkernels {
 

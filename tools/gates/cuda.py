@@ -2,8 +2,8 @@
 # Copyright (c) 2026 The marginkernels authors
 """Compiles the CUDA kernels for every supported GPU and checks what came out.
 
-    python -m tests.cuda.gate                                # every kernel for every target
-    python -m tests.cuda.gate --table docs/cuda_kernels.md   # the table of facts, of the main ones
+    python -m tools.gates.cuda                                # every kernel for every target
+    python -m tools.gates.cuda --table docs/cuda_kernels.md   # the table of facts, of the main ones
 
 Checked are spills, registers and shared memory for the planned occupancy, matrix instructions,
 loads of matrices from shared memory, and asynchronous copies. The table needs ptxsim too. No GPU is
@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.gpu.machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia_facts, tool
-
 from . import nvcc
+from .machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia_facts, tool
 
 MMA, LOAD_MATRICES = "HMMA", "LDSM"
 FEATURES = 32  # per stage of a tile
@@ -157,10 +156,10 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     if arguments.table:
-        from . import table
+        from . import cuda_table
 
-        kernels = check_all([nvcc.instances(table.KERNELS)], arguments.jobs)
-        Path(arguments.table).write_text(table.render(kernels))
+        kernels = check_all([nvcc.instances(cuda_table.KERNELS)], arguments.jobs)
+        Path(arguments.table).write_text(cuda_table.render(kernels))
         return 0
     kernels = check_all(sorted(nvcc.KERNELS.glob("*.cu")), arguments.jobs)
     failed = [kernel for kernel in kernels if problems_of(kernel)]

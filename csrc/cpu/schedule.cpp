@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-#include "head.h"
+#include "schedule.h"
 
 #include <algorithm>
 #include <atomic>
