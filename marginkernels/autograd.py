@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from . import ops
+from .ops import SweepSettings
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -45,76 +47,81 @@ class _Once(torch.autograd.Function):
 
 
 class HeadFunction(torch.autograd.Function):
-    """(x, w, bias, scale) -> lse, d, w_norm, logit_sum, logit_max, (N,) or (0,), as in ``ops``.
+    """Maps (x, w, bias, scale) to lse, target_cosine, w_norm, logit_sum and logit_max.
 
-    Saves the operands and 3 N + C numbers besides (and the tiles, where asked). logit_max has no
-    gradient.
+    Each is (N,) or (0,), as :mod:`marginkernels.ops` says. logit_max has no gradient. Saves the
+    operands and 3 N + C numbers besides (and the tiles, where ``settings`` ask for them).
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: FunctionCtx,
         x: Tensor,  # (N, D)
         w: Tensor,  # (C, D)
         bias: Tensor | None,  # (C,) in the statistics dtype
         scale: Tensor,  # () in the statistics dtype
         y: Tensor,  # (N,) int64, -1: no target here
-        backend: str,
-        normalize_x: bool,
-        normalize_w: bool,
-        compute_dtype: torch.dtype,
-        save_tiles: bool,
-        want_sum: bool,
-        want_max: bool,
-        check: str,  # what becomes of a w out of range: "raise", "mark" by NaN, or ""
-        transform: str,
-        row_parameter: Tensor | None,  # (N,)
-        constants: Tensor | None,  # (K,)
+        row_parameter: Tensor | None,  # (N,) of the transform
+        constants: Tensor | None,  # (K,) of the transform
+        settings: SweepSettings,
     ) -> tuple[Tensor, ...]:
-        settings = dict(
-            normalize_x=normalize_x, normalize_w=normalize_w, compute_dtype=compute_dtype,
-            transform=transform,
+        s = settings
+        out = ops.Forward(
+            *ops.head_fwd(s.backend)(
+                x, w, y, scale, bias, normalize_x=s.normalize_x, normalize_w=s.normalize_w,
+                compute_dtype=s.compute_dtype, save_tiles=s.save_tiles, want_sum=s.want_sum,
+                want_max=s.want_max, transform=s.transform, row_parameter=row_parameter,
+                constants=constants,
+            )
         )  # fmt: skip
-        operands = dict(row_parameter=row_parameter, constants=constants)
-        lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
-            x, w, y, scale, bias,
-            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **settings, **operands,
-        )  # fmt: skip
-        norm_max = 1.01 * ops.NORM_MAX  # w_inv is rounded
-        if check == "raise":
-            lse = ops.checked(lse, 1 / w_inv, 0, norm_max, ops.BAD_W)
-        elif check == "mark":  # for the other ranks to see
-            lse = torch.where((1 / w_inv <= norm_max).all(), lse, torch.nan)
-        ctx.save_for_backward(x, w, bias, scale, y, lse, x_inv, w_inv, tiles, *operands.values())
-        ctx.backend, ctx.settings, ctx.want_sum = backend, settings, want_sum
-        ctx.mark_non_differentiable(logit_max)
+        lse = _checked(out.lse, out.w_inv, s.check_w)
+        ctx.save_for_backward(
+            x, w, bias, scale, y, lse, out.x_inv, out.w_inv, out.tiles, row_parameter, constants
+        )
+        ctx.settings = settings
+        ctx.mark_non_differentiable(out.logit_max)
         ctx.set_materialize_grads(False)
-        return lse, d, w_norm, logit_sum, logit_max
+        return lse, out.target_cosine, out.w_norm, out.logit_sum, out.logit_max
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, saved, grad_lse, grad_d, grad_w_norm, grad_sum, _):
+    def backward(
+        ctx: FunctionCtx,
+        saved: tuple[Tensor | None, ...],
+        grad_lse: Tensor | None,
+        grad_target_cosine: Tensor | None,
+        grad_w_norm: Tensor | None,
+        grad_sum: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor | None, ...]:
         # hooks on saved tensors may bring back other strides; the ops read x and w with any
         x, w, *rest = saved
         bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = (
             t if t is None else t.contiguous() for t in rest
         )
-        need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
+        s, needs = ctx.settings, ctx.needs_input_grad[:4]
+        need_x, need_w, need_bias, need_scale = needs
         zeros = torch.zeros_like(lse)
-        dx, dw, dbias, dscale = ops.head_bwd(ctx.backend)(
+        gradients = ops.head_bwd(s.backend)(
             x, w, y, scale, bias, lse, x_inv, w_inv, tiles,
             zeros if grad_lse is None else grad_lse,
-            zeros if grad_d is None else grad_d / scale,
+            zeros if grad_target_cosine is None else grad_target_cosine / scale,
             grad_w_norm,
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
-            grad_sum if ctx.want_sum else None,
+            grad_sum if s.want_sum else None,
+            normalize_x=s.normalize_x, normalize_w=s.normalize_w, compute_dtype=s.compute_dtype,
             need_x=need_x, need_w=need_w, need_bias=need_bias, need_scale=need_scale,
-            row_parameter=row_parameter, constants=constants, **ctx.settings,
+            transform=s.transform, row_parameter=row_parameter, constants=constants,
         )  # fmt: skip
-        return (
-            dx if need_x else None,
-            dw if need_w else None,
-            dbias if need_bias else None,
-            dscale if need_scale else None,
-            *[None] * 12,
-        )
+        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return *wanted, None, None, None, None
+
+
+def _checked(lse: Tensor, w_inv: Tensor, check_w: str) -> Tensor:
+    """Returns lse, which raises or becomes NaN where a row of w is too long to be summed up."""
+    norm_max = 1.01 * ops.NORM_MAX  # w_inv is rounded
+    if check_w == "raise":
+        return ops.checked(lse, 1 / w_inv, 0, norm_max, ops.BAD_W)
+    if check_w == "mark":  # for the other ranks to see
+        return torch.where((1 / w_inv <= norm_max).all(), lse, torch.nan)
+    return lse

@@ -159,10 +159,13 @@ def margin_cross_entropy(
     def sweep(
         scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
     ):
-        lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
-            x, w, bias, scale, label, backend, normalize == "both", normalize != "none",
-            compute_dtype, save_tiles, want_sum, want_max, exchange.check, *transform,
+        settings = ops.SweepSettings(
+            backend, normalize == "both", normalize != "none", compute_dtype, save_tiles, want_sum,
+            want_max, transform.name, exchange.check,
         )  # fmt: skip
+        lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
+            x, w, bias, scale, label, transform.row_parameter, transform.constants, settings
+        )
         if sample_ok is not None:
             lse = torch.where(sample_ok, lse, torch.nan)
         bias_y = () if bias is None else (torch.where(label >= 0, bias[label.clamp_min(0)], 0),)

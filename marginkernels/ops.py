@@ -12,22 +12,26 @@ The two ops are sweeps over the classes; the (N, C) logits
 
 exist only tile by tile. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
 
-    lse        (N,)  log sum exp f(z_ij); -inf for a row without negatives
-    d          (N,)  r_i q_y <x_i, w_y> / scale: the target's, without margin, scale and bias
-    w_norm     (N,)  |w_y|; both are 0 where y_i = -1
-    logit_sum  (N,)  sum of f(z_ij), or (0,) unless ``want_sum``
-    logit_max  (N,)  max of z_ij, or (0,) unless ``want_max``
-    x_inv      (N,)  1 / |x_i| of the rows as rounded to ``compute_dtype``; ones if not normalised
-    w_inv      (C,)  1 / |w_j| likewise, always
-    tiles      what the backend keeps for its own backward, or (0,) unless ``save_tiles``
+    lse            (N,)  log sum exp f(z_ij); -inf for a row without negatives
+    target_cosine  (N,)  r_i q_y <x_i, w_y> / scale: the target's, without margin, scale and bias;
+                         a side that is not normalised keeps its norm
+    w_norm         (N,)  |w_y|; this and target_cosine are 0 where y_i = -1
+    logit_sum      (N,)  sum of f(z_ij), or (0,) unless ``want_sum``
+    logit_max      (N,)  max of z_ij, or (0,) unless ``want_max``
+    x_inv          (N,)  1 / |x_i| of the rows as rounded to ``compute_dtype``; ones if not
+                         normalised
+    w_inv          (C,)  1 / |w_j| likewise, always
+    tiles          what the backend keeps for its own backward, or (0,) unless ``save_tiles``
 
 and ``head_bwd`` applies, in one more sweep, G_ij = (a_i exp(f - lse_i) + u_i) f' with a = grad_lse,
-u = grad_sum, and G_iy = grad_target, the gradient of (scale d). It returns dx, dw, dbias and
-dscale; those not needed are (0,) tensors. ``y`` is (N,) int64 with the local class or -1 for a row
-that owns no target here. A bias of -inf masks its class: no part in lse, and logit_sum is -inf.
+u = grad_sum, and G_iy = grad_target, the gradient of (scale target_cosine). It returns dx, dw,
+dbias and dscale; a gradient that is not needed is a (0,) tensor. ``y`` is (N,) int64 with the local
+class or -1 for a row that owns no target here. A bias of -inf masks its class: no part in lse, and
+logit_sum is -inf.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +41,8 @@ BACKENDS = ("triton", "native", "reference")
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
     bool want_max, str transform, Tensor? row_parameter, Tensor? constants)
-    -> (Tensor lse, Tensor d, Tensor w_norm, Tensor logit_sum, Tensor logit_max, Tensor x_inv,
-    Tensor w_inv, Tensor tiles)"""
+    -> (Tensor lse, Tensor target_cosine, Tensor w_norm, Tensor logit_sum, Tensor logit_max,
+    Tensor x_inv, Tensor w_inv, Tensor tiles)"""
 _BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor lse,
     Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, *, bool normalize_x, bool normalize_w,
@@ -57,6 +61,37 @@ NORM_MAX = 1e15
 # put together here: torch.compile(dynamic=True) cannot put a float into a string
 BAD_X = f"x: expected finite rows of norm at most {NORM_MAX:g}"
 BAD_W = f"w: expected finite rows of norm at most {NORM_MAX:g}"
+
+
+class Forward(NamedTuple):
+    """Holds what ``head_fwd`` returns, in the op's order; the head of this file says what each is.
+
+    The first five are the order of everything above the op: the Function, the exchange between
+    ranks, and the loss.
+    """
+
+    lse: Tensor
+    target_cosine: Tensor
+    w_norm: Tensor
+    logit_sum: Tensor
+    logit_max: Tensor
+    x_inv: Tensor
+    w_inv: Tensor
+    tiles: Tensor
+
+
+class SweepSettings(NamedTuple):
+    """Holds the settings of a forward sweep and of its backward."""
+
+    backend: str
+    normalize_x: bool
+    normalize_w: bool
+    compute_dtype: torch.dtype
+    save_tiles: bool
+    want_sum: bool
+    want_max: bool
+    transform: str
+    check_w: str  # for a w out of range: "raise", "mark" every lse by NaN, or "" to go on
 
 
 def norm_min(compute_dtype: torch.dtype) -> float:
