@@ -15,6 +15,7 @@ from .distributed.exchange import opened
 from .distributed.shard import ClassShard
 from .loss import HeadStats
 from .margins import Rows
+from .results import SweepResult
 from .transforms import IDENTITY, Transform
 
 _AUTO_TILES_BYTES = 256 << 20
@@ -158,29 +159,29 @@ def margin_cross_entropy(
 
     def sweep(
         scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
-    ):
+    ) -> SweepResult:
         settings = ops.SweepSettings(
             backend, normalize == "both", normalize != "none", compute_dtype, save_tiles, want_sum,
             want_max, transform.name, exchange.check,
         )  # fmt: skip
-        lse, d, w_norm, logit_sum, logit_max = HeadFunction.apply(
+        result = SweepResult(*HeadFunction.apply(
             x, w, bias, scale, label, transform.row_parameter, transform.constants, settings
-        )
+        ))  # fmt: skip
         if sample_ok is not None:
-            lse = torch.where(sample_ok, lse, torch.nan)
-        bias_y = () if bias is None else (torch.where(label >= 0, bias[label.clamp_min(0)], 0),)
-        return exchange.merge(label, lse, logit_sum, logit_max, d, w_norm, *bias_y)
+            result = result._replace(lse=torch.where(sample_ok, result.lse, torch.nan))
+        if bias is not None:
+            bias_y = torch.where(label >= 0, bias[label.clamp_min(0)], 0)
+            result = result._replace(bias_y=bias_y)
+        return exchange.merge(label, result)
 
     if observer is not None and not observer.delayed:
         with torch.no_grad():
-            lse, _, _, d, *_ = sweep(
-                _scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False
-            )
-        observer.observe(lse, d, valid)
+            result = sweep(_scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False)
+        observer.observe(result.lse, result.target_cosine, valid)
         scale = observer()
     scale = _scale_tensor(scale, x, stats_dtype)
     transform = _transform(margin, x, w, label, rows, compute_dtype, exchange)
-    lse, logit_sum, logit_max, d, w_norm, *bias_y = sweep(
+    lse, d, w_norm, logit_sum, logit_max, bias_y = sweep(
         exchange.scale(scale, call.learns_scale), transform, keep_tiles, label_smoothing > 0,
         exchange.wants_stats,
     )  # fmt: skip
@@ -191,7 +192,7 @@ def margin_cross_entropy(
     rows = rows._replace(w_norm=torch.where(found, w_norm, 1.0))
     norms = loss.unnormalised_norms(normalize, rows)
     c = d if norms is None else d / norms
-    bias_y = bias_y[0] if bias_y else 0.0
+    bias_y = 0.0 if bias_y is None else bias_y
     if return_stats:  # now, because a margin may overwrite the cosines
         cosine = torch.where(found, c, 0.0).detach()
         correct = (found & (scale * d + bias_y > logit_max)).detach()

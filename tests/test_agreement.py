@@ -14,10 +14,10 @@ from marginkernels import (
     CosFace,
     MarginSoftmaxHead,
     NSoftmax,
-    distributed,
     margin_cross_entropy,
 )
 from marginkernels.compat.insightface import PartialFC_V2
+from marginkernels.distributed.shard import raising_together
 from tests.support import workers
 from tests.support.sharding import F64, my_shard
 
@@ -32,7 +32,7 @@ def raised_by(function):
 
 
 def raise_on(ranks, error):
-    with distributed.raising_together(dist.group.WORLD):
+    with raising_together(dist.group.WORLD):
         if dist.get_rank() in ranks:
             raise error
 

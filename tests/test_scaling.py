@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from marginkernels import ArcFace, MarginSoftmaxHead, validation
-from marginkernels.distributed import exchange
+from marginkernels.distributed import collectives
 from tests.support import simulation, workers
 from tools.docs import scaling
 
@@ -84,7 +84,7 @@ def measure(setup):
             return call
 
         for name in ("_all_gather", "_reduce_scatter"):
-            patch.setattr(exchange, name, counted(getattr(exchange, name)))
+            patch.setattr(collectives, name, counted(getattr(collectives, name)))
         peak = peak_bytes(lambda: head(x, y).backward())
         optimizer.step()
     gradient = head.weight.grad

@@ -37,9 +37,10 @@ from .. import (
     validation,
 )
 from ..distributed import shard as distributed
-from ..distributed.exchange import Exchange, opened
+from ..distributed.exchange import Sharded, opened
 from ..distributed.shard import ClassShard
 from ..generators import mixed, random_seed
+from ..results import SweepResult
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 
 __all__ = [
@@ -171,7 +172,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             label = self._checked(local_embeddings, local_labels)
         except Exception as error:
             if self.shard is not None:  # it raises the error on all ranks
-                Exchange(self.shard, local_embeddings, self.weight, error=error)
+                Sharded(self.shard, local_embeddings, self.weight, error=error)
             raise
         losses = rows(local_embeddings, label)
         if self.loss_cap is not None:
@@ -282,8 +283,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         target = torch.where(label >= 0, target, 0)
         none = target.new_empty(0)
         lse = logits.logsumexp(1).masked_fill(lost, torch.nan)
-        lse, _, _, target = exchange.merge(label, lse, none, none, target)
-        return lse - target
+        merged = exchange.merge(label, SweepResult(lse, target, none, none, none))
+        return merged.lse - merged.target_cosine
 
 
 def _check_margin_loss(margin_loss) -> None:

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What a step exchanges where the classes are split over the ranks of a group.
+"""Exchanges what a step needs where the classes are split over the ranks of a group.
 
 Every rank holds some classes and gives some rows. A step of N rows in all, over W ranks, is
 
     forward   all-gather of the features, N D numbers in their type, and of the N labels;
               the sweep over the rank's own classes;
-              one all-gather of the packed rows (lse, d, |w_y|; with a bias its b_y, with smoothing
-              S, with statistics the maximum), 3 to 6 numbers in fp32 per row and rank;
+              one all-gather of the packed rows (lse, target_cosine, w_norm; with smoothing
+              logit_sum, with statistics logit_max, with a bias bias_y), 3 to 6 numbers in fp32
+              per row and rank;
     backward  the sweep; one reduce-scatter of dx, N D numbers in x's type, or in fp32 where x is
               not normalised.
 
-and each rank then holds the same N numbers and computes the same loss from them. Besides, a gather
-of five integers per rank tells the numbers of rows, whether the ranks' settings agree, and whether
-one of them found bad input, which all then raise. The host waits for it, so it is left out where
-the numbers of rows are promised (``even_batches``, ``max_local_batch``) and values are not checked,
-as on a GPU. N numbers each are gathered for sample weights, row margins and random
-margins; a learnable scale all-reduces one number backward; a loss that needs the target's cosine
-before its sweep all-reduces N numbers, and an adaptive scale with a sweep of its own merges that.
+Each rank then holds the same N numbers and computes the same loss from them.
+
+Besides, the ranks gather five integers each: they tell the numbers of rows, whether the ranks'
+settings agree, and whether a rank found bad input, which all ranks then raise. The host waits for
+them. So a step leaves them out where the numbers of rows are promised (``even_batches``,
+``max_local_batch``) and values are not checked, as on a GPU.
+
+Some options add to this. Sample weights, row margins and random margins gather N numbers each. A
+learnable scale all-reduces one number backward. A loss that needs the target's cosine before its
+sweep all-reduces N numbers. An adaptive scale with a sweep of its own merges that sweep too.
+
 In bytes a rank sends, and receives, at most
 
     N D e (gather) + 8 N (labels) + 4 r W N (merge, r rows) + N D e (reduce-scatter), e = 2 or 4,
@@ -26,21 +31,20 @@ and the part (W - 1) / W of that in a ring. Nothing depends on the number of cla
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, validation
-from ..autograd import first_derivative_only
+from .. import validation
+from ..results import SweepResult
+from . import collectives
+from .collectives import RowLayout, gather
 from .shard import ClassShard, raise_together, require_agreement, require_same
-
-# new names since torch 2.13
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 
@@ -50,10 +54,10 @@ def opened(
     x: Tensor,
     w: Tensor,
     check: Callable[[], T],
-    agreed: Callable[[T], dict],
+    agreed: Callable[[T], dict[str, Any]],
     wants_stats: bool = False,
-) -> tuple["Whole | Exchange", T]:
-    """The exchange of one call, and what ``check()`` returns.
+) -> tuple["Exchange", T]:
+    """Returns the exchange of one call, and what ``check()`` returns.
 
     Args:
         check: raises what is wrong with this rank's arguments.
@@ -68,18 +72,103 @@ def opened(
         checked = check()
     except Exception as raised:
         error = raised
-    return Exchange(shard, x, w, wants_stats, error, lambda: agreed(checked)), checked
+    exchange = Sharded(shard, x, w, wants_stats, error, lambda: agreed(checked))
+    return exchange, checked
 
 
-class Whole:
-    """All classes and rows are in this process: what :class:`Exchange` does, for one."""
+class Exchange(ABC):
+    """Brings together what one call needs of all ranks. A call uses these methods in this order.
+
+    ``n`` rows are this rank's, ``N`` those of all ranks. All ranks make, and use, an exchange in
+    the same order. :class:`Whole` is the one of a single process, :class:`Sharded` that of a group.
+    """
+
+    check: str
+    """What becomes of a w out of range: "raise" an error, "mark" lse by NaN, or "" nothing."""
+    wants_stats: bool
+    """Whether this rank, or any other, wants statistics."""
+
+    @abstractmethod
+    def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
+        """Returns x (N, D) of all ranks. Backward sums the ranks' dx and keeps this rank's rows.
+
+        Args:
+            x: (n, D).
+            sent_as: a type that holds the numbers of x too; dx is exchanged in x's type.
+        """
+
+    @abstractmethod
+    def rows(self, values: Tensor, fill: float = 0) -> Tensor:
+        """Returns the numbers (N,) of all ranks' rows from this rank's (n,).
+
+        Backward keeps this rank's rows. ``fill`` is the number of a row that is padding.
+        """
+
+    @abstractmethod
+    def of_own_rows(
+        self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
+    ) -> Tensor:
+        """Evaluates ``function`` on the rows of all ranks, but differentiates it through this
+        rank's rows only.
+
+        Args:
+            own: (n,), ``function`` of this rank's rows, with its gradient.
+            function: maps rows (N, D) and ``args`` to numbers (N,).
+            every: (N, D), the rows of all ranks.
+        """
+
+    @abstractmethod
+    def held(self, label: Tensor) -> Tensor:
+        """Returns labels as local classes of this rank, -1 where another rank holds the class."""
+
+    @abstractmethod
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
+        """Returns ``function(*args)``.
+
+        Where values are checked on several ranks, it returns None for a function that raises, and
+        :meth:`merge` raises the error on all ranks.
+        """
+
+    @abstractmethod
+    def total(self, values: Tensor) -> Tensor:
+        """Returns the sum over the ranks, without gradient."""
+
+    @abstractmethod
+    def scale(self, scale: Tensor, learns: bool) -> Tensor:
+        """Returns the scale for the sweep; backward sums the gradients from the ranks' classes.
+
+        ``learns`` says whether the scale may be trained on any rank.
+        """
+
+    @abstractmethod
+    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+        """Returns the ranks' sweep results as one sweep over all classes would give them.
+
+        Args:
+            label: (N,), local classes, -1 where another rank holds the class.
+            result: of the sweep over this rank's classes.
+        """
+
+    @abstractmethod
+    def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns for this rank's rows the greatest values of all ranks and their classes.
+
+        Args:
+            k: the number of values that each rank gives at most.
+            values: (N, at most k), the greatest among this rank's classes.
+            classes: their classes.
+
+        Returns:
+            Two tensors (n, W k).
+        """
+
+
+class Whole(Exchange):
+    """Holds all classes and rows in this process, and exchanges nothing."""
 
     def __init__(self, x: Tensor, wants_stats: bool = False):
-        self.x, self.wants_stats = x, wants_stats
-
-    @property
-    def check(self) -> str:
-        return "raise" if validation.checks_values(self.x.device) else ""
+        self.check = "raise" if validation.checks_values(x.device) else ""
+        self.wants_stats = wants_stats
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
         return x
@@ -87,40 +176,41 @@ class Whole:
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
         return values
 
-    def of_own_rows(self, own: Tensor, function, every: Tensor, *args) -> Tensor:
+    def of_own_rows(
+        self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
+    ) -> Tensor:
         return own
-
-    def scale(self, scale: Tensor, learns: bool) -> Tensor:
-        return scale
 
     def held(self, label: Tensor) -> Tensor:
         return label
 
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
+        return function(*args)
+
     def total(self, values: Tensor) -> Tensor:
         return values
 
-    def attempt(self, function, *args):
-        return function(*args)
+    def scale(self, scale: Tensor, learns: bool) -> Tensor:
+        return scale
 
-    def merge(self, label: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
-        return outputs
+    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+        return result
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         return values, classes
 
 
-class Exchange:
-    """What one call exchanges over the group of its shard. Made, and used, in the same order on
-    all ranks.
+class Sharded(Exchange):
+    """Exchanges over the group of a shard what one call needs.
 
     Args:
-        shard: what this rank holds.
+        shard: the classes of this rank.
         x: (n, D), this rank's rows.
         w: this rank's classes, on the group's device even where x is not.
-        wants_stats: whether this rank wants statistics; ``wants_stats`` is then whether any does.
-        error: what this rank found wrong with its arguments: it is raised on all ranks.
-        agreed: gives what has to be the same on all ranks, where they compare it; compared, and
-            shown, as strings.
+        wants_stats: whether this rank wants statistics. The attribute says whether any rank does.
+        error: what this rank found wrong with its arguments; all ranks raise it.
+        agreed: gives the values that have to be the same on all ranks. The ranks compare them, and
+            errors show them, as strings.
     """
 
     def __init__(
@@ -130,45 +220,46 @@ class Exchange:
         w: Tensor | None = None,
         wants_stats: bool = False,
         error: Exception | None = None,
-        agreed: Callable[[], dict] = dict,
+        agreed: Callable[[], dict[str, Any]] = dict,
     ):
         self.shard, self.group, self.error = shard, shard.group, error
-        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.factor = self.world if shard.grad_scale == "ddp" else 1
+        self.factor = dist.get_world_size(self.group) if shard.grad_scale == "ddp" else 1
         self.device = _device(self.group, w, x)
-        self.check = "mark" if validation.checks_values(self.device) else ""  # all raise, or none
-        self.n, height = 0 if error else x.shape[0], shard.max_local_batch
-        if height is not None and self.n > height:
-            self.error = ValueError(
-                f"x: expected at most max_local_batch={height} rows, got {self.n}"
-            )
-        self.height = height or max(self.n, 1)  # an empty message may be an error
-        self.index = None  # of the rows among the padded ones, where some are padding
+        # ranks raise together, or none does
+        self.check = "mark" if validation.checks_values(self.device) else ""
+        n, height = 0 if error else x.shape[0], shard.max_local_batch
+        if height is not None and n > height:
+            self.error = ValueError(f"x: expected at most max_local_batch={height} rows, got {n}")
         self.wants_dx, self.wants_stats = True, wants_stats
         promised = shard.even_batches or height is not None
+        sizes = None
         if self.check or not promised:
-            sizes, wants_dx = self._agree(x, agreed)
-            if not promised:
-                self._place(sizes)
-                self.wants_dx = wants_dx
+            sizes, wants_dx = self._agree(n, x, agreed)
+            if promised:
+                sizes = None  # the padding stays, as where ranks do not tell their numbers
+            else:
+                height, self.wants_dx = max(*sizes, 1), wants_dx
         elif self.error is not None:
             raise self.error
-        if self.index is None:
-            self.first = self.rank * self.height
+        self.layout = RowLayout(self.group, n, height or max(n, 1), sizes, self.device)
         self.wants_dx = self.wants_dx and torch.is_grad_enabled()
 
-    def _agree(self, x: Tensor, agreed: Callable[[], dict]) -> tuple[list[int], bool]:
-        """Tells the others what this rank has and wants; the host waits. The ranks' numbers of
-        rows, and whether any wants dx.
+    def _agree(
+        self, n: int, x: Tensor, agreed: Callable[[], dict[str, Any]]
+    ) -> tuple[list[int], bool]:
+        """Tells the other ranks what this rank has and wants; the host waits.
+
+        Returns:
+            The ranks' numbers of rows, and whether any rank wants dx.
         """
         failed, settings = self.error is not None, {}
         if not failed:
             settings = {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed()
         settings = {name: str(value) for name, value in settings.items()}
         wants_dx = not failed and x.requires_grad
-        mine = [failed, self.n, wants_dx, self.wants_stats, _fingerprint(settings)]
+        mine = [failed, n, wants_dx, self.wants_stats, _fingerprint(settings)]
         mine = torch.tensor(mine, dtype=torch.int64).to(self.device)
-        every = self._gather(mine).view(self.world, -1).tolist()
+        every = gather(self.group, mine).tolist()
         failed, sizes, wants_dx, wants_stats, fingerprints = zip(*every, strict=True)
         if any(failed):
             raise_together(self.group, self.error)
@@ -179,57 +270,30 @@ class Exchange:
         self.wants_stats = any(wants_stats)
         return sizes, any(wants_dx)
 
-    def _place(self, sizes: list[int]) -> None:
-        """Where the ranks' rows are among all."""
-        self.height = max(*sizes, 1)
-        if any(size != self.height for size in sizes):
-            starts = range(0, self.world * self.height, self.height)
-            rows = [torch.arange(a, a + size) for a, size in zip(starts, sizes, strict=True)]
-            self.index = torch.cat(rows).to(self.device)
-            self.first = sum(sizes[: self.rank])
-
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
-        """x (N, D) of all ranks. Backward: their dx summed, the own rows of it.
-
-        ``sent_as`` is a type that holds the numbers of x too; dx is exchanged in x's type.
-        """
         # a rank that wants no dx still sums with those that do
         anchor = torch.zeros((), device=x.device, requires_grad=True) if self.wants_dx else None
-        return _Features.apply(x if self.wants_dx else x.detach(), anchor, self, sent_as or x.dtype)
+        return collectives.GatherFeatures.apply(
+            x if self.wants_dx else x.detach(), anchor, self.layout, self.factor, sent_as or x.dtype
+        )
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Numbers (N,) of the rows of all ranks. Backward: the own rows."""
-        every = self._every(values.detach(), fill)
-        return _Rows.apply(values, every, self) if values.requires_grad else every
+        every = self.layout.every(values.detach(), fill)
+        return self._through_own(values, every) if values.requires_grad else every
 
-    def of_own_rows(self, own: Tensor, function, every: Tensor, *args) -> Tensor:
-        """function(every, *args), (N,), with the gradient of ``own``, this rank's part of it."""
-        return _Rows.apply(own, function(every.detach(), *args), self)
+    def of_own_rows(
+        self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
+    ) -> Tensor:
+        return self._through_own(own, function(every.detach(), *args))
 
-    def scale(self, scale: Tensor, learns: bool) -> Tensor:
-        """The scale for the sweep, of which each rank has only its own classes' gradient.
-
-        ``learns`` says whether it may be trained, on any rank.
-        """
-        if not learns:
-            return scale
-        return _Summed.apply(scale, torch.zeros_like(scale, requires_grad=True), self)
+    def _through_own(self, own: Tensor, every: Tensor) -> Tensor:
+        return collectives.ReplaceByBatch.apply(own, every, self.layout, self.factor)
 
     def held(self, label: Tensor) -> Tensor:
-        """Labels as classes of this rank's, -1 where another holds the class."""
         here = (label >= self.shard.start) & (label < self.shard.stop)
         return torch.where(here, label - self.shard.start, -1)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, without gradient."""
-        values = values.detach().clone()
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def attempt(self, function, *args):
-        """function(*args), or None where it raises and values are checked: :meth:`merge`, given
-        NaN, then raises the error on all ranks.
-        """
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         if not self.check:
             return function(*args)
         try:
@@ -238,138 +302,41 @@ class Exchange:
             self.error = raised
             return None
 
-    def merge(
-        self, label: Tensor, lse: Tensor, logit_sum: Tensor, logit_max: Tensor, *owned: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The outputs of the ranks' sweeps as of one sweep over all classes.
+    def total(self, values: Tensor) -> Tensor:
+        return collectives.summed(self.group, values)
 
-        ``owned`` are 0 on the ranks that do not hold the row's class; ``label`` is -1 there.
-        """
-        return _Merge.apply(self, label, lse, logit_sum, logit_max, *owned)
+    def scale(self, scale: Tensor, learns: bool) -> Tensor:
+        if not learns:
+            return scale
+        anchor = torch.zeros_like(scale, requires_grad=True)
+        return collectives.SumGradients.apply(scale, anchor, self.group)
+
+    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+        given = [t for t in result if t is not None]  # bias_y, the last, may be None
+        merged = collectives.MergeResults.apply(
+            self.group, self.shard.size > 0, bool(self.check), self.error, label, *given
+        )
+        return SweepResult(*merged)
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """From each rank's at most k values of all rows, and their classes: the values of all ranks
-        for the own rows, (n, W k).
-        """
         missing = [0, k - values.shape[1]]
-        own = []
-        for rows in (F.pad(values, missing, value=-torch.inf), F.pad(classes, missing)):
-            every = self._gather(rows).view(self.world, *rows.shape)
-            own.append(every[:, self.first : self.first + self.n].transpose(0, 1).flatten(1))
-        return tuple(own)
+        values, classes = F.pad(values, missing, value=-torch.inf), F.pad(classes, missing)
+        return self._of_all_ranks(values), self._of_all_ranks(classes)
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """Those of each rank, one after another along the first dimension."""
-        every = values.new_empty(self.world * values.shape[0], *values.shape[1:])
-        _all_gather(every, values.contiguous(), group=self.group)
-        return every
-
-    def _every(self, rows: Tensor, fill: float = 0) -> Tensor:
-        """Rows of all ranks, (N, ...): without padding where the numbers of rows are known."""
-        padding = [0, 0] * (rows.ndim - 1) + [0, self.height - self.n]
-        every = self._gather(F.pad(rows, padding, value=fill) if padding[-1] else rows)
-        return every if self.index is None else every[self.index]
-
-    def _scatter_sum(self, rows: Tensor) -> Tensor:
-        """From each rank's (N, D): the sum over the ranks, of this rank's rows."""
-        if self.index is not None:
-            padded = rows.new_zeros(self.world * self.height, *rows.shape[1:])
-            rows = padded.index_copy_(0, self.index, rows)
-        mine = rows.new_empty(self.height, *rows.shape[1:])
-        _reduce_scatter(mine, rows.contiguous(), group=self.group)
-        return mine[: self.n]
+    def _of_all_ranks(self, found: Tensor) -> Tensor:
+        """Returns what all ranks found for this rank's rows, (n, W k), from this rank's (N, k)."""
+        every = gather(self.group, found)
+        return every[:, self.layout.own].transpose(0, 1).flatten(1)
 
 
-def _device(group: dist.ProcessGroup, *tensors) -> torch.device:
-    """The device of the first tensor that the group can exchange, else the group's own."""
+def _device(group: dist.ProcessGroup, *tensors: Tensor | None) -> torch.device:
+    """Returns the device of the first tensor that the group can exchange, else the group's own."""
     kinds = [device.type for device in group._device_types]
     devices = [t.device for t in tensors if isinstance(t, Tensor) and t.device.type in kinds]
     return devices[0] if devices else torch.device(kinds[0])
 
 
 def _fingerprint(values: dict[str, str]) -> int:
-    """64 bits, the same in every process for the same values."""
+    """Returns 64 bits that are the same in every process for the same values."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-class _Features(torch.autograd.Function):
-    """All-gather of rows; backward reduce-scatter of their gradients."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, anchor: Tensor | None, exchange: Exchange, sent_as: torch.dtype
-    ) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._every(x.to(sent_as)).to(x.dtype)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, saved, grad: Tensor):
-        dx = ctx.exchange._scatter_sum(grad).mul_(ctx.exchange.factor)
-        return dx if ctx.needs_input_grad[0] else None, None, None, None
-
-
-class _Rows(torch.autograd.Function):
-    """Numbers of all rows; their gradient is the same on all ranks, each has that of its own."""
-
-    @staticmethod
-    def forward(ctx, own: Tensor, every: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return every.clone()
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, saved, grad: Tensor):
-        exchange = ctx.exchange
-        return exchange.factor * grad[exchange.first : exchange.first + exchange.n], None, None
-
-
-class _Summed(torch.autograd.Function):
-    """The value itself; backward the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, anchor: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return value.clone()
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, saved, grad: Tensor):
-        return ctx.exchange.total(grad), None, None
-
-
-class _Merge(torch.autograd.Function):
-    """Forward one all-gather, backward none: all ranks have the same gradients."""
-
-    @staticmethod
-    def forward(ctx, exchange, label, lse, logit_sum, logit_max, *owned):
-        if exchange.shard.size == 0:  # the sweep was over a stand-in
-            lse, logit_max = (torch.full_like(t, -torch.inf) for t in (lse, logit_max))
-            logit_sum = torch.zeros_like(logit_sum)
-        if exchange.error is not None:
-            lse = torch.full_like(lse, torch.nan)
-        parts = [lse, logit_sum, logit_max, *owned]
-        packed = torch.cat(parts)
-        every = exchange._gather(packed).view(exchange.world, len(packed))
-        lses, sums, maxima, *owned = every.split([len(part) for part in parts], dim=1)
-        merged = lses.logsumexp(0)
-        if exchange.check and bool(merged.isnan().any()):
-            bad_w = ValueError(ops.BAD_W) if bool(lse.isnan().any()) else None
-            raise_together(exchange.group, exchange.error or bad_w)
-        ctx.save_for_backward(label, lse, merged)
-        maximum = maxima.amax(0)
-        ctx.mark_non_differentiable(maximum)
-        ctx.set_materialize_grads(False)
-        return merged, sums.sum(0), maximum, *[values.sum(0) for values in owned]
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, saved, grad_lse, grad_sum, _, *grads_owned):
-        label, lse, merged = saved
-        if grad_lse is not None:
-            share = torch.where(lse == -torch.inf, 0, (lse - merged).exp())
-            grad_lse = grad_lse * share
-        # backends look no further than the owner, but choose an exponent for fp16 by the largest
-        grads_owned = [None if g is None else torch.where(label >= 0, g, 0) for g in grads_owned]
-        return None, None, grad_lse, grad_sum, None, *grads_owned
