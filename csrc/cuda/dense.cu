@@ -23,7 +23,7 @@ void dispatch(Transform transform, Type type, F&& f) {
 
 }  // namespace
 
-void launch_dense_statistics(const DenseStatistics& call, Transform transform, Type type,
+void launch_dense_statistics(const DenseStatisticsCall& call, Transform transform, Type type,
                              Stream stream) {
     dispatch(transform, type, [&](auto value, auto functor) {
         launch("dense_statistics_kernel",
@@ -32,7 +32,7 @@ void launch_dense_statistics(const DenseStatistics& call, Transform transform, T
     });
 }
 
-void launch_dense_gradient(const DenseGradient& call, Transform transform, Type type,
+void launch_dense_gradient(const DenseGradientCall& call, Transform transform, Type type,
                            Stream stream) {
     const int64_t blocks = (call.chunk.classes + kRowsPerBlock - 1) / kRowsPerBlock;
     dispatch(transform, type, [&](auto value, auto functor) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// fp32 and fp64: what both sweeps make of the dot products that the vendor's GEMM left in a
-// workspace, a chunk of classes at a time.
+// fp32 and fp64: turns the dot products that the vendor's GEMM left in a workspace into statistics
+// or into G, a chunk of classes at a time.
 //
 // What: softmax statistics per row, and G in the place of the products. Never materialised: more of
 // the logits than the chunk, which stays in L2. Fast because: a class's rows lie next to each
-// other; for statistics a thread has a row and meets nobody, for G a warp has a class and one sum
-// at the end.
+// other; for statistics a thread has a row and waits for nobody, for G a warp has a class and one
+// sum at the end.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace marginkernels::cuda {
 
 constexpr int kDenseBatch = 8;  // classes that a thread loads at once
 
-// The logit of a row and a class, and what the transform says of it.
+// The logit of a row and a class before and after the transform, and the transform's slope.
 template <class A, class F>
 struct DenseLogit {
     A value, slope, f, z;  // f = scale value + bias, z = scale c + bias
@@ -41,10 +41,10 @@ __device__ __forceinline__ A exp_of(A x) {
     return ptx::exp2(x * A(1 / kLn2));
 }
 
-// Softmax statistics of every `slices`-th batch of classes of the chunk: a thread per row.
+// Takes softmax statistics of every `slices`-th batch of classes of the chunk, a thread per row.
 template <class A, class F>
 __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
-    dense_statistics_kernel(const DenseStatistics call) {
+    dense_statistics_kernel(const DenseStatisticsCall call) {
     const DenseCall& chunk = call.chunk;
     const int64_t row =
         static_cast<int64_t>(blockIdx.x % call.row_blocks) * kDenseRows + threadIdx.x;
@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
     const int64_t target = chunk.y[row] - chunk.first_class;
     // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
     const A offset = scale > A(59) ? scale - A(59) : A(0);
-    A m = call.save ? offset : A(kNoMaximum), l = 0, sum = 0, top = kNoMaximum;
+    A m = call.save_tiles ? offset : A(kNoMaximum), l = 0, total = 0, top = kNoMaximum;
     if (call.carry) {
         m = partial[kMaximum * plane];
         l = partial[kExponentials * plane];
-        sum = partial[kLogitSum * plane];
+        total = partial[kLogitSum * plane];
         top = partial[kLogitMaximum * plane];
     }
     A* const products = static_cast<A*>(chunk.products) + row;
@@ -80,31 +80,31 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
                                          at_or(chunk.bias, class_, A(0)), parameter, constants);
             f[k] = logit.f;
             highest = highest > f[k] ? highest : f[k];
-            sum += logit.f;
+            total += logit.f;
             top = top > logit.z ? top : logit.z;
         }
-        if (call.save) highest = offset;
+        if (call.save_tiles) highest = offset;
         l *= exp_of(m - highest);
         m = highest;
 #pragma unroll
         for (int k = 0; k < kDenseBatch; ++k) {
             const A p = exp_of(f[k] - m);
             l += p;
-            if (!call.save || first + k >= chunk.classes) continue;
+            if (!call.save_tiles || first + k >= chunk.classes) continue;
             const A q = at_or(chunk.q, first + k, A(1));
             products[(first + k) * chunk.stride] = p * (q < A(chunk.inverse_limit) ? q : A(1));
         }
     }
     partial[kMaximum * plane] = m;
     partial[kExponentials * plane] = l;
-    partial[kLogitSum * plane] = sum;
+    partial[kLogitSum * plane] = total;
     partial[kLogitMaximum * plane] = top;
 }
 
-// G in the place of the products: a warp per class.
+// Writes G in the place of the products, a warp per class.
 template <class A, class F>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    dense_gradient_kernel(const DenseGradient call) {
+    dense_gradient_kernel(const DenseGradientCall call) {
     const DenseCall& chunk = call.chunk;
     const int64_t class_ = row_of_warp();
     const int lane = threadIdx.x % kWarp;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         const DenseLogit<A, F> logit(products[row] * inverse * q, scale, bias,
                                      at_or(chunk.row_parameter, row, A(0)), constants);
         A lse = static_cast<const A*>(call.lse)[row];
-        // no negatives, or all of them masked by their bias: the exponential is 0, or a target's
+        // no negatives, or only such as a bias masks: the exponential is 0, or a target's
         if (lse == -INFINITY) lse = 0;
         A g = static_cast<const A*>(call.grad_lse)[row] * exp_of(logit.f - lse) +
               at_or(call.grad_sum, row, A(0));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What the schedule and the build report ask the CUDA runtime. The host that runs kernels as fibers
+// Asks the CUDA runtime for the schedule and the build report. The host that runs kernels as fibers
 // answers as an sm_80 would.
 
 #include <string>

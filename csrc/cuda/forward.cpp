@@ -1,39 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// head_fwd: which kernel runs on which chunk of the classes.
+// head_fwd: decides which kernel runs on which chunk of the classes.
 
-#include "sweep.h"
+#include "operands.h"
 #include "vendor_gemm.h"
 
 namespace marginkernels::cuda {
 namespace {
 
-// Blocks of the statistics over a GEMM's result that a multiprocessor runs at once.
+// Blocks of dense_statistics_kernel that a multiprocessor runs at once.
 constexpr int kDenseBlocksPerSm = 8;
-// Classes of a block of those, at least.
+// The fewest classes that such a block is worth.
 constexpr int kDenseClasses = 64;
 
-// Statistics by the tile program.
+// The results of the op; marginkernels/ops.py says what they are.
+struct Results {
+    Tensor lse, target_cosine, w_norm;  // (N,)
+    bool want_sum, want_max;
+    Tensor logit_sum, logit_max;  // (N,), or (0,)
+    Tensor x_inv, w_inv;          // (N,), (classes,)
+    Tensor tiles;                 // (C, N up to a multiple of 16), or (0,)
+
+    Results(const Operands& operands, bool save_tiles, bool want_sum, bool want_max)
+        : lse(operands.statistics({operands.n})),
+          target_cosine(operands.statistics({operands.n})),
+          w_norm(operands.statistics({operands.n})),
+          want_sum(want_sum),
+          want_max(want_max),
+          logit_sum(operands.statistics({want_sum ? operands.n : 0})),
+          logit_max(operands.statistics({want_max ? operands.n : 0})),
+          x_inv(operands.statistics({operands.n})),
+          w_inv(operands.statistics({operands.classes})),
+          tiles(save_tiles
+                    ? operands.empty({operands.c, round_up(operands.n, 16)}, operands.compute)
+                    : operands.statistics({0})) {}
+
+    bool saves_tiles() const { return tiles.numel() > 0; }
+};
+
+// Takes statistics by the tile program.
 class TileStatistics {
   public:
-    TileStatistics(Sweep& sweep, const Tensor& x_inv, const Tensor& w_inv, const Tensor& saved,
-                   const FinishRows& wanted)
-        : sweep_(sweep), flags_(sweep.flags()), columns_(sweep.columns(sweep.class_tiles())) {
-        q_ = sweep.normalize_w ? w_inv : at::ones_like(w_inv);
-        rate_ = sweep.statistics({sweep.rows});
-        const bool transformed = sweep.transform != Transform::kIdentity;
-        log2_units = !sweep.bias.has_value();
-        launch_statistics_rows(floats(x_inv), floats(sweep.scale), rate_.mutable_data_ptr<float>(),
-                               static_cast<int>(sweep.n), static_cast<int>(sweep.rows),
-                               log2_units && !transformed, !transformed, sweep.stream);
-        const int64_t warps = sweep.small ? SmallTile::kClassWarps : BigTile::kClassWarps;
-        partials = sweep.statistics({kPlanes, columns_ * warps, sweep.n});
-        want_sum_ = wanted.logit_sum != nullptr;
-        want_max_ = wanted.logit_max != nullptr;
-        const bool own_maximum = transformed || (saved.numel() > 0 && want_max_);
-        maximum_plane = own_maximum ? kLogitMaximum : kMaximum;
-        saved_ = saved;
+    TileStatistics(Operands& operands, const Results& results)
+        : operands_(operands),
+          results_(results),
+          flags_(operands.flags()),
+          columns_(operands.columns(operands.class_tiles())) {
+        q_ = operands.normalize_w ? results.w_inv : at::ones_like(results.w_inv);
+        rate_ = operands.statistics({operands.rows});
+        const bool transformed = operands.transform != Transform::kIdentity;
+        log2_units = !operands.bias.has_value();
+        launch_statistics_rows(floats(results.x_inv), floats(operands.scale),
+                               rate_.mutable_data_ptr<float>(), static_cast<int>(operands.n),
+                               static_cast<int>(operands.rows), log2_units && !transformed,
+                               !transformed, operands.stream);
+        const int64_t warps = operands.small ? SmallTile::kClassWarps : BigTile::kClassWarps;
+        partials = operands.statistics({kPlanes, columns_ * warps, operands.n});
+        const bool separate_max = transformed || (results.saves_tiles() && results.want_max);
+        maximum_plane = separate_max ? kLogitMaximum : kMaximum;
     }
 
     Tensor partials;
@@ -42,43 +67,42 @@ class TileStatistics {
 
     void add(int64_t first, const Tensor& w_chunk) {
         StatisticsCall call = {};
-        call.tile = sweep_.tile_call(first, w_chunk, q_, flags_, columns_);
-        call.want_sum = want_sum_;
-        call.want_max = want_max_;
+        call.tile = operands_.tile_call(first, w_chunk, q_, flags_, columns_);
+        call.want_sum = results_.want_sum;
+        call.want_max = results_.want_max;
         call.rate = floats(rate_);
         call.partials = partials.mutable_data_ptr<float>();
         call.carry = first > 0;
-        if (saved_.numel() > 0) {
-            call.saved = saved_.mutable_data_ptr();
-            call.saved_stride = static_cast<int>(saved_.size(1));
+        if (results_.saves_tiles()) {
+            call.tiles = results_.tiles.mutable_data_ptr();
+            call.tiles_stride = static_cast<int>(results_.tiles.size(1));
         }
-        call.inverse_limit = static_cast<float>(sweep_.inverse_limit);
-        launch_statistics(call, sweep_.variant(), sweep_.stream);
+        call.inverse_limit = static_cast<float>(operands_.inverse_limit);
+        launch_statistics(call, operands_.variant(), operands_.stream);
     }
 
   private:
-    Sweep& sweep_;
-    Tensor flags_, q_, rate_, saved_;
+    Operands& operands_;
+    const Results& results_;
+    Tensor flags_, q_, rate_;
     int64_t columns_;
-    bool want_sum_, want_max_;
 };
 
-// Statistics over the vendor's GEMM.
+// Takes statistics over the vendor's GEMM.
 class GemmStatistics {
   public:
-    GemmStatistics(Sweep& sweep, const Tensor& x_inv, const Tensor& w_inv, const Tensor& saved,
-                   int64_t chunk)
-        : sweep_(sweep), x_inv_(x_inv), w_inv_(w_inv), saved_(saved) {
-        row_blocks_ = ceil_div(sweep.n, kDenseRows);
+    GemmStatistics(Operands& operands, const Results& results, int64_t chunk_classes)
+        : operands_(operands), results_(results) {
+        row_blocks_ = ceil_div(operands.n, kDenseRows);
         const int64_t blocks =
             int64_t{multiprocessors()} * kDenseBlocksPerSm / std::max<int64_t>(row_blocks_, 1);
-        slices_ = std::max<int64_t>(1, std::min(blocks, chunk / kDenseClasses));
-        partials = sweep.statistics({kPlanes, slices_, sweep.n});
-        if (saved.numel() > 0) {
-            saved.narrow(1, sweep.n, saved.size(1) - sweep.n).zero_();
+        slices_ = std::max<int64_t>(1, std::min(blocks, chunk_classes / kDenseClasses));
+        partials = operands.statistics({kPlanes, slices_, operands.n});
+        if (results.saves_tiles()) {
+            results.tiles.narrow(1, operands.n, results.tiles.size(1) - operands.n).zero_();
             return;
         }
-        products_ = sweep.statistics({std::min(chunk, sweep.c), sweep.n});
+        products_ = operands.statistics({std::min(chunk_classes, operands.c), operands.n});
     }
 
     Tensor partials;
@@ -87,42 +111,66 @@ class GemmStatistics {
 
     void add(int64_t first, const Tensor& w_chunk) {
         const int64_t count = w_chunk.size(0);
-        const bool save = saved_.numel() > 0;
-        const Tensor products = save ? saved_.narrow(0, first, count).narrow(1, 0, sweep_.n)
-                                     : products_.narrow(0, 0, count);
-        mm(products, w_chunk, sweep_.x.t());
-        DenseStatistics call = {};
-        call.chunk = sweep_.dense_call(first, products, x_inv_, w_inv_);
+        const Tensor products =
+            results_.saves_tiles()
+                ? results_.tiles.narrow(0, first, count).narrow(1, 0, operands_.n)
+                : products_.narrow(0, 0, count);
+        mm(products, w_chunk, operands_.x.t());
+        DenseStatisticsCall call = {};
+        call.chunk = operands_.dense_call(first, products, results_.x_inv, results_.w_inv);
         call.partials = partials.mutable_data_ptr();
         call.row_blocks = static_cast<int>(row_blocks_);
         call.slices = static_cast<int>(slices_);
         call.carry = first > 0;
-        call.save = save;
-        launch_dense_statistics(call, sweep_.transform, sweep_.type, sweep_.stream);
+        call.save_tiles = results_.saves_tiles();
+        launch_dense_statistics(call, operands_.transform, operands_.type, operands_.stream);
     }
 
   private:
-    Sweep& sweep_;
-    Tensor x_inv_, w_inv_, saved_, products_;
+    Operands& operands_;
+    const Results& results_;
+    Tensor products_;
     int64_t row_blocks_, slices_;
 };
 
-// Statistics of all classes, chunk by chunk, and the norms of their rows; then what becomes of
-// them.
+// Merges the partial statistics of every row, and adds the targets' cosines and norms.
 template <class Source>
-void take_statistics(Sweep& sweep, Source&& source, const Tensor& w_inv, int64_t chunk,
-                     FinishRows finish) {
-    sweep.for_each_chunk(chunk, [&](int64_t first, const Tensor& w_chunk) {
-        const int64_t stop = std::min(first + chunk, w_inv.size(0));
-        sweep.inverse_norms(w_chunk, w_chunk.size(0), w_inv.narrow(0, first, stop - first));
-        if (sweep.n > 0) source.add(first, w_chunk);
+void finish_rows(const Operands& operands, const Results& results, const Source& source,
+                 const Tensor& label_rows) {
+    FinishRowsCall call = {};
+    call.x = operands.x.const_data_ptr();
+    call.w_y = label_rows.const_data_ptr();
+    call.y = operands.y.const_data_ptr<int64_t>();
+    call.x_inv = results.x_inv.const_data_ptr();
+    call.w_inv = results.w_inv.const_data_ptr();
+    call.partials = source.partials.const_data_ptr();
+    call.lse = results.lse.mutable_data_ptr();
+    call.target_cosine = results.target_cosine.mutable_data_ptr();
+    call.w_norm = results.w_norm.mutable_data_ptr();
+    call.logit_sum = results.want_sum ? results.logit_sum.mutable_data_ptr() : nullptr;
+    call.logit_max = results.want_max ? results.logit_max.mutable_data_ptr() : nullptr;
+    call.n = static_cast<int>(operands.n);
+    call.width = static_cast<int>(operands.width);
+    call.partials_per_row = static_cast<int>(source.partials.size(1));
+    call.maximum_plane = source.maximum_plane;
+    call.normalize_w = operands.normalize_w;
+    call.log2_units = source.log2_units;
+    launch_finish_rows(call, operands.type, operands.stream);
+}
+
+// Takes the statistics of all classes and the norms of their rows, chunk by chunk.
+template <class Source>
+void take_statistics(Operands& operands, Source&& source, const Results& results,
+                     int64_t chunk_classes) {
+    const Tensor label_rows = operands.label_rows();
+    const Tensor& w_inv = results.w_inv;
+    operands.for_each_chunk(chunk_classes, [&](int64_t first, const Tensor& w_chunk) {
+        const int64_t stop = std::min(first + chunk_classes, w_inv.size(0));
+        operands.inverse_norms(w_chunk, w_chunk.size(0), w_inv.narrow(0, first, stop - first));
+        if (operands.n > 0) source.add(first, w_chunk);
     });
-    if (sweep.c == 0) source.partials.zero_();  // no negatives
-    finish.partials = source.partials.const_data_ptr();
-    finish.partials_per_row = static_cast<int>(source.partials.size(1));
-    finish.maximum_plane = source.maximum_plane;
-    finish.log2_units = source.log2_units;
-    launch_finish_rows(finish, sweep.type, sweep.stream);
+    if (operands.c == 0) source.partials.zero_();  // no negatives
+    finish_rows(operands, results, source, label_rows);
 }
 
 }  // namespace
@@ -134,57 +182,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     const Tensor& scale,         // ()
     const OptionalTensor& bias,  // (C,)
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
-    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants) {
+    bool want_sum, bool want_max, c10::string_view transform,
+    const OptionalTensor& row_parameter,  // (N,)
+    const OptionalTensor& constants) {    // (K,)
     const OpGuard guard(x);
-    Sweep sweep(
+    Operands operands(
         {x, w, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
         save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
-                        sweep.transform == Transform::kIdentity && compute_dtype != at::kHalf),
+                        operands.transform == Transform::kIdentity && compute_dtype != at::kHalf),
         "save_tiles: needs both sides normalised, no bias, no sum, the identity and float32 or "
         "bfloat16, got ",
         compute_dtype);
-    const int64_t n = sweep.n;
-    const Tensor lse = sweep.statistics({n}), d = sweep.statistics({n});
-    const Tensor w_norm = sweep.statistics({n});
-    const Tensor logit_sum = sweep.statistics({want_sum ? n : 0});
-    const Tensor logit_max = sweep.statistics({want_max ? n : 0});
-    const Tensor x_inv = sweep.statistics({n}), w_inv = sweep.statistics({sweep.classes});
-    const Tensor saved =
-        save_tiles ? sweep.empty({sweep.c, round_up(n, 16)}, compute_dtype) : sweep.statistics({0});
+    const Results results(operands, save_tiles, want_sum, want_max);
     if (normalize_x) {
-        sweep.inverse_norms(sweep.x, n, x_inv);
+        operands.inverse_norms(operands.x, operands.n, results.x_inv);
     } else {
-        x_inv.fill_(1);
+        results.x_inv.fill_(1);
     }
-
-    const Tensor label_rows = sweep.label_rows();
-    FinishRows finish = {};
-    finish.x = sweep.x.const_data_ptr();
-    finish.w_y = label_rows.const_data_ptr();
-    finish.y = sweep.y.const_data_ptr<int64_t>();
-    finish.x_inv = x_inv.const_data_ptr();
-    finish.w_inv = w_inv.const_data_ptr();
-    finish.lse = lse.mutable_data_ptr();
-    finish.d = d.mutable_data_ptr();
-    finish.w_norm = w_norm.mutable_data_ptr();
-    finish.logit_sum = want_sum ? logit_sum.mutable_data_ptr() : nullptr;
-    finish.logit_max = want_max ? logit_max.mutable_data_ptr() : nullptr;
-    finish.n = static_cast<int>(n);
-    finish.width = static_cast<int>(sweep.width);
-    finish.normalize_w = normalize_w;
-    if (sweep.tiled) {
-        const int64_t chunk = sweep.chunk_classes(std::numeric_limits<int64_t>::max(), 1);
-        take_statistics(sweep, TileStatistics(sweep, x_inv, w_inv, saved, finish), w_inv, chunk,
-                        finish);
+    if (operands.tiled) {
+        const int64_t chunk = operands.chunk_classes(std::numeric_limits<int64_t>::max(), 1);
+        take_statistics(operands, TileStatistics(operands, results), results, chunk);
     } else {
-        const int64_t chunk = sweep.chunk_classes(kProductBytes, n * sweep.x.element_size());
-        take_statistics(sweep, GemmStatistics(sweep, x_inv, w_inv, saved, chunk), w_inv, chunk,
-                        finish);
+        const int64_t row_bytes = operands.n * operands.x.element_size();
+        const int64_t chunk = operands.chunk_classes(kProductChunkBytes, row_bytes);
+        take_statistics(operands, GemmStatistics(operands, results, chunk), results, chunk);
     }
-    return {lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv.narrow(0, 0, sweep.c), saved};
+    return {results.lse,
+            results.target_cosine,
+            results.w_norm,
+            results.logit_sum,
+            results.logit_max,
+            results.x_inv,
+            results.w_inv.narrow(0, 0, operands.c),
+            results.tiles};
 }
 
 }  // namespace marginkernels::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The variants of the gradient kernel that exist, and the choice among them.
+// Lists the variants of the gradient kernel that exist, and chooses among them.
 
 #include "gradient.cuh"
 #include "launch.h"

@@ -3,10 +3,10 @@
 
 // The backward sweep: G of a chunk of classes, recomputed by the tile program.
 //
-// What: G_ij = (a_i exp(f_ij - lse_i) + u_i) f'_ij r_i q_j of the negatives, 0 at the targets, in
-// the compute type, a class's rows next to each other, as the vendor's GEMMs read it. Never
+// What: G_ij = (a_i exp(f_ij - lse_i) + u_i) f'_ij r_i q_j of the negatives, 0 at the targets. It
+// has the compute type, and a class's rows next to each other, as the vendor's GEMMs read it. Never
 // materialised: logits, exponentials, G of more than the chunk. Fast because: a logit takes five
-// instructions, what belongs to a row or a class is loaded 16 bytes at a time, and eight rows of a
+// instructions, the numbers of a row or a class are loaded 16 bytes at a time, and eight rows of a
 // class leave in one store.
 
 #pragma once
@@ -17,8 +17,7 @@
 
 namespace marginkernels::cuda {
 
-// The plain case: exponents are v q rate - shift in units of ln 2, and G is a times their
-// exponential plus u, but for the class's factor.
+// The plain case: G is a 2^(v q rate - shift) + u, but for the class's factor.
 template <class Tile>
 __device__ __forceinline__ void plain_gradient(Accumulator<Tile>& sums, const GradientCall& call,
                                                int first_row, int b, const float (&q)[8]) {
@@ -38,8 +37,8 @@ __device__ __forceinline__ void plain_gradient(Accumulator<Tile>& sums, const Gr
         }
 }
 
-// Every option: a transform, a bias, gradients of the bias and of the scale. The dead ones are
-// masked before sums are taken.
+// The general case, with every option: a transform, a bias, gradients of the bias and of the scale.
+// The excluded are set to 0 before sums are taken.
 template <class F, class Tile>
 __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const GradientCall& call,
                                                  int first_row, int tile, int first_class,
@@ -82,7 +81,7 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
     }
 }
 
-// Sum over the lanes that are `first` apart, and twice that, and so on.
+// Returns the sum over the lanes that are kFirst apart, twice kFirst apart, and so on.
 template <int kFirst>
 __device__ __forceinline__ float sum_over_lanes(float value) {
 #pragma unroll
@@ -125,8 +124,8 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
             }
         }
         if (!kGeneral && is_flagged(tile_call, tile))
-            for_each_dead(tile_call, position, tile,
-                          [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
+            for_each_excluded(tile_call, position, tile,
+                              [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
         store_classes<T>(sums, fold, call.g, call.g_stride, in_launch, first_row,
                          tile_call.c - first_class);
     });

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What the schedule (sweep.cpp, forward.cpp, backward.cpp) knows of the kernels: shapes of tiles,
-// operands, launchers. Neither ATen nor CUDA headers are needed to read it.
+// Declares what the schedule (operands.cpp, forward.cpp, backward.cpp) needs of the kernels: shapes
+// of tiles, the arguments of each launch, and the launchers. Neither ATen nor CUDA headers are
+// needed to read it.
 //
-// Sizes are ints, offsets are made in 64 bits. Rows of x and w are `width` numbers wide, D and then
-// zeros up to a multiple of what a kernel reads at once. "A" is the type of statistics, float or
-// double; void* has the compute type unless another is named.
+// Sizes are ints, and offsets are computed in 64 bits. Rows of x and w are `width` numbers wide: D
+// numbers, then zeros up to a multiple of what a kernel reads at once. "A" is the type of
+// statistics, float or double; a void* points to the compute type unless its comment names another.
+// tile.cuh explains the short names of the tile kernels.
 
 #pragma once
 
@@ -27,8 +29,8 @@ using mk::Transform;
 
 constexpr int kWarp = 32;
 
-// Planned, of 128 threads, for kernels that wait for memory: what the compiler may take registers
-// for.
+// Blocks of 128 threads per multiprocessor that kernels which wait for memory are planned for. The
+// compiler may give a thread as many registers as leave room for them.
 constexpr int kRowBlocksPerSm = 4;
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kLog2E = 1.44269504088896341F;
@@ -46,9 +48,9 @@ struct Tile {
     static constexpr int kBlocksPerSm = 2;
 };
 
-// Most work per byte of shared memory that fits the registers.
+// The tile with most work per byte of shared memory that fits the registers.
 using BigTile = Tile<2, 64>;
-// For few rows, and where the epilogue of an option needs registers: a transform, a bias, the
+// The tile for few rows, and for epilogues that need more registers: a transform, a bias, the
 // maximum beside saved exponentials, gradients of the bias and of the scale.
 using SmallTile = Tile<1, 32>;
 
@@ -58,7 +60,7 @@ static_assert(BigTile::kClasses == kTileClasses && SmallTile::kClasses == kTileC
 // Stages of the copy pipeline: as many as leave room for a second block.
 constexpr int kMostStages = 4, kFewestStages = 3;
 
-// What both epilogues of the tile program are called with.
+// The arguments that both tile kernels share.
 struct TileCall {
     const void* x;               // (row tiles * rows of a tile, width), zeros from N on
     const void* w;               // (., width): the classes of this launch
@@ -77,7 +79,8 @@ struct TileCall {
     int stages;
 };
 
-// Partial statistics, four planes of (partials, N): maximum, sum of exp, sum and maximum of logits.
+// Planes of (partials, N) that hold the partial statistics: the maximum and the sum of
+// exponentials, the sum and the maximum of the logits.
 constexpr int kMaximum = 0, kExponentials = 1, kLogitSum = 2, kLogitMaximum = 3, kPlanes = 4;
 // Below any logit in the domain, and finite: a row that has met no negative is no special case.
 constexpr float kNoMaximum = -1e30F;
@@ -87,9 +90,9 @@ struct StatisticsCall {
     bool want_sum, want_max;  // which variant to launch
     const float* rate;        // (padded rows,): see statistics_rows_kernel
     float* partials;          // (kPlanes, columns * class warps, N)
-    bool carry;               // go on from the partials of the launch before
-    void* saved;              // (C, saved_stride) exp(z - offset) q_j, or null
-    int saved_stride;         // N up to a multiple of 16
+    bool carry;               // continue from the partials of the launch before
+    void* tiles;              // (C, tiles_stride) exp(z - offset) q_j, or null
+    int tiles_stride;         // N up to a multiple of 16
     float inverse_limit;      // 1 / norm of a zero row
 };
 
@@ -113,22 +116,24 @@ struct TileVariant {
     Transform transform;
 };
 
+// Each launcher is named after its kernel.
+
 void launch_statistics(const StatisticsCall&, const TileVariant&, Stream);
 void launch_gradient(const GradientCall&, const TileVariant&, Stream);
 
 // rows.cu:
 
-// 1 / |row| of (count, width) into (padded,) of A.
-void launch_inverse_norms(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
-                          double limit, Type, Stream);
+// Writes 1 / |row| of `rows` (count, width) into `inverse` (padded,) of A.
+void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
+                 double inverse_limit, Type, Stream);
 
 // Sets flags (row tiles, class tiles), zeros before, where a tile holds a target.
-void launch_flags(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles, Stream);
+void launch_flag(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles, Stream);
 
 void launch_statistics_rows(const float* x_inv, const float* scale, float* rate, int n, int padded,
                             bool log2_units, bool with_scale, Stream);
 
-struct GradientRows {
+struct GradientRowsCall {
     const float *x_inv, *scale, *lse, *grad_lse;  // (N,), (), (N,), (N,)
     const float *grad_sum, *g_scale;              // (N,) or null, () or null
     float* planes;                                // (kGradientPlanes, padded)
@@ -136,38 +141,37 @@ struct GradientRows {
     int n, padded;
     bool general;
 };
-void launch_gradient_rows(const GradientRows&, Stream);
+void launch_gradient_rows(const GradientRowsCall&, Stream);
 
-struct FinishRows {
-    const void *x, *w_y;          // (N, width), (N, width) A: the rows of the labels, rounded
-    const int64_t* y;             // (N,)
-    const void* x_inv;            // (N,) A
-    const void* w_inv;            // (C,) A
-    const void* partials;         // (kPlanes, partials_per_row, N) A
-    void *lse, *d, *w_norm;       // (N,) A
-    void *logit_sum, *logit_max;  // (N,) A, or null
+struct FinishRowsCall {
+    const void *x, *w_y;                 // (N, width), (N, width) A: the labels' rows, rounded
+    const int64_t* y;                    // (N,)
+    const void* x_inv;                   // (N,) A
+    const void* w_inv;                   // (C,) A
+    const void* partials;                // (kPlanes, partials_per_row, N) A
+    void *lse, *target_cosine, *w_norm;  // (N,) A
+    void *logit_sum, *logit_max;         // (N,) A, or null
     int n, width, partials_per_row;
     int maximum_plane;  // kMaximum or kLogitMaximum
     bool normalize_w, log2_units;
 };
-void launch_finish_rows(const FinishRows&, Type, Stream);
+void launch_finish_rows(const FinishRowsCall&, Type, Stream);
 
-struct Targets {
+struct TargetCall {
     const void* x;                                    // (N, width)
     const int64_t* y;                                 // (N,)
     const void *x_inv, *w_inv, *scale, *grad_target;  // (N,), (C,), (), (N,) A
     const void* grad_w_norm;                          // (N,) A, or null
-    void* coefficient;                                // (N,) A: what w_y of a row gets into its dx
+    void* coefficient;                                // (N,) A: weight of w_y in a row's dx
     int* slot;     // (C,), -1 before: the row whose sums are those of a class
-    void* sums;    // (N, width) A: what the rows of a class get into its dw
-    void* radial;  // (N,) A: the gradient of its norm, or null
+    void* sums;    // (N, width) A: the targets' part of a class's dw
+    void* radial;  // (N,) A: the gradient of the class's norm, or null
     int n, width;
     bool normalize_w;
 };
-void launch_targets(const Targets&, Type, Stream);
+void launch_target(const TargetCall&, Type, Stream);
 
-// The gradient of raw rows from that along their unit rows.
-struct Projection {
+struct ProjectCall {
     const void* gradient;     // (count, width) A
     const void* rows;         // (count, width)
     const void* inverse;      // (count,) A
@@ -179,16 +183,16 @@ struct Projection {
     void* out;                // (count, d) of type `out_type`
     int64_t count;
     int width, d;
-    int factor_stride;  // 0: one for all
+    int factor_stride;  // 0: one factor for all rows
     double inverse_limit;
     bool normalize;
     Type out_type;
 };
-void launch_projection(const Projection&, Type, Stream);
+void launch_project(const ProjectCall&, Type, Stream);
 
 // dense.cu:
 
-// Dot products of a chunk of classes, as a GEMM left them. "A" has the compute type too.
+// Dot products of a chunk of classes, as a GEMM left them. "A" is the compute type too.
 struct DenseCall {
     void* products;             // (classes, stride) A
     int64_t stride;             // N or more
@@ -204,32 +208,32 @@ struct DenseCall {
     int64_t first_class;
 };
 
-struct DenseStatistics {
+struct DenseStatisticsCall {
     DenseCall chunk;
     void* partials;  // (kPlanes, slices, N) A
     int row_blocks, slices;
     bool carry;
-    bool save;  // exp(z - offset) q_j in the place of the products
+    bool save_tiles;  // exp(z - offset) q_j in the place of the products
 };
 
-struct DenseGradient {
+struct DenseGradientCall {
     DenseCall chunk;
     const void *lse, *grad_lse, *grad_sum;  // (N,) A, the last one may be null
     void *dbias, *dscale;                   // (classes,) A, or null
 };
 
-constexpr int kDenseRows = 128;  // of a block of the statistics
+constexpr int kDenseRows = 128;  // of a block of dense_statistics_kernel
 
-void launch_dense_statistics(const DenseStatistics&, Transform, Type, Stream);
-void launch_dense_gradient(const DenseGradient&, Transform, Type, Stream);
+void launch_dense_statistics(const DenseStatisticsCall&, Transform, Type, Stream);
+void launch_dense_gradient(const DenseGradientCall&, Transform, Type, Stream);
 
 // device.cu:
 
 int multiprocessors();        // of the current device
-int stages_per_block();       // of the tile program's pipeline there
+int stages_per_block();       // of the tile program's pipeline on the current device
 int cuda_version();           // that the kernels were compiled with, 13000 for 13.0
-const char* architectures();  // that they were compiled for, "800,860"
-// Why they cannot be launched on a device, in CUDA's words, or nothing.
+const char* architectures();  // that the kernels were compiled for, "800,860"
+// Returns why the kernels cannot be launched on a device, in CUDA's words, or nothing.
 std::string failure(int device);
 
 }  // namespace marginkernels::cuda

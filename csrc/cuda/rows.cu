@@ -26,19 +26,19 @@ int64_t blocks_of(int64_t count, int per_block) {
 
 }  // namespace
 
-void launch_inverse_norms(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
-                          double limit, Type type, Stream stream) {
+void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
+                 double inverse_limit, Type type, Stream stream) {
     with_type(type, [&](auto value) {
         using T = decltype(value);
         using A = statistics_t<T>;
-        launch("inverse_norm_kernel", inverse_norm_kernel<T>, blocks_of(padded, kRowsPerBlock),
-               kRowThreads, 0, stream, static_cast<const T*>(rows), static_cast<A*>(inverse), count,
-               padded, width, static_cast<A>(limit));
+        launch("norm_kernel", norm_kernel<T>, blocks_of(padded, kRowsPerBlock), kRowThreads, 0,
+               stream, static_cast<const T*>(rows), static_cast<A*>(inverse), count, padded, width,
+               static_cast<A>(inverse_limit));
     });
 }
 
-void launch_flags(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles,
-                  Stream stream) {
+void launch_flag(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles,
+                 Stream stream) {
     launch("flag_kernel", flag_kernel, blocks_of(n, kRowThreads), kRowThreads, 0, stream, y, flags,
            n, tile_rows, class_tiles);
 }
@@ -50,29 +50,29 @@ void launch_statistics_rows(const float* x_inv, const float* scale, float* rate,
            with_scale);
 }
 
-void launch_gradient_rows(const GradientRows& call, Stream stream) {
+void launch_gradient_rows(const GradientRowsCall& call, Stream stream) {
     launch("gradient_rows_kernel", gradient_rows_kernel, blocks_of(call.padded, kRowThreads),
            kRowThreads, 0, stream, call);
 }
 
-void launch_finish_rows(const FinishRows& call, Type type, Stream stream) {
+void launch_finish_rows(const FinishRowsCall& call, Type type, Stream stream) {
     with_type(type, [&](auto value) {
         launch("finish_rows_kernel", finish_rows_kernel<decltype(value)>,
                blocks_of(call.n, kRowsPerBlock), kRowThreads, 0, stream, call);
     });
 }
 
-void launch_targets(const Targets& call, Type type, Stream stream) {
+void launch_target(const TargetCall& call, Type type, Stream stream) {
     with_type(type, [&](auto value) {
         launch("target_kernel", target_kernel<decltype(value)>, blocks_of(call.n, kRowsPerBlock),
                kRowThreads, 0, stream, call);
     });
 }
 
-void launch_projection(const Projection& call, Type type, Stream stream) {
+void launch_project(const ProjectCall& call, Type type, Stream stream) {
     with_type(type, [&](auto value) {
         with_type(call.out_type, [&](auto out) {
-            launch("projection_kernel", projection_kernel<decltype(value), decltype(out)>,
+            launch("project_kernel", project_kernel<decltype(value), decltype(out)>,
                    blocks_of(call.count, kRowsPerBlock), kRowThreads, 0, stream, call);
         });
     });

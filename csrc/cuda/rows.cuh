@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What is linear in N, in C D or in N D: norms, factors of rows, the merge of statistics.
+// Kernels that are linear in N, in C D or in N D: norms, factors of rows, the merge of statistics.
 //
 // Never materialised: normalised rows, one-hot labels. Fast because: a warp reads a row once, its
-// lanes next to each other, and everything is added in a fixed order without atomics.
+// lanes next to each other. Sums have a fixed order and no atomics.
 
 #pragma once
 
@@ -12,12 +12,13 @@
 
 namespace marginkernels::cuda {
 
-// 1 / |row|, at most `limit`: exactly that marks a zero row. Padding gets it too.
+// Writes 1 / |row|, at most `inverse_limit`: exactly that value marks a zero row. Padding gets it
+// too.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    inverse_norm_kernel(const T* rows,             // (count, width)
-                        statistics_t<T>* inverse,  // (padded,)
-                        int64_t count, int64_t padded, int width, statistics_t<T> limit) {
+    norm_kernel(const T* rows,             // (count, width)
+                statistics_t<T>* inverse,  // (padded,)
+                int64_t count, int64_t padded, int width, statistics_t<T> inverse_limit) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     A squares = 0;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     squares = sum_over_warp(squares);
     if (threadIdx.x % kWarp == 0 && row < padded) {
         const A norm = sqrt(squares);
-        inverse[row] = 1 / norm < limit ? 1 / norm : limit;
+        inverse[row] = 1 / norm < inverse_limit ? 1 / norm : inverse_limit;
     }
 }
 
@@ -44,9 +45,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     if (row < n && y[row] >= 0) flags[row / tile_rows * class_tiles + y[row] / kTileClasses] = 1;
 }
 
-// What the statistics' epilogue multiplies the dot products of a row with: scale / |x_i| in units
-// of ln 2, or plain before a bias, or without the scale before a transform. Positive in rows that
-// are not there, since a masked logit is -inf times this.
+// Writes the factor that the statistics' epilogue multiplies a row's dot products with. It is
+// scale / |x_i| in units of ln 2, or plain before a bias, or without the scale before a transform.
+// It is positive in padding rows too, since an excluded logit is -inf times this factor.
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     statistics_rows_kernel(const float* x_inv,  // (N,)
                            const float* scale,  // ()
@@ -58,10 +59,10 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     rate[row] = (with_scale ? r * *scale : r) * unit;
 }
 
-// What the gradient's epilogue needs of a row. For the plain case all but the dot product and the
-// class's factor is folded in; the general case needs it apart.
+// Writes the planes of numbers per row that the gradient's epilogue reads. In the plain case they
+// take in all but the dot product and the class's factor; the general case needs those apart.
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    gradient_rows_kernel(const GradientRows call) {
+    gradient_rows_kernel(const GradientRowsCall call) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (row >= call.padded) return;
     const bool there = row < call.n;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     float shift = there && call.lse[row] != -INFINITY ? call.lse[row] : 0.0F;
     float rate = inverse, u = there && call.grad_sum ? call.grad_sum[row] : 0.0F;
     if (!call.general) {
-        // what rounding takes from the shift, at a scale of 256 several digits, goes into a
+        // rounding takes several digits from the shift at a scale of 256: they go into a
         const float rounded = shift * kLog2E;
         a *= fold * ptx::exp2(-fmaf(shift, kLog2E, -rounded));
         u *= fold;
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     plane[kFold * stride] = fold;
 }
 
-// m unit + log(l) of a normal l > 0, rounded once where it is large: an error of lse is a relative
-// error of every probability, and log(l) alone may be 50.
+// Returns m unit + log(l) of a normal l > 0, rounded once where it is large: an error of lse is a
+// relative error of every probability, and log(l) alone may be 50.
 __device__ __forceinline__ float log_sum(float m, float unit, float l) {
     const uint32_t bits = mk::bit_cast<uint32_t>(l);
     const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
@@ -109,14 +110,14 @@ __device__ __forceinline__ double log_sum(double m, double unit, double l) {
 // Merges the partial statistics of a row, and takes <x_i, w_y>.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    finish_rows_kernel(const FinishRows call) {
+    finish_rows_kernel(const FinishRowsCall call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;
     const bool there = row < call.n;
     const A to_log2 = call.log2_units ? A(1) : A(1 / kLn2), unit = call.log2_units ? A(kLn2) : A(1);
     const int64_t plane = static_cast<int64_t>(call.partials_per_row) * call.n;
-    A m = kNoMaximum, l = 0, sum = 0, top = kNoMaximum;
+    A m = kNoMaximum, l = 0, total = 0, top = kNoMaximum;
     const auto merge = [&](A other_m, A other_l, A other_top) {
         const A higher = m > other_m ? m : other_m;
         l = l * ptx::exp2((m - higher) * to_log2);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         const A* const partial = static_cast<const A*>(call.partials) + int64_t{p} * call.n + row;
         merge(partial[kMaximum * plane], partial[kExponentials * plane],
               partial[call.maximum_plane * plane]);
-        if (call.logit_sum) sum += partial[kLogitSum * plane];
+        if (call.logit_sum) total += partial[kLogitSum * plane];
     }
 #pragma unroll
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         const A other_m = other(m), other_l = other(l);
         merge(other_m, other_l, other(top));
     }
-    sum = sum_over_warp(sum);
+    total = sum_over_warp(total);
 
     const int64_t label = there ? call.y[row] : -1;
     A dot = 0;
@@ -154,11 +155,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     const bool none = l == 0;  // no negatives
     const auto set = [&](void* to, A value) { static_cast<A*>(to)[row] = value; };
     set(call.lse, none ? -INFINITY : log_sum(m, unit, l));
-    if (call.logit_sum) set(call.logit_sum, sum * unit);
+    if (call.logit_sum) set(call.logit_sum, total * unit);
     if (call.logit_max) set(call.logit_max, none ? -INFINITY : top * unit);
     const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);
     const A inverse = static_cast<const A*>(call.x_inv)[row];
-    set(call.d, dot * inverse * (call.normalize_w ? q : A(1)));
+    set(call.target_cosine, dot * inverse * (call.normalize_w ? q : A(1)));
     set(call.w_norm, label >= 0 ? 1 / q : A(0));
 }
 

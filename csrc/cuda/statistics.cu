@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The variants of the statistics kernel that exist, and the choice among them.
+// Lists the variants of the statistics kernel that exist, and chooses among them.
 
 #include "launch.h"
 #include "statistics.cuh"
@@ -21,7 +21,7 @@ void run_identity(const StatisticsCall& call, Stream stream) {
     using F = mk::Identity;
     if (call.tile.bias) {
         run<T, SmallTile, StatisticsOptions<F, true, true>>(call, stream);
-    } else if (call.saved == nullptr) {
+    } else if (call.tiles == nullptr) {
         if (call.want_sum) return run<T, Tile, StatisticsOptions<F, false, true>>(call, stream);
         run<T, Tile, StatisticsOptions<F>>(call, stream);
     } else if constexpr (std::is_same_v<T, bf16>) {

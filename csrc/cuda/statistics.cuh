@@ -17,48 +17,49 @@
 
 namespace marginkernels::cuda {
 
-// Options that a kernel is compiled for.
-template <class F, bool kBias_ = false, bool kSum_ = false, bool kSave_ = false, bool kTop_ = false>
+// Holds the options that a kernel is compiled for.
+template <class F, bool kBias_ = false, bool kWantSum_ = false, bool kSaveTiles_ = false,
+          bool kSeparateMax_ = false>
 struct StatisticsOptions {
     using Functor = F;
     static constexpr bool kBias = kBias_;
-    static constexpr bool kSum = kSum_;    // of the logits
-    static constexpr bool kSave = kSave_;  // exponentials with a constant offset
-    static constexpr bool kTop = kTop_;    // the logits' maximum is not that of the exponents
+    static constexpr bool kWantSum = kWantSum_;          // of the logits
+    static constexpr bool kSaveTiles = kSaveTiles_;      // exponentials with a constant offset
+    static constexpr bool kSeparateMax = kSeparateMax_;  // of the logits, where m is not that
     static constexpr bool kTransformed = !std::is_same_v<F, mk::Identity>;
     // logits are in units of ln 2 where the row's factor takes that in; with a bias they are plain,
     // which keeps the digits of a large one
     static constexpr float kToLog2 = kBias ? kLog2E : 1.0F;
 };
 
-// What a thread keeps of its 8 rows.
+// The statistics that a thread keeps of its 8 rows.
 template <class Options>
 struct RowStatistics {
     float m[8], l[8];
-    float sum[Options::kSum ? 8 : 1], top[Options::kTop ? 8 : 1];
+    float total[Options::kWantSum ? 8 : 1], top[Options::kSeparateMax ? 8 : 1];
 
     __device__ __forceinline__ explicit RowStatistics(float first_maximum) {
 #pragma unroll
         for (int row = 0; row < 8; ++row) {
             m[row] = first_maximum;
             l[row] = 0.0F;
-            if constexpr (Options::kSum) sum[row] = 0.0F;
-            if constexpr (Options::kTop) top[row] = kNoMaximum;
+            if constexpr (Options::kWantSum) total[row] = 0.0F;
+            if constexpr (Options::kSeparateMax) top[row] = kNoMaximum;
         }
     }
 
-    // Adds what another thread, or the launch before, has of a row.
-    __device__ __forceinline__ void merge(int row, float other_m, float other_l, float other_sum,
+    // Merges the statistics that another thread, or the launch before, has of a row.
+    __device__ __forceinline__ void merge(int row, float other_m, float other_l, float other_total,
                                           float other_top) {
         const float higher = fmaxf(m[row], other_m);
         l[row] = l[row] * ptx::exp2((m[row] - higher) * Options::kToLog2) +
                  other_l * ptx::exp2((other_m - higher) * Options::kToLog2);
         m[row] = higher;
-        if constexpr (Options::kSum) sum[row] += other_sum;
-        if constexpr (Options::kTop) top[row] = fmaxf(top[row], other_top);
+        if constexpr (Options::kWantSum) total[row] += other_total;
+        if constexpr (Options::kSeparateMax) top[row] = fmaxf(top[row], other_top);
     }
 
-    // Four lanes have the same rows.
+    // Merges the statistics of the four lanes that have the same rows.
     __device__ __forceinline__ void merge_lanes() {
 #pragma unroll
         for (int row = 0; row < 8; ++row)
@@ -66,48 +67,48 @@ struct RowStatistics {
             for (int lanes = 1; lanes < 4; lanes *= 2) {
                 const auto other = [&](float value) { return __shfl_xor_sync(~0U, value, lanes); };
                 const float other_m = other(m[row]), other_l = other(l[row]);
-                merge(row, other_m, other_l, Options::kSum ? other(sum[row]) : 0.0F,
-                      Options::kTop ? other(top[row]) : 0.0F);
+                merge(row, other_m, other_l, Options::kWantSum ? other(total[row]) : 0.0F,
+                      Options::kSeparateMax ? other(top[row]) : 0.0F);
             }
     }
 
     __device__ __forceinline__ void load(const float* partial, int64_t plane, int row) {
         merge(row, partial[kMaximum * plane], partial[kExponentials * plane],
-              Options::kSum ? partial[kLogitSum * plane] : 0.0F,
-              Options::kTop ? partial[kLogitMaximum * plane] : 0.0F);
+              Options::kWantSum ? partial[kLogitSum * plane] : 0.0F,
+              Options::kSeparateMax ? partial[kLogitMaximum * plane] : 0.0F);
     }
 
     __device__ __forceinline__ void store(float* partial, int64_t plane, int row) const {
         partial[kMaximum * plane] = m[row];
         partial[kExponentials * plane] = l[row];
-        if constexpr (Options::kSum) partial[kLogitSum * plane] = sum[row];
-        if constexpr (Options::kTop) partial[kLogitMaximum * plane] = top[row];
+        if constexpr (Options::kWantSum) partial[kLogitSum * plane] = total[row];
+        if constexpr (Options::kSeparateMax) partial[kLogitMaximum * plane] = top[row];
     }
 };
 
-// Logits of a row and a block of classes, but for a factor that is returned: v are dot products
-// times q_j, -inf for the dead. `top` is the maximum before a transform. With a bias they are
-// summed here, where the dead still differ from what a bias of -inf masks.
+// Turns v, dot products times q_j or -inf for the excluded, into logits of a row and a block of
+// classes, but for a factor that is returned. `top` is the maximum before a transform. With a bias
+// the logits are summed here, where the excluded still differ from classes with a bias of -inf.
 template <class Options>
 __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const float (&bias)[8],
                                            float parameter, const TileCall& call, float scale,
-                                           float& top, float& sum) {
+                                           float& top, float& total) {
     if constexpr (Options::kBias) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            const bool dead = v[k] == -INFINITY;
+            const bool excluded = v[k] == -INFINITY;
             v[k] = ptx::fma(v[k], rate, bias[k]);  // the same bits as in general_gradient
-            if constexpr (Options::kSum) sum += dead ? 0.0F : v[k];
+            if constexpr (Options::kWantSum) total += excluded ? 0.0F : v[k];
         }
         return 1.0F;
     } else if constexpr (Options::kTransformed) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const float c = v[k] * rate;
-            const bool dead = v[k] == -INFINITY;
+            const bool excluded = v[k] == -INFINITY;
             top = fmaxf(top, c * scale);
             const float f = scale * Options::Functor::apply(c, parameter, call.constants).value;
-            v[k] = dead ? -INFINITY : f;
+            v[k] = excluded ? -INFINITY : f;
         }
         return 1.0F;
     } else {
@@ -115,39 +116,39 @@ __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const floa
     }
 }
 
-// Adds a tile's row to the statistics; leaves exponentials in it where they are saved.
+// Adds a tile's row to the statistics. Leaves exponentials in the tile where they are saved.
 template <class Options, class Sums>
 __device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sums, int row,
                                         float rate, const float (&bias)[Sums::kClassBlocks][8],
                                         float parameter, const TileCall& call, float scale) {
-    float v[Sums::kClassBlocks][8], factor, highest = -INFINITY, top = kNoMaximum, sum = 0.0F;
+    float v[Sums::kClassBlocks][8], factor, highest = -INFINITY, top = kNoMaximum, total = 0.0F;
 #pragma unroll
     for (int b = 0; b < Sums::kClassBlocks; ++b) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) v[b][k] = sums.at(row, b, k);
-        factor = to_logits<Options>(v[b], rate, bias[b], parameter, call, scale, top, sum);
+        factor = to_logits<Options>(v[b], rate, bias[b], parameter, call, scale, top, total);
 #pragma unroll
         for (int k = 0; k < 8; ++k) highest = fmaxf(highest, v[b][k]);
     }
     highest *= factor;  // a constant factor may be taken out of the maximum
     float l = stats.l[row];
-    const float higher = Options::kSave ? stats.m[row] : fmaxf(stats.m[row], highest);
-    if constexpr (!Options::kSave) l *= ptx::exp2((stats.m[row] - higher) * Options::kToLog2);
+    const float higher = Options::kSaveTiles ? stats.m[row] : fmaxf(stats.m[row], highest);
+    if constexpr (!Options::kSaveTiles) l *= ptx::exp2((stats.m[row] - higher) * Options::kToLog2);
     stats.m[row] = higher;
 #pragma unroll
     for (int b = 0; b < Sums::kClassBlocks; ++b)
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const float p = ptx::exp2((v[b][k] * factor - higher) * Options::kToLog2);
-            if constexpr (Options::kSave) sums.at(row, b, k) = p;
-            if constexpr (Options::kSum && !Options::kBias)
-                sum += v[b][k] == -INFINITY ? 0.0F : v[b][k];
+            if constexpr (Options::kSaveTiles) sums.at(row, b, k) = p;
+            if constexpr (Options::kWantSum && !Options::kBias)
+                total += v[b][k] == -INFINITY ? 0.0F : v[b][k];
             l += p;
         }
     stats.l[row] = l;
-    if constexpr (Options::kSum) stats.sum[row] += sum * factor;
-    if constexpr (Options::kTop)
-        stats.top[row] = fmaxf(stats.top[row], Options::kSave ? highest : top);
+    if constexpr (Options::kWantSum) stats.total[row] += total * factor;
+    if constexpr (Options::kSeparateMax)
+        stats.top[row] = fmaxf(stats.top[row], Options::kSaveTiles ? highest : top);
 }
 
 template <class T, class Tile, class Options>
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     const float scale = *tile_call.scale * kLog2E;
     // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
     const float offset = fmaxf(scale - 59.0F * kLog2E, 0.0F);
-    RowStatistics<Options> stats(Options::kSave ? offset : kNoMaximum);
+    RowStatistics<Options> stats(Options::kSaveTiles ? offset : kNoMaximum);
 #pragma unroll
     for (int row = 0; row < 8; ++row)
         if (call.carry && row < rows_here) stats.load(partials + row, plane, row);
@@ -186,18 +187,18 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
                 for (int k = 0; k < 8; ++k) sums.at(row, b, k) *= q[b][k];
         }
         if (is_flagged(tile_call, tile))
-            for_each_dead(tile_call, position, tile,
-                          [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
+            for_each_excluded(tile_call, position, tile,
+                              [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
         for (int row = 0; row < 8; ++row)
             add_row(stats, sums, row, rate[row], bias, parameter[row], tile_call, scale);
-        if constexpr (Options::kSave) {
+        if constexpr (Options::kSaveTiles) {
 #pragma unroll
             for (int b = 0; b < Sums::kClassBlocks; ++b)
 #pragma unroll
                 for (int k = 0; k < 8; ++k)
                     q[b][k] = q[b][k] < call.inverse_limit ? q[b][k] : 1.0F;  // as in G
-            store_classes<T>(sums, q, call.saved, call.saved_stride, first_class, first_row,
+            store_classes<T>(sums, q, call.tiles, call.tiles_stride, first_class, first_row,
                              tile_call.c - first_class);
         }
     });

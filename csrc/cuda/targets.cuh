@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The target's column of G, outside the GEMMs, and the gradients of raw rows in their final type.
+// The target's column of G, outside the GEMMs, and the projection that finishes dx and dw.
 //
 // Never materialised: a second copy of dw, anything dense of the targets. Fast because: each row of
 // dw is read twice while it is in cache and written once; targets cost O(N D), unrounded.
@@ -12,10 +12,11 @@
 
 namespace marginkernels::cuda {
 
-// What w_y of a row gets into dx, and what the rows of a class get into its dw: a warp per row. The
-// first row of each class adds up those of all rows of the class, in their order.
+// Writes the weight of w_y in a row's dx, and the targets' part of each class's dw, a warp per row.
+// The first row of each class adds up the parts of all rows of the class, in their order.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) target_kernel(const Targets call) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    target_kernel(const TargetCall call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;
@@ -34,36 +35,37 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) target_kernel(co
 
     for (int start = 0; start < call.width; start += kWarp * 4) {
         const int column = start + lane * 4;
-        Four<A> sum = {};
-        A radial = 0;
+        Four<A> total = {};
+        A radial_total = 0;
         for (int64_t group = row; group < call.n; group += kWarp) {
             const int64_t mine = group + lane;
             unsigned same = __ballot_sync(~0U, mine < call.n && call.y[mine] == label);
             for (int64_t k = group; same != 0; ++k, same >>= 1) {
                 if (same % 2 == 0) continue;
-                if (grad_w_norm) radial += grad_w_norm[k];
+                if (grad_w_norm) radial_total += grad_w_norm[k];
                 if (column >= call.width) continue;
                 const A g = grad_target[k] * x_inv[k] * factor;
                 const auto x = load_four(static_cast<const T*>(call.x) + k * call.width + column);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum.v[e] += g * x.v[e];
+                for (int e = 0; e < 4; ++e) total.v[e] += g * x.v[e];
             }
         }
         if (column < call.width)
             reinterpret_cast<Four<A>*>(static_cast<A*>(call.sums) + row * call.width + column)[0] =
-                sum;
+                total;
         if (start == 0 && lane == 0) {
             call.slot[label] = static_cast<int>(row);
-            if (grad_w_norm) static_cast<A*>(call.radial)[row] = radial;
+            if (grad_w_norm) static_cast<A*>(call.radial)[row] = radial_total;
         }
     }
 }
 
-// Without the part along the row, which normalisation takes no notice of; 0 for a zero row. Adds
-// the target's share, and what flows through the norm.
+// Turns the gradient along unit rows into the gradient of raw rows, in its final type: removes the
+// part along the row, which normalisation undoes, and writes 0 for a zero row. Adds the target's
+// share, and the gradient that arrives through the norm.
 template <class T, class Out>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    projection_kernel(const Projection call) {
+    project_kernel(const ProjectCall call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
     const int lane = threadIdx.x % kWarp;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
 #pragma unroll
         for (int e = 0; e < 4; ++e) along += g.v[e] * v.v[e];
     }
-    // of the unit row: that of a small row itself could overflow
+    // of the unit row: the radius of a small row itself could overflow
     A radius = -sum_over_warp(along) * inverse;
     if (call.radial && picked >= 0) radius += static_cast<const A*>(call.radial)[picked];
     const bool zero = inverse >= A(call.inverse_limit);

@@ -12,6 +12,22 @@
 // neither copies nor ldmatrix meet a bank conflict. Rows and classes lie there in an order in which
 // mma leaves a thread with 8 neighbouring rows and 8 neighbouring classes (at 32 from each other):
 // all it reads and writes per row or class is 16 bytes wide, without a shuffle.
+//
+// Names in the epilogues, as in marginkernels/backends/triton/tile_kernels.py:
+//   i, j         a row of x, and a class
+//   q            1 / |w_j|, or 1 where w is not normalised
+//   v            <x_i, w_j>; then, in the same registers, times q, the logit, and at last G
+//   excluded     pairs that take no part: a row's target, and classes from C on; their v is -inf
+//   rate         factor of a row that turns v q into a logit, or before a transform into a cosine
+//   unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
+//   z, f, slope  the logit, the logit after the transform, and d f / d z
+//   offset       constant in the place of m where exponentials are saved
+//   m, l         running maximum of f, and sum of exp(f - m)
+//   total, top   sum of f, and maximum of z
+//   p            exp(f - m), or exp(f - lse)
+//   a, u         grad_lse and grad_sum of a row: G = (a p + u) slope fold q
+//   fold         scale / |x_i| as G has it: 1 for a zero row; in fp16 times a power of two
+//   shift        lse of a row in units of ln 2
 
 #pragma once
 
@@ -37,7 +53,7 @@ __device__ constexpr int swizzled(int slot, int part) {
     return slot * kSlotBytes + (part ^ (slot / 2 % 4)) * 16;
 }
 
-// Where a thread stands in the tile.
+// The place of a thread in the tile.
 template <class Tile>
 struct Position {
     int row;     // of its first of 8 neighbouring rows
@@ -53,7 +69,7 @@ struct Position {
     }
 };
 
-// The dot products of a thread: 8 rows, and blocks of 8 classes.
+// Holds the dot products of a thread: 8 rows, and blocks of 8 classes.
 template <class Tile>
 struct Accumulator {
     static constexpr int kClassBlocks = Tile::kWarpClasses / 32;
@@ -112,7 +128,7 @@ class Loader {
     int columns_, steps_, step_, tiles_left_, classes_left_;
 };
 
-// Where a thread reads its warp's operands in a stage, for ldmatrix.
+// Knows where a thread reads its warp's operands in a stage, for ldmatrix.
 template <class Tile>
 struct Fragments {
     uint32_t x, w;
@@ -125,7 +141,7 @@ struct Fragments {
         w = base + Tile::kRows * kSlotBytes + swizzled(slot, lane / 8 % 2);
     }
 
-    // sums += the products of a stage's 32 features
+    // Adds the products of a stage's 32 features.
     template <class T>
     __device__ __forceinline__ void multiply_add(Accumulator<Tile>& sums, int stage) const {
         constexpr int kTilesOf8 = Tile::kWarpClasses / 8;
@@ -152,7 +168,7 @@ struct Fragments {
     }
 };
 
-// Row tiles vary fastest over blocks: those that run together share their tile of w in L2.
+// Row tiles vary fastest over blocks: blocks that run together share their tile of w in L2.
 __device__ __forceinline__ int row_tile_of_block(const TileCall& call) {
     return blockIdx.x % call.row_tiles;
 }
@@ -196,10 +212,10 @@ __device__ __forceinline__ bool is_flagged(const TileCall& call, int tile) {
            (tile + 1) * kTileClasses > call.c;
 }
 
-// Calls f(row, block, class) for a thread's targets and classes that do not exist.
+// Calls f(row, block, class) for a thread's excluded pairs.
 template <class Tile, class F>
-__device__ __forceinline__ void for_each_dead(const TileCall& call, const Position<Tile>& position,
-                                              int tile, F&& f) {
+__device__ __forceinline__ void for_each_excluded(const TileCall& call,
+                                                  const Position<Tile>& position, int tile, F&& f) {
     const int first_class = tile * kTileClasses + position.class_;
     const int first_row = row_tile_of_block(call) * Tile::kRows + position.row;
 #pragma unroll
@@ -215,7 +231,7 @@ __device__ __forceinline__ void for_each_dead(const TileCall& call, const Positi
     }
 }
 
-// Eight numbers of neighbouring rows or classes.
+// Loads eight numbers of neighbouring rows or classes.
 __device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -225,8 +241,8 @@ __device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
     }
 }
 
-// A thread's rows of its classes, times a factor per class, rounded: to where the rows of a class
-// lie next to each other, `stride` from those of the next one. `classes` are there.
+// Stores a thread's rows of its classes, times a factor per class, rounded. In memory the rows of a
+// class lie next to each other, `stride` from the rows of the next one. `classes` exist.
 template <class T, class Sums>
 __device__ __forceinline__ void store_classes(Sums& sums,
                                               const float (&factor)[Sums::kClassBlocks][8],

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The vendor's GEMMs with operands of the compute type, and a result in the type of statistics: a
-// 16-bit one would be rounded once per chunk of classes.
+// The vendor's GEMMs with operands of the compute type and a result in the type of statistics. A
+// 16-bit result would be rounded once per chunk of classes.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace marginkernels::cuda {
 
-// out = a b
+// Computes out = a b.
 inline void mm(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
     if (a.scalar_type() == out.scalar_type()) {
         at::mm_out(out, a, b);
@@ -21,7 +21,7 @@ inline void mm(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
     }
 }
 
-// out += a b
+// Computes out += a b.
 inline void add_mm(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
     if (a.scalar_type() == out.scalar_type()) {
         at::addmm_out(out, out, a, b);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What kernels with a warp per row share: the row, four numbers of it at a time, sums in one order.
+// Helpers of kernels with a warp per row: the row, four of its numbers at a time, sums in one
+// order.
 
 #pragma once
 
@@ -24,7 +25,7 @@ __device__ __forceinline__ int64_t row_of_warp() {
     return static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
 }
 
-// Four neighbours in the type of statistics.
+// Loads four neighbours in the type of statistics.
 template <class T>
 __device__ __forceinline__ Four<statistics_t<T>> load_four(const T* from) {
     const auto raw = *reinterpret_cast<const Four<T>*>(from);

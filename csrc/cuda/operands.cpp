@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-#include "sweep.h"
+#include "operands.h"
 
 #include "../arguments.h"
 
@@ -12,11 +12,11 @@
 namespace marginkernels::cuda {
 namespace {
 
-// A class is an int in the kernels, up to the end of the last tile; so is a row.
+// Rows and classes, up to the end of the last tile, are ints in the kernels.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;
 // A chunk of w rounded to the compute type.
-constexpr int64_t kBufferBytes = 32 * kMiB;
-// What row kernels read at once: see Four.
+constexpr int64_t kWChunkBytes = 32 * kMiB;
+// Row kernels read this many numbers at once, see Four.
 constexpr int64_t kDenseWidthUnit = 4;
 
 Stream current_stream(const Tensor& x) {
@@ -56,7 +56,7 @@ Type type_of(at::ScalarType type, const char* name) {
     }
 }
 
-Sweep::Sweep(const Problem& p, bool needs_small_tiles) {
+Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     check_shapes(p.x, p.w, p.y);
     transform = checked_transform(p.transform, p.bias, p.row_parameter, p.constants, p.x.size(0));
     type = type_of(p.compute, "compute_dtype");
@@ -92,24 +92,24 @@ Sweep::Sweep(const Problem& p, bool needs_small_tiles) {
     if (p.constants.has_value()) constants = p.constants->contiguous();
 }
 
-Tensor Sweep::empty(at::IntArrayRef sizes, at::ScalarType scalar_type) const {
+Tensor Operands::empty(at::IntArrayRef sizes, at::ScalarType scalar_type) const {
     return at::empty(sizes, x.options().dtype(scalar_type));
 }
 
-Tensor Sweep::statistics(at::IntArrayRef sizes) const {
+Tensor Operands::statistics(at::IntArrayRef sizes) const {
     return empty(sizes, type == Type::kFloat64 ? at::kDouble : at::kFloat);
 }
 
-int64_t Sweep::chunk_classes(int64_t bytes, int64_t per_class) const {
-    int64_t most = bytes / std::max<int64_t>(per_class, 1);
+int64_t Operands::chunk_classes(int64_t bytes, int64_t bytes_per_class) const {
+    int64_t most = bytes / std::max<int64_t>(bytes_per_class, 1);
     if (!w_is_readable_) {
         const int64_t row_bytes = std::max<int64_t>(width * x.element_size(), 1);
-        most = std::min(most, kBufferBytes / row_bytes);
+        most = std::min(most, kWChunkBytes / row_bytes);
     }
     return std::max<int64_t>(most / kTileClasses, 1) * kTileClasses;
 }
 
-Tensor Sweep::readable_classes(int64_t first, int64_t stop) {
+Tensor Operands::readable_classes(int64_t first, int64_t stop) {
     const Tensor w_rows = w_.narrow(0, first, stop - first);
     if (w_is_readable_) return w_rows;
     // the first chunk is the longest
@@ -119,32 +119,31 @@ Tensor Sweep::readable_classes(int64_t first, int64_t stop) {
     return buffer;
 }
 
-void Sweep::inverse_norms(const Tensor& of, int64_t count, const Tensor& inverse) const {
-    launch_inverse_norms(of.const_data_ptr(), inverse.mutable_data_ptr(), count, inverse.size(0),
-                         static_cast<int>(width), inverse_limit, type, stream);
+void Operands::inverse_norms(const Tensor& of_rows, int64_t count, const Tensor& inverse) const {
+    launch_norm(of_rows.const_data_ptr(), inverse.mutable_data_ptr(), count, inverse.size(0),
+                static_cast<int>(width), inverse_limit, type, stream);
 }
 
-Tensor Sweep::label_rows() const {
+Tensor Operands::label_rows() const {
     const Tensor picked = statistics({n, width}).zero_();
     if (c > 0) copy_rows(picked, w_.index_select(0, y.clamp_min(0)).to(compute));
     return picked;
 }
 
-Tensor Sweep::padded(const Tensor& t, int64_t size, double value) const {
+Tensor Operands::padded(const Tensor& t, int64_t size, double value) const {
     if (t.size(0) == size) return t.contiguous();
     return at::constant_pad_nd(t, {0, size - t.size(0)}, value);
 }
 
-Tensor Sweep::flags() const {
+Tensor Operands::flags() const {
     const Tensor table = at::zeros({row_tiles(), class_tiles()}, x.options().dtype(at::kByte));
-    launch_flags(y.const_data_ptr<int64_t>(), table.mutable_data_ptr<uint8_t>(),
-                 static_cast<int>(n), static_cast<int>(tile_rows), static_cast<int>(class_tiles()),
-                 stream);
+    launch_flag(y.const_data_ptr<int64_t>(), table.mutable_data_ptr<uint8_t>(), static_cast<int>(n),
+                static_cast<int>(tile_rows), static_cast<int>(class_tiles()), stream);
     return table;
 }
 
-TileCall Sweep::tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q,
-                          const Tensor& flags, int64_t columns) const {
+TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q,
+                             const Tensor& flags, int64_t columns) const {
     TileCall call = {};
     call.x = x.const_data_ptr();
     call.w = w_chunk.const_data_ptr();
@@ -167,13 +166,13 @@ TileCall Sweep::tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q,
     return call;
 }
 
-int64_t Sweep::columns(int64_t most) const {
+int64_t Operands::columns(int64_t most) const {
     const int64_t slots = int64_t{multiprocessors()} * BigTile::kBlocksPerSm;
     return std::max<int64_t>(1, std::min(slots / std::max<int64_t>(row_tiles(), 1), most));
 }
 
-DenseCall Sweep::dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
-                            const Tensor& w_inv) const {
+DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
+                               const Tensor& w_inv) const {
     const auto of_chunk = [&](const Tensor& t) {
         return static_cast<const char*>(t.const_data_ptr()) + first * t.element_size();
     };

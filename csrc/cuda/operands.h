@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What both sweeps share: the operands as the kernels read them, chunk by chunk.
+// Holds the operands of both sweeps as the kernels read them, and hands out w chunk by chunk.
 //
 // Nothing here reads a number from the device, and launches depend on shapes alone: both ops can be
-// captured in a CUDA graph. Workspaces are tensors, of PyTorch's caching allocator.
+// captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator.
 
 #pragma once
 
@@ -18,25 +18,25 @@
 
 namespace marginkernels::cuda {
 
-// Sizes of workspaces are in these. On the host they are small, so that tests meet several chunks.
+// The unit of workspace sizes. On the host it is small, so that tests meet several chunks.
 #if defined(MK_ON_HOST)
 constexpr int64_t kMiB = 1 << 12;
 #else
 constexpr int64_t kMiB = 1 << 20;
 #endif
 
-// A GEMM's dot products of a chunk of classes: they should still be in L2 when they are read.
-constexpr int64_t kProductBytes = 16 * kMiB;
+// The dot products of a chunk of classes, which should still be in L2 when they are read.
+constexpr int64_t kProductChunkBytes = 16 * kMiB;
 
 // The arguments that both ops are called with.
-struct Problem {
-    Tensor x, w, y;  // (N, D), (C, D), (N,)
-    Tensor scale;    // ()
-    OptionalTensor bias;
+struct SharedArguments {
+    Tensor x, w, y;       // (N, D), (C, D), (N,)
+    Tensor scale;         // ()
+    OptionalTensor bias;  // (C,)
     bool normalize_w;
     at::ScalarType compute;
     c10::string_view transform;
-    OptionalTensor row_parameter, constants;
+    OptionalTensor row_parameter, constants;  // (N,), (K,)
 };
 
 inline int64_t ceil_div(int64_t value, int64_t divisor) {
@@ -46,7 +46,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
     return ceil_div(value, multiple) * multiple;
 }
 
-// What kernels take for a tensor that is not there.
+// Kernels take null for a tensor that is not there.
 inline const void* pointer(const OptionalTensor& t) {
     return t.has_value() ? t->const_data_ptr() : nullptr;
 }
@@ -59,21 +59,21 @@ inline const float* floats(const OptionalTensor& t) {
 
 Type type_of(at::ScalarType type, const char* name);
 
-// One pass over the classes.
+// The operands of one pass over the classes.
 //
-// Rows are `width` numbers wide for the kernels, D up to a multiple of what they read at once,
-// zeros from D on: no load has a mask, and every row starts at a multiple of 16 bytes. 16-bit types
-// go through the tile program, the others through the vendor's GEMM.
-class Sweep {
+// Rows are `width` numbers wide for the kernels: D up to a multiple of what a kernel reads at once,
+// zeros from D on. So no load has a mask, and every row starts at a multiple of 16 bytes. 16-bit
+// types go through the tile program, the others through the vendor's GEMM.
+class Operands {
   public:
-    Sweep(const Problem&, bool needs_small_tiles);
+    Operands(const SharedArguments&, bool needs_small_tiles);
 
     Stream stream;
     Type type;
     Transform transform;
     at::ScalarType compute;
-    bool tiled;  // through the tile program
-    bool small;  // its small tiles
+    bool tiled;  // whether the tile program runs
+    bool small;  // whether it runs with small tiles
     bool normalize_w;
     double inverse_limit;  // 1 / norm of a zero row
     int64_t n, c, d, width;
@@ -88,40 +88,40 @@ class Sweep {
     int64_t row_tiles() const { return rows / tile_rows; }
     int64_t class_tiles() const { return classes / kTileClasses; }
 
-    // A tensor on the device; statistics are fp32, or fp64 where that is computed in.
+    // Allocates on the device. Statistics are fp32, or fp64 where that is the compute type.
     Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
     Tensor statistics(at::IntArrayRef sizes) const;
 
-    // Classes of a chunk with room for so many bytes of `per_class`: whole tiles.
-    int64_t chunk_classes(int64_t bytes, int64_t per_class) const;
+    // Returns how many classes, in whole tiles, a chunk of at most `bytes` holds.
+    int64_t chunk_classes(int64_t bytes, int64_t bytes_per_class) const;
 
-    // f(first class, their rows (., width) in the compute type) for one chunk after the other. A w
-    // of another type, width or layout is rounded into one buffer.
+    // Calls f(first class, rows (., width) of w in the compute type) for one chunk after the other.
+    // A w of another type, width or layout is rounded into one buffer.
     template <class F>
     void for_each_chunk(int64_t most, F&& f) {
         for (int64_t first = 0; first < c; first += most)
             f(first, readable_classes(first, std::min(first + most, c)));
     }
 
-    // 1 / |row| into `inverse`, which may be longer than rows are.
+    // Writes 1 / |row| into `inverse`, which may be longer than there are rows.
     void inverse_norms(const Tensor& rows, int64_t count, const Tensor& inverse) const;
 
-    // The rows of w that the labels name, rounded, (N, width) in the type of statistics.
+    // Returns the rows of w that the labels name, rounded, (N, width) in the type of statistics.
     Tensor label_rows() const;
 
-    // (C,) or (N,) continued to `size`.
+    // Continues (C,) or (N,) to `size` numbers.
     Tensor padded(const Tensor& t, int64_t size, double value) const;
 
-    // Blocks per row tile, at most `most`: together they fill the device once.
+    // Returns the blocks per row tile, at most `most`, which together fill the device once.
     int64_t columns(int64_t most) const;
 
-    // What the tile program is called with for a chunk.
+    // Returns the arguments of a tile kernel for a chunk.
     TileCall tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q, const Tensor& flags,
                        int64_t columns) const;
     TileVariant variant() const { return {type, small, transform}; }
     Tensor flags() const;  // (row tiles, class tiles)
 
-    // What the kernels over a GEMM's result are called with for a chunk.
+    // Returns the arguments of a kernel over a GEMM's result for a chunk.
     DenseCall dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
                          const Tensor& w_inv) const;
 
@@ -132,8 +132,8 @@ class Sweep {
     Tensor readable_classes(int64_t first, int64_t stop);
 };
 
-// For the time of an op: its device is the current one, and neither autocast nor autograd sees the
-// GEMMs inside.
+// While it lives, the op's device is the current one, and neither autocast nor autograd sees the
+// GEMMs of the op.
 struct OpGuard {
     explicit OpGuard(const Tensor& x) : device(x.device()) {}
 
