@@ -6,6 +6,7 @@ from .backends import backend_notes, backend_report
 from .distributed import (
     ClassShard,
     GradScaler,
+    Sharding,
     clip_grad_norm_,
     clip_grad_value_,
     param_groups,
@@ -66,6 +67,7 @@ __all__ = [
     "MarginSoftmaxHead",
     "NSoftmax",
     "Rows",
+    "Sharding",
     "SphereFace",
     "TripletLoss",
     "X2Softmax",

@@ -19,6 +19,7 @@ from marginkernels import (
     ElasticFace,
     MarginSoftmaxHead,
     NSoftmax,
+    Sharding,
     margin_cross_entropy,
 )
 from tests.support import simulation, workers
@@ -174,6 +175,10 @@ def refusals():
     refused(lambda: my_shard(C, max_local_batch=0.5), "max_local_batch:", "0.5")
     refused(lambda: my_shard(C, max_local_batch=5, even_batches=True), "max_local_batch:", "even")
     refused(lambda: head(process_group="gloo"), "process_group:", "str")
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    refused(lambda: Sharding(dist.group.WORLD, mesh), "device_mesh:", "None", "process_group")
+    refused(lambda: Sharding(device_mesh="cpu"), "device_mesh:", "DeviceMesh", "str")
+    refused(lambda: Sharding(max_local_batch=0), "max_local_batch:", "positive", "0")
     refused(lambda: head(device="mps"), "device:", "cpu", "mps")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
     refused(lambda: twice_differentiated(call, x), "no second derivative")
@@ -228,6 +233,19 @@ def splits():
         torch.arange(c)[ClassShard.chunked(c, group).start : ClassShard.chunked(c, group).stop]
         for c in (1, 3, 4, 6, 7, 9)
     ]
+
+
+def shards_of_heads():
+    world, device = dist.group.WORLD, torch.device("cpu")
+    mesh, shard = Sharding(world, grad_scale="exact", max_local_batch=5).split(7, device)
+    assert mesh.get_group() is world
+    assert shard == ClassShard.chunked(7, world, grad_scale="exact", max_local_batch=5)
+    assert Sharding(device_mesh=mesh).split(7, device) == (mesh, ClassShard.chunked(7, world))
+    assert Sharding(even_batches=True).split(7, device) == (None, None)
+
+
+def test_sharding_splits_over_a_group_or_a_mesh_and_else_nothing():
+    workers.run(2, shards_of_heads)
 
 
 def test_the_split_is_that_of_dtensor():

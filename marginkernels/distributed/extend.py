@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import validation
 from ..generators import mixed, random_seed
 from . import shard as distributed
-from .shard import ClassShard
+from .shard import ClassShard, chunk
 
 # states of optimizers of torch with neither a row for each class nor one number
 _OF_ALL_CLASSES = ("col_var",)  # Adafactor
@@ -52,7 +52,8 @@ def extend(
             _replace(optimizer, old, new, k, shard)
     head.num_classes += k
     if shard is not None:
-        start, stop = _part(head.num_classes, shard.group, dist.get_rank(shard.group))
+        world, rank = dist.get_world_size(shard.group), dist.get_rank(shard.group)
+        start, stop = chunk(head.num_classes, world, rank)
         head.shard = dataclasses.replace(shard, start=start, stop=stop, total=head.num_classes)
 
 
@@ -175,9 +176,9 @@ def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
         tensor = old.new_zeros(total + k, *old.shape[1:])
         tensor[:total] = old
         return Grown(tensor, tensor[total:], slice(0, k))
-    rank, ranks = dist.get_rank(shard.group), range(dist.get_world_size(shard.group))
-    before = [_part(total, shard.group, r) for r in ranks]
-    after = [_part(total + k, shard.group, r) for r in ranks]
+    rank, world = dist.get_rank(shard.group), dist.get_world_size(shard.group)
+    before = [chunk(total, world, r) for r in range(world)]
+    after = [chunk(total + k, world, r) for r in range(world)]
     start, stop = after[rank]
     held = distributed.local(old)
     local = held.new_zeros(stop - start, *held.shape[1:])
@@ -192,12 +193,6 @@ def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
     )
     tensor = distributed.sharded(local, old.device_mesh, (total + k, *old.shape[1:]))
     return Grown(tensor, local[kept:], slice(start + kept - total, stop - total))
-
-
-def _part(total: int, group: dist.ProcessGroup, rank: int) -> tuple[int, int]:
-    """First class and end of a rank's part in DTensor's split."""
-    size = -(-total // dist.get_world_size(group))
-    return min(rank * size, total), min((rank + 1) * size, total)
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:

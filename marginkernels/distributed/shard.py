@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Classes split over the ranks of a group: who holds which, and what has to be the same on all.
+"""Says which rank of a group holds which classes, and keeps equal what all ranks have to share.
 
-:mod:`marginkernels.distributed.exchange` is what a step exchanges.
+:mod:`marginkernels.distributed.exchange` says what the ranks exchange in a step.
 
-All ranks compute the same loss, that of all rows. Of what is split each rank gets the gradient of
-its part: of its classes' weights, as they are in one process, and of its rows' features, times the
-number of ranks (``grad_scale``). Of what all hold, learnable margins and scales, each rank gets the
-whole gradient: averaging it over the ranks changes nothing. Where the group is one dimension of a
-larger mesh, the replicas of a class see different rows; their gradients are the trainer's to
-average.
+All ranks compute the same loss, over the rows of all ranks. Of what is split, each rank gets the
+gradient of its own part: the weights of its classes, as in one process, and the features of its
+rows, times the number of ranks (``grad_scale``). Of what all ranks hold, learnable margins and
+scales, each rank gets the whole gradient, and averaging it over the ranks changes nothing.
+
+Where the group is one dimension of a larger mesh, the replicas of a class see different rows. The
+trainer then averages their gradients.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,14 +27,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import arguments
 
+Held = TypeVar("Held", Tensor, None, Tensor | None)
+
 
 def in_group() -> bool:
-    """Whether there is a default process group."""
+    """Returns whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def check_settings(grad_scale: str, even_batches: bool, max_local_batch: int | None) -> None:
-    """Raises TypeError or ValueError for what a :class:`ClassShard` cannot be set to."""
+    """Raises TypeError or ValueError for settings that a :class:`ClassShard` does not take."""
     if grad_scale not in ("ddp", "exact"):
         raise ValueError(f"grad_scale: expected 'ddp' or 'exact', got {grad_scale!r}")
     arguments.boolean("even_batches", even_batches)
@@ -42,24 +46,37 @@ def check_settings(grad_scale: str, even_batches: bool, max_local_batch: int | N
             raise ValueError("max_local_batch: expected None with even_batches=True")
 
 
+def chunk(total: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Returns the first class that a rank holds in DTensor's split, and the end of its classes.
+
+    The split is that of ``torch.chunk``: ceil(total / ranks) classes on the first ranks, fewer or
+    none on the last.
+    """
+    size = -(-total // ranks)
+    return min(rank * size, total), min((rank + 1) * size, total)
+
+
 @dataclass(frozen=True)
 class ClassShard:
-    """The classes [start, stop) that this process holds of ``total`` split over a group.
+    """Names the classes [start, stop) that this process holds of ``total``, split over a group.
 
     Args:
         start, stop, total: any split whose parts, rank after rank, make up [0, total). A part may
             be empty.
         group: the process group that the classes are split over.
-        grad_scale: "ddp": dx is the gradient of the mean loss of the group's whole batch times the
-            size of the group, because DistributedDataParallel averages the backbone's gradients
-            over its ranks afterwards. "exact": without that factor. dw is always the gradient.
-        even_batches: a promise that all ranks give as many rows each time, which saves the gather
-            of their numbers, for which the host waits.
-        max_local_batch: likewise, that no rank ever gives more rows. Shorter batches are padded
-            with rows that are ignored, but have their place in losses and statistics by row.
-            With either promise dx is computed on every rank, also where no rank wants it.
-            With either promise on a GPU the ranks do not compare their settings, nor tell each
-            other of errors, unless ``set_device_checks(True)``; all ask for statistics or none.
+        grad_scale: "ddp" or "exact". With "ddp", dx is the gradient of the mean loss of the group's
+            whole batch, times the size of the group: DistributedDataParallel averages the
+            backbone's gradients over its ranks afterwards. "exact" leaves that factor out. dw is
+            always the gradient.
+        even_batches: a promise that all ranks give as many rows each time. It saves the gather of
+            the numbers of rows, for which the host waits.
+        max_local_batch: a promise that no rank ever gives more rows, which saves the same gather.
+            Shorter batches are padded with rows that are ignored, but have their place in losses
+            and statistics by row.
+
+    With either promise every rank computes dx, also where no rank wants it. On a GPU the ranks then
+    do not compare their settings, nor tell each other of errors, unless
+    ``set_device_checks(True)``; all ranks have to ask for statistics, or none.
     """
 
     start: int
@@ -70,7 +87,7 @@ class ClassShard:
     even_batches: bool = False
     max_local_batch: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("start", "stop", "total"):
             arguments.integer(name, getattr(self, name), least=0)
         if not 0 <= self.start <= self.stop <= self.total or self.total < 1:
@@ -79,42 +96,126 @@ class ClassShard:
                 f"start={self.start}, stop={self.stop}, total={self.total}"
             )
         check_settings(self.grad_scale, self.even_batches, self.max_local_batch)
-        if not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(
-                "group: expected a process group that this rank is in, got "
-                f"{type(self.group).__name__}"
-            )
+        _check_group("group", self.group)
 
     @classmethod
-    def chunked(cls, total: int, group: dist.ProcessGroup, **settings) -> "ClassShard":
-        """This rank's part of DTensor's split, that of ``torch.chunk``: ceil(total / W) classes on
-        the first ranks, fewer or none on the last.
-        """
-        rank, size = dist.get_rank(group), -(-total // dist.get_world_size(group))
-        return cls(min(rank * size, total), min((rank + 1) * size, total), total, group, **settings)
+    def chunked(cls, total: int, group: dist.ProcessGroup, **settings: Any) -> "ClassShard":
+        """Returns this rank's part of DTensor's split, which :func:`chunk` describes."""
+        start, stop = chunk(total, dist.get_world_size(group), dist.get_rank(group))
+        return cls(start, stop, total, group, **settings)
 
     @property
     def size(self) -> int:
         """The number of classes held here."""
         return self.stop - self.start
 
-    def __deepcopy__(self, memo) -> "ClassShard":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShard":
         return self  # a process group cannot be copied, and nothing here changes
 
 
-def require_agreement(group: dist.ProcessGroup, **values) -> None:
-    """ValueError on all ranks where the values differ, naming both. Collective.
+@dataclass(frozen=True)
+class Sharding:
+    """Says over which ranks a head splits its classes. Without group and mesh, it splits nothing.
 
-    They are compared, and shown, as strings.
+    Args:
+        process_group: the group whose ranks split the classes.
+        device_mesh: in place of a group, a mesh of one dimension, such as ``mesh["classes"]`` of a
+            larger one.
+        grad_scale, even_batches, max_local_batch: see :class:`ClassShard`.
     """
-    every = [None] * dist.get_world_size(group)
+
+    process_group: dist.ProcessGroup | None = None
+    device_mesh: DeviceMesh | None = None
+    grad_scale: str = "ddp"
+    even_batches: bool = False
+    max_local_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.grad_scale, self.even_batches, self.max_local_batch)
+        group, mesh = self.process_group, self.device_mesh
+        if group is not None:
+            if mesh is not None:
+                raise ValueError("device_mesh: expected None with a process_group")
+            _check_group("process_group", group)
+        elif mesh is not None:
+            if not isinstance(mesh, DeviceMesh):
+                raise TypeError(f"device_mesh: expected a DeviceMesh, got {type(mesh).__name__}")
+            if mesh.ndim != 1:
+                raise ValueError(
+                    "device_mesh: expected one dimension, such as mesh['classes'], got "
+                    f"{mesh.ndim}: {mesh}"
+                )
+
+    def split(
+        self, total: int, device: torch.device | str | None
+    ) -> tuple[DeviceMesh | None, ClassShard | None]:
+        """Returns the mesh that ``total`` classes are split over, and this rank's part of them.
+
+        Both are None where nothing is split.
+
+        Args:
+            device: of the classes, or None for the default device.
+
+        Raises:
+            ValueError: the group is not for this device.
+        """
+        mesh = self._mesh(device)
+        if mesh is None:
+            return None, None
+        shard = ClassShard.chunked(
+            total,
+            mesh.get_group(),
+            grad_scale=self.grad_scale,
+            even_batches=self.even_batches,
+            max_local_batch=self.max_local_batch,
+        )
+        return mesh, shard
+
+    def _mesh(self, device: torch.device | str | None) -> DeviceMesh | None:
+        if self.process_group is None:
+            return self.device_mesh
+        types = [d.type for d in self.process_group._device_types]
+        kind = (torch.get_default_device() if device is None else torch.device(device)).type
+        if kind not in types:
+            if device is not None and kind != "meta":
+                raise ValueError(
+                    f"device: expected one that the group is for, {types}, got {device}"
+                )
+            # gloo's groups are for GPUs too, where there may be none
+            found = [t for t in types if t != "cpu" and torch.get_device_module(t).is_available()]
+            kind = next(iter(found), "cpu")
+        return DeviceMesh.from_group(self.process_group, kind)
+
+
+def _check_group(name: str, group: Any) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name}: expected a process group that this rank is in, got {type(group).__name__}"
+        )
+
+
+def class_mesh(
+    process_group: dist.ProcessGroup | None,
+    device_mesh: DeviceMesh | None,
+    device: torch.device | str | None,
+) -> DeviceMesh | None:
+    """Returns the mesh of a :class:`Sharding`."""
+    return Sharding(process_group, device_mesh)._mesh(device)
+
+
+def require_agreement(group: dist.ProcessGroup, **values: Any) -> None:
+    """Raises ValueError on all ranks where the values differ, naming both. Collective.
+
+    The values are compared, and shown, as strings.
+    """
+    every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, {name: str(value) for name, value in values.items()}, group)
     for name in values:
         require_same(name, [theirs.get(name) for theirs in every])
 
 
-def require_same(name: str, values: list) -> None:
-    """ValueError where the ranks' values differ, naming two."""
+def require_same(name: str, values: list[Any]) -> None:
+    """Raises ValueError where the ranks' values differ, naming two."""
     for rank, value in enumerate(values):
         if value != values[0]:
             raise ValueError(
@@ -124,12 +225,12 @@ def require_same(name: str, values: list) -> None:
 
 
 def raise_together(group: dist.ProcessGroup, error: Exception | None) -> None:
-    """Raises on every rank where one has an error: its own, or the first other's with its rank.
+    """Raises on every rank where one has an error: the rank's own, or the first other rank's.
 
-    Collective.
+    The error of another rank begins with its number. Collective.
     """
     kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
-    every = [None] * dist.get_world_size(group)
+    every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, None if error is None else (kind, str(error)), group)
     if error is not None:
         raise error
@@ -141,7 +242,7 @@ def raise_together(group: dist.ProcessGroup, error: Exception | None) -> None:
 
 @contextlib.contextmanager
 def raising_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Raises what the block raises on one rank on all ranks of the group, at the block's end.
+    """Raises an error of the block on one rank on all ranks of the group, at the block's end.
 
     Collective unless the group is None. The block itself must not exchange anything.
     """
@@ -166,41 +267,8 @@ def copy_first(group: dist.ProcessGroup, tensors: Iterable[Tensor]) -> None:
         t.copy_(value)
 
 
-def class_mesh(
-    process_group: dist.ProcessGroup | None,
-    device_mesh: DeviceMesh | None,
-    device: torch.device | str | None,
-) -> DeviceMesh | None:
-    """The mesh of one dimension that the classes are split over, or None for neither."""
-    if device_mesh is not None:
-        if process_group is not None:
-            raise ValueError("device_mesh: expected None with a process_group")
-        if device_mesh.ndim != 1:
-            raise ValueError(
-                "device_mesh: expected one dimension, such as mesh['classes'], got "
-                f"{device_mesh.ndim}: {device_mesh}"
-            )
-        return device_mesh
-    if process_group is None:
-        return None
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "process_group: expected a group that this rank is in, got "
-            f"{type(process_group).__name__}"
-        )
-    types = [d.type for d in process_group._device_types]
-    kind = (torch.get_default_device() if device is None else torch.device(device)).type
-    if kind not in types:
-        if device is not None and kind != "meta":
-            raise ValueError(f"device: expected one that the group is for, {types}, got {device}")
-        # gloo's groups are for GPUs too, where there may be none
-        found = [t for t in types if t != "cpu" and torch.get_device_module(t).is_available()]
-        kind = next(iter(found), "cpu")
-    return DeviceMesh.from_group(process_group, kind)
-
-
 def sharded(local: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
-    """The DTensor of this shape, Shard(0), of which every rank gives its rows."""
+    """Returns the DTensor of this shape, Shard(0), of which every rank gives its rows."""
     from torch.distributed.tensor import DTensor, Shard  # it takes seconds to import
 
     stride = torch.empty(shape, device="meta").stride()
@@ -209,13 +277,13 @@ def sharded(local: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def local(tensor: Tensor | None) -> Tensor | None:
-    """A DTensor's rows on this rank; any other tensor itself."""
+def local(tensor: Held) -> Held:
+    """Returns a DTensor's rows on this rank, and any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def held_shards(module: nn.Module) -> dict[str, tuple[Tensor, ClassShard]]:
-    """The weights and biases in a module that are this rank's part of what is split, by name."""
+    """Returns, by name, the weights and biases in a module of which this rank holds a part."""
     return {
         f"{path}.{own}" if path else own: (getattr(head, own), head.shard)
         for path, head in module.named_modules()
@@ -225,7 +293,7 @@ def held_shards(module: nn.Module) -> dict[str, tuple[Tensor, ClassShard]]:
     }
 
 
-# what averages or shards the gradients of the modules in it
+# wrappers that average or shard the gradients of the modules in them
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -242,7 +310,7 @@ def _watch_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) ->
 
 
 def is_wrapped(parameter: nn.Parameter) -> bool:
-    """Whether it is in a module that exchanges its gradients between processes."""
+    """Returns whether a wrapper exchanges the parameter's gradients between processes."""
     return any(p is parameter for module in _wrapped for p in module.parameters())
 
 
