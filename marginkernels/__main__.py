@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""``python -m marginkernels``: versions, the build report, and which backends can run here."""
+"""Prints versions, the build report, and which backends can run here."""
 
 import platform
 
@@ -22,7 +22,7 @@ def main() -> None:
     notes = backend_notes()
     for backend, reasons in backend_report().items():
         print(f"  {backend:<26}{'unavailable' if reasons else 'available'}")
-        for line in reasons + notes.get(backend, []):
+        for line in reasons + notes[backend]:
             print(f"    {line}")
 
 

@@ -157,6 +157,6 @@ def _tile_obstacles(settings: Settings, bias, margin, scale, compute_dtype, back
         # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
         "a scale of 73 or more": is_number and scale >= 73,
         f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
-        f"backend {backend!r}": backend == "reference",
+        f"backend {backend!r}": not backends.get(backend).keeps_tiles,
     }
     return [obstacle for obstacle, applies in obstacles.items() if applies]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import loss, ops, sampling
+from . import backends, loss, ops, sampling
 from .autograd import HeadFunction
 from .call import Settings, agreed, check
 from .distributed.exchange import opened
@@ -240,7 +240,7 @@ def _keep_tiles(
         return False  # no backward will read them
     if save_tiles == "auto" and torch.compiler.is_exporting():
         return False  # the graph is for batches of any size
-    height, width = ops.tiles_shape(backend, x.shape[0], w.shape[0])
+    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0])
     nbytes = height * width * compute_dtype.itemsize
     return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
 

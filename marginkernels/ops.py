@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The dispatcher ops: schemas, fake implementations and handles.
+"""Defines the dispatcher ops: schemas, fake implementations and handles.
 
 One schema serves every backend, as ``marginkernels::head_fwd_<backend>`` and
-``head_bwd_<backend>``. A backend registers kernels for them (``torch.library`` in Python,
+``head_bwd_<backend>``. A backend registers kernels for them (:func:`implement_head` in Python,
 ``TORCH_LIBRARY_IMPL`` in C++); nothing here imports one.
 
 The two ops are sweeps over the classes; the (N, C) logits
@@ -30,13 +30,12 @@ class or -1 for a row that owns no target here. A bias of -inf masks its class: 
 logit_sum is -inf.
 """
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-BACKENDS = ("triton", "native", "reference")
+from torch._ops import OpOverloadPacket
 
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
@@ -95,36 +94,49 @@ class SweepSettings(NamedTuple):
 
 
 def norm_min(compute_dtype: torch.dtype) -> float:
-    """Rows below this norm are zero rows: the inverse norm is clamped and the gradient is 0."""
+    """Returns the norm below which a row is a zero row, of clamped inverse norm and gradient 0."""
     return 1e-4 if compute_dtype == torch.float16 else 1e-12
 
 
 def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """Accumulation and softmax statistics are fp32, or fp64 where that is computed in."""
+    """Returns the type of accumulation and softmax statistics: fp32, or fp64 for fp64."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def tiles_shape(backend: str, n: int, c: int) -> tuple[int, int]:
-    """Saved exponentials in the compute type, in each backend's layout, padded to whole vectors."""
-    if backend == "triton":
-        return n, (c + 127) // 128 * 128
-    return c, (n + 15) // 16 * 16
-
-
-def head_fwd(backend: str):
-    """The forward op of a backend."""
+def head_fwd(backend: str) -> OpOverloadPacket:
+    """Returns the forward op of a backend."""
     return getattr(torch.ops.marginkernels, f"head_fwd_{backend}")
 
 
-def head_bwd(backend: str):
-    """The backward op of a backend."""
+def head_bwd(backend: str) -> OpOverloadPacket:
+    """Returns the backward op of a backend."""
     return getattr(torch.ops.marginkernels, f"head_bwd_{backend}")
 
 
-def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
-    """Copy of ``result``, after raising ValueError unless all of ``value`` lies in [low, high].
+def define_head(backend: str, tiles_shape: Callable[[int, int], tuple[int, int] | None]) -> None:
+    """Defines the two ops of a backend, and what they return under torch.compile.
 
-    The copy makes whatever is computed from it wait for the check, under torch.compile too.
+    Args:
+        tiles_shape: (N, C) -> the shape of the tiles that forward saves; None: it saves none.
+    """
+
+    def forward_fake(*args: Any, **settings: Any) -> Forward:
+        return _head_fwd_fake(tiles_shape, *args, **settings)
+
+    _define(f"head_fwd_{backend}", _FWD_SCHEMA, forward_fake)
+    _define(f"head_bwd_{backend}", _BWD_SCHEMA, _head_bwd_fake)
+
+
+def implement_head(backend: str, forward: Callable, backward: Callable, dispatch_key: str) -> None:
+    """Registers Python functions as the kernels of a backend's two ops."""
+    LIBRARY.impl(f"head_fwd_{backend}", forward, dispatch_key)
+    LIBRARY.impl(f"head_bwd_{backend}", backward, dispatch_key)
+
+
+def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
+    """Returns a copy of ``result``, or raises ValueError unless all of ``value`` is in [low, high].
+
+    Whatever is computed from the copy waits for the check, under torch.compile too.
     """
     return torch.ops.marginkernels.checked(result, value, low, high, what)
 
@@ -132,15 +144,19 @@ def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -
 def checked_labels(
     y: Tensor, num_classes: int, ignore_index: int | None, name: str = "y"
 ) -> Tensor:
-    """Copy of ``y``, after ValueError unless labels are ``ignore_index`` or in [0, num_classes)."""
+    """Returns a copy of ``y``.
+
+    Raises:
+        ValueError: a label is neither ``ignore_index`` nor in [0, num_classes).
+    """
     return torch.ops.marginkernels.checked_labels(y, num_classes, ignore_index, name)
 
 
 def snapshot(value: Tensor, moved_by: str = "") -> Tensor:
-    """Copy of ``value`` that no later move of it reaches; the gradient passes.
+    """Returns a copy of ``value`` that no later move of it reaches; the gradient passes.
 
-    An op of its own, because a compiler takes ``clone`` for nothing, and what it has not saved it
-    computes again from the buffer, which has moved by then.
+    It is an op of its own, because a compiler drops ``clone``. It would compute again from the
+    buffer, which has moved by then, what it has not saved.
 
     Args:
         moved_by: the module whose forward goes on to move ``value``; "" where none does.
@@ -153,9 +169,9 @@ def snapshot(value: Tensor, moved_by: str = "") -> Tensor:
 
 
 def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as a sweep in ``dtype`` sees them, in its statistics dtype; the gradient passes.
+    """Returns rows as a sweep in ``dtype`` sees them, in its statistics dtype.
 
-    An op of its own, because a compiler takes the rounding for nothing.
+    The gradient passes. It is an op of its own, because a compiler drops the rounding.
     """
     if rows.dtype == dtype:
         return rows.to(statistics_dtype(dtype))
@@ -163,9 +179,7 @@ def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refuse_recomputation(module: str) -> None:
-    """RuntimeError within a backward pass, where a forward of ``module`` would not repeat the first
-    one.
-    """
+    """Raises RuntimeError within a backward pass, where ``module`` would not repeat its forward."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{module}: expected no forward in training mode within a backward pass, which "
@@ -176,29 +190,45 @@ def refuse_recomputation(module: str) -> None:
 
 
 def _head_fwd_fake(
-    backend, x, w, y, scale, bias, *, compute_dtype, save_tiles, want_sum, want_max, **_
-):
+    tiles_shape: Callable[[int, int], tuple[int, int] | None],
+    x: Tensor,
+    w: Tensor,
+    *_: Any,
+    compute_dtype: torch.dtype,
+    save_tiles: bool,
+    want_sum: bool,
+    want_max: bool,
+    **__: Any,
+) -> Forward:
     n, c = x.shape[0], w.shape[0]
 
-    def stat(size):
+    def stat(size: int) -> Tensor:
         return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
 
-    tiles = stat(0)
-    if save_tiles:
-        tiles = x.new_empty(tiles_shape(backend, n, c), dtype=compute_dtype)
-    return (
-        stat(n),
-        stat(n),
-        stat(n),
-        stat(n if want_sum else 0),
-        stat(n if want_max else 0),
-        stat(n),
-        stat(c),
-        tiles,
+    shape = tiles_shape(n, c) if save_tiles else None
+    return Forward(
+        lse=stat(n),
+        target_cosine=stat(n),
+        w_norm=stat(n),
+        logit_sum=stat(n if want_sum else 0),
+        logit_max=stat(n if want_max else 0),
+        x_inv=stat(n),
+        w_inv=stat(c),
+        tiles=stat(0) if shape is None else x.new_empty(shape, dtype=compute_dtype),
     )
 
 
-def _head_bwd_fake(x, w, y, scale, *_, compute_dtype, need_x, need_w, need_bias, need_scale, **__):
+def _head_bwd_fake(
+    x: Tensor,
+    w: Tensor,
+    *_: Any,
+    compute_dtype: torch.dtype,
+    need_x: bool,
+    need_w: bool,
+    need_bias: bool,
+    need_scale: bool,
+    **__: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = statistics_dtype(compute_dtype)
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -208,7 +238,7 @@ def _head_bwd_fake(x, w, y, scale, *_, compute_dtype, need_x, need_w, need_bias,
     )
 
 
-def _checked(result, value, low, high, what):
+def _checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
     if value.numel() > 0:
         least, greatest = (bound.item() for bound in value.aminmax())
         if not (low <= least and greatest <= high):  # a NaN fails both
@@ -216,7 +246,9 @@ def _checked(result, value, low, high, what):
     return result.clone()
 
 
-def _checked_labels(y, num_classes, ignore_index, name="y"):
+def _checked_labels(
+    y: Tensor, num_classes: int, ignore_index: int | None, name: str = "y"
+) -> Tensor:
     wrong = (y < 0) | (y >= num_classes)
     expected = f"{name}: expected labels in [0, {num_classes})"
     if ignore_index is not None:
@@ -228,28 +260,25 @@ def _checked_labels(y, num_classes, ignore_index, name="y"):
     return y.clone()
 
 
-def _snapshot(value, moved_by):
+def _snapshot(value: Tensor, moved_by: str) -> Tensor:
     if moved_by:
         refuse_recomputation(moved_by)
     return value.clone()
 
 
-def _rounded(rows, dtype):
+def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype).to(statistics_dtype(dtype))
 
 
-def _keep_dtype(ctx, inputs, output):
+def _keep_dtype(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
     ctx.dtype = inputs[0].dtype
 
 
-def _define(name, schema, fake):
+def _define(name: str, schema: str, fake: Callable) -> None:
     LIBRARY.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"marginkernels::{name}", fake, lib=LIBRARY)
 
 
-for _backend in BACKENDS:
-    _define(f"head_fwd_{_backend}", _FWD_SCHEMA, functools.partial(_head_fwd_fake, _backend))
-    _define(f"head_bwd_{_backend}", _BWD_SCHEMA, _head_bwd_fake)
 _define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
 _define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))
 _define("snapshot", _SNAPSHOT_SCHEMA, lambda value, _: torch.empty_like(value))

@@ -1,36 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The choice of a backend for a device, and its report, with drivers and versions made up."""
+"""Tests the choice of a backend for a device, and its report, with drivers and versions made up."""
 
+import importlib.metadata
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from marginkernels import backend_notes, backends
-from marginkernels.backends import native, triton
+from marginkernels import ArcFace, backend_notes, backend_report, backends
+from marginkernels.backends import triton
+from marginkernels.backends.native import NativeBackend
+from marginkernels.backends.reference import ReferenceBackend
+from marginkernels.backends.triton import TritonBackend
+from tests.support.backends import StandIn
+from tests.support.problems import random_problem
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
 @pytest.fixture(autouse=True)
-def nothing_selected(monkeypatch):
-    monkeypatch.setattr(backends, "_selected", {})
-    monkeypatch.setattr(backends, "_warned", set())
+def nothing_selected():
+    backends.forget_selections()
+    yield
+    backends.forget_selections()
+
+
+@pytest.fixture
+def without_native():
+    with backends.registered(StandIn("native", "none here")):
+        yield
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes one: the version of Triton, and the compute capability of each GPU."""
+    """Makes up the version of Triton, and the compute capability of each GPU."""
 
     def make(version, *capabilities, hip=None):
         def capability(device=None):
             index = getattr(device, "index", device)
             return capabilities[index or 0]
 
-        monkeypatch.setattr(triton, "_triton_version", lambda: version)
+        monkeypatch.setattr(triton, "installed_version", lambda: version)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
@@ -59,12 +72,13 @@ def test_triton_versions_and_capabilities(version, capability, obstacle, note, m
     machine(version, capability)
     found = backends.reasons("triton", "cuda")
     assert obstacle in "".join(found) and len(found) == bool(obstacle)
-    assert note in "".join(backend_notes()["triton"]) and len(triton.notes()) == bool(note)
+    notes = backend_notes()["triton"]
+    assert note in "".join(notes) and len(notes) == bool(note)
 
 
 def test_amd_gpus_are_unmeasured(machine):
     machine((3, 6, 0), (9, 4), hip="7.0")
-    assert "unmeasured" in triton.notes()[0]
+    assert "unmeasured" in TritonBackend().notes()[0]
 
 
 @pytest.mark.parametrize(
@@ -72,11 +86,15 @@ def test_amd_gpus_are_unmeasured(machine):
     [("3.7.0+git1234", (3, 7, 0)), ("3.6", (3, 6, 0)), ("3.10.1", (3, 10, 1))],
 )
 def test_the_patch_number_counts(text, version, monkeypatch):
-    monkeypatch.setattr(triton.importlib.metadata, "version", lambda _: text)
-    assert triton._triton_version.__wrapped__() == version
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: text)
+    triton.installed_version.cache_clear()
+    try:
+        assert triton.installed_version() == version
+    finally:
+        triton.installed_version.cache_clear()
 
 
-def test_native_asks_the_runtime_for_the_tensors_device(machine, monkeypatch):
+def test_native_asks_the_runtime_for_the_tensors_device(machine):
     asked = []
 
     def failure(device):
@@ -85,45 +103,80 @@ def test_native_asks_the_runtime_for_the_tensors_device(machine, monkeypatch):
 
     info = {"cuda": "13.0", "cuda_architectures": ["8.0", "8.6"]}
     extension = SimpleNamespace(build_info=lambda: info, cuda_failure=failure)
-    monkeypatch.setattr(native, "extension", extension)
-    monkeypatch.setattr(native, "_load_failure", [])
+    native = NativeBackend(extension, [])
     machine((3, 9, 0), (8, 0), (9, 0))
-    assert backends.reasons("native", FIRST) == backends.reasons("native", "cuda") == []
-    (why_not,) = backends.reasons("native", SECOND)
+    assert native.unavailable_reasons(FIRST) == []
+    assert native.unavailable_reasons(torch.device("cuda")) == []
+    (why_not,) = native.unavailable_reasons(SECOND)
     assert "built for compute capability 8.0, 8.6, got 9.0: no kernel image is" in why_not
     assert asked == [0, 0, 1]
     info["cuda"] = None
-    assert "built without CUDA: " in backends.reasons("native", FIRST)[0]
+    assert "built without CUDA: " in native.unavailable_reasons(FIRST)[0]
 
 
-def test_auto_goes_by_the_tensors_device_and_asks_once(machine, monkeypatch):
+def test_auto_goes_by_the_tensors_device_and_asks_once(machine, without_native):
     pytest.importorskip("triton")
-    monkeypatch.setattr(native, "unavailable_reasons", lambda *_: ["none here"])
+    asked = []
+
+    class Counting(TritonBackend):
+        def unavailable_reasons(self, device=None, compute_dtype=None):
+            asked.append(device)
+            return super().unavailable_reasons(device, compute_dtype)
+
     machine((3, 9, 0), (8, 0), (7, 5))
-    with pytest.warns(RuntimeWarning, match="found 7.5.*native: none here"):
-        chosen = [backends.select("auto", device, F32) for device in (FIRST, SECOND)]
-    assert chosen == ["triton", "reference"]
-    monkeypatch.setattr(backends, "reasons", None)  # a call of it fails
-    assert [backends.select("auto", device, F32) for device in (FIRST, SECOND)] == chosen
+    with backends.registered(Counting()):
+        with pytest.warns(RuntimeWarning, match="found 7.5.*native: none here"):
+            chosen = [backends.select("auto", device, F32) for device in (FIRST, SECOND)]
+        assert chosen == ["triton", "reference"]
+        assert [backends.select("auto", device, F32) for device in (FIRST, SECOND)] == chosen
+    assert asked == [FIRST, SECOND]
 
 
-def test_auto_says_once_that_only_the_reference_runs(monkeypatch):
-    for module in (triton, native):
-        monkeypatch.setattr(module, "unavailable_reasons", lambda *_: ["none here"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backends.select("auto", CPU, F64) == "reference"  # as everywhere
-        assert backends.select("reference", "mps", F32) == "reference"
-    for device in (CPU, torch.device("mps")):
-        with pytest.warns(RuntimeWarning, match=f'"reference".*on {device.type}.*triton: none'):
-            assert backends.select("auto", device, F32) == "reference"
+def test_auto_says_once_that_only_the_reference_runs(without_native):
+    with backends.registered(StandIn("triton", "none here")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert backends.select("auto", device, BF16) == "reference"
+            assert backends.select("auto", CPU, F64) == "reference"  # as everywhere
+            assert backends.select("reference", "mps", F32) == "reference"
+        for device in (CPU, torch.device("mps")):
+            with pytest.warns(RuntimeWarning, match=f'"reference".*on {device.type}.*triton: none'):
+                assert backends.select("auto", device, F32) == "reference"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert backends.select("auto", device, BF16) == "reference"
 
 
-def test_a_named_backend_that_cannot_run_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(native, "unavailable_reasons", lambda *_: ["none here"])
+def test_a_named_backend_that_cannot_run_is_not_remembered(without_native):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="backend: 'native' cannot run here: none here"):
             backends.select("native", CPU, F32)
+
+
+class Borrowed(ReferenceBackend):
+    """Computes like the reference, under a name and with a priority of its own."""
+
+    name = "borrowed"
+    priority = 100
+    caveat = ""
+
+
+def test_a_backend_is_added_by_registering_an_object():
+    before = backend_report()
+    with backends.registered(Borrowed()):
+        assert backend_report() == {"borrowed": []} | before
+        assert backends.select("auto", CPU, F32) == "borrowed"
+        problem = random_problem(5, 7, 3, margin=ArcFace(0.3), scale=16.0)
+        ours, theirs = (problem.solve_fused(backend) for backend in ("borrowed", "reference"))
+        assert all(map(torch.equal, ours, theirs))
+        problem.settings["save_tiles"] = True
+        with pytest.raises(ValueError, match="save_tiles: cannot be True with backend 'borrowed'"):
+            problem.solve_fused("borrowed")
+    assert backend_report() == before
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
+        backends.select("borrowed", CPU, F32)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_name_is_registered_once(name):
+    with pytest.raises(ValueError, match=f"backend: expected a name other than .*, got '{name}'"):
+        backends.register(type("Again", (Borrowed,), dict(name=name))())

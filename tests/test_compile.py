@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy, ops
 from tests.support import stateful
+from tests.support.backends import skip_without_tiles
 from tests.support.losses import LOSSES, operands
 from tests.support.losses import C as CLASSES
 from tests.support.small import C, D, N, batch, make_head
@@ -40,8 +41,8 @@ def op_arguments(backend, device, compute_dtype, save_tiles):
 @pytest.mark.parametrize("save_tiles", [False, True])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(compute_dtype, save_tiles, backend, device):
-    if save_tiles and backend == "reference":
-        pytest.skip("the reference backend keeps no tiles")
+    if save_tiles:
+        skip_without_tiles(backend)
     fwd, bwd = op_arguments(backend, device, compute_dtype, save_tiles)
     torch.library.opcheck(ops.head_fwd(backend), *fwd)
     torch.library.opcheck(ops.head_bwd(backend), *bwd)

@@ -13,9 +13,11 @@ from marginkernels import (
     Margin,
     NSoftmax,
     X2Softmax,
+    backends,
     margin_cross_entropy,
     set_device_checks,
 )
+from tests.support.backends import StandIn
 
 N, C, D = 6, 11, 5
 
@@ -368,13 +370,10 @@ def test_values_on_an_accelerator_are_checked_on_request(device):
         set_device_checks(False)
 
 
-def test_unavailable_backend_lists_all_reasons(monkeypatch):
-    from marginkernels import backends
-
-    monkeypatch.setattr(backends, "_selected", {})
-    why_not = ["one reason", "another reason"]
-    monkeypatch.setattr(backends.native, "unavailable_reasons", lambda *_: why_not)
-    with pytest.raises(RuntimeError, match="'native' cannot run here: one reason; another reason"):
+def test_unavailable_backend_lists_all_reasons():
+    expected = "'native' cannot run here: one reason; another reason"
+    native = StandIn("native", "one reason", "another reason")
+    with backends.registered(native), pytest.raises(RuntimeError, match=expected):
         margin_cross_entropy(**operands(), backend="native")
 
 

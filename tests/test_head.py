@@ -5,8 +5,9 @@
 import pytest
 import torch
 
-from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy
+from marginkernels import ArcFace, CosFace, NSoftmax, backends, margin_cross_entropy
 from marginkernels.testing import plain_margin_cross_entropy
+from tests.support.backends import skip_without_tiles
 from tests.support.problems import random_problem
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -70,7 +71,7 @@ def test_backends_match_fp64(shape, dtypes, backend, device, poisoned):
     problem = random_problem(*shape, device=device, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
     exact, plain = problem.solve_exact(), problem.solve_plain()
     problem.check(backend, exact, plain, save_tiles=False)
-    if backend != "reference" and F16 not in (problem.x.dtype, problem.compute_dtype):
+    if backends.get(backend).keeps_tiles and F16 not in (problem.x.dtype, problem.compute_dtype):
         problem.check(backend, exact, plain, save_tiles=True)
 
 
@@ -101,8 +102,8 @@ def test_gradients_flow_through_the_norms(normalize, backend, device):
 @pytest.mark.parametrize("save_tiles", [False, True])
 @pytest.mark.parametrize("compute_dtype", [F32, BF16])
 def test_same_bits_twice_and_with_other_threads(compute_dtype, save_tiles, backend, device):
-    if save_tiles and backend == "reference":
-        pytest.skip("the reference backend keeps no tiles")
+    if save_tiles:
+        skip_without_tiles(backend)
     problem = random_problem(65, 4100, 96, device=device, margin=ArcFace(0.5), scale=64.0)
     problem.compute_dtype = compute_dtype
     first = problem.solve_fused(backend, save_tiles=save_tiles)

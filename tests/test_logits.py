@@ -9,6 +9,7 @@ import torch
 
 from marginkernels import ArcFace, MVSoftmax, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget
+from tests.support.backends import skip_without_tiles
 from tests.support.problems import Problem, random_problem
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -18,8 +19,7 @@ def test_lse_is_rounded_once(backend, device):
     """It is the log of the sum of the tiles kept, to half a unit in the last place: backward weighs
     them by exp(-lse).
     """
-    if backend == "reference":
-        pytest.skip("the reference backend keeps no tiles")
+    skip_without_tiles(backend)
     n, c, scale = 200, 8, 58.0  # below 59, where exponentials are not relative to anything
     x, w = torch.ones(n, 2, device=device), torch.ones(c, 2, device=device)
     x[:, 1], w[:, 1] = torch.linspace(-1, 1, n), torch.linspace(0.1, 1, c)
@@ -127,8 +127,8 @@ def test_sum_of_logits_that_a_bias_masks(backend, device):
 @pytest.mark.parametrize("options", ["tiles", "bias", "transform"])
 def test_saved_tensors_come_back_with_other_strides(options, backend, device):
     """As from hooks that keep them elsewhere: every second number of a longer tensor."""
-    if (options, backend) == ("tiles", "reference"):
-        pytest.skip("the reference backend keeps no tiles")
+    if options == "tiles":
+        skip_without_tiles(backend)
     settings = {
         "tiles": dict(margin=ArcFace(0.3), scale=16.0, save_tiles=True),
         "bias": dict(margin=ArcFace(0.3), scale=torch.tensor(16.0, device=device), bias=True),

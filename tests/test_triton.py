@@ -21,8 +21,8 @@ import test_transforms as transforms
 import test_unchecked as unchecked
 import torch
 
-from marginkernels import ArcFace, CosFace, margin_cross_entropy, ops
-from marginkernels.backends import triton as backend
+from marginkernels import ArcFace, CosFace, backends, margin_cross_entropy, ops
+from marginkernels.backends import triton
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
 from tests.support.losses import LOSSES, dense, fused, solve
@@ -370,12 +370,12 @@ def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
 
 
 def test_reasons_name_everything_that_is_missing(monkeypatch):
-    monkeypatch.setattr(backend, "_triton_version", lambda: (3, 1))
+    monkeypatch.setattr(triton, "installed_version", lambda: (3, 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = "; ".join(backend.unavailable_reasons(torch.device("cpu"), F64))
+    text = "; ".join(backends.reasons("triton", "cpu", F64))
     assert all(part in text for part in ("cuda devices, not on cpu", "not in float64"))
     assert "triton" in text
-    assert "torch finds no GPU" in backend.unavailable_reasons()
+    assert "torch finds no GPU" in backends.reasons("triton")
     problem = random_problem(3, 4, 5, margin=ArcFace(0.3), scale=2.0)
     with pytest.raises(RuntimeError, match="'triton' cannot run here"):
         margin_cross_entropy(problem.x, problem.w, problem.y, backend="triton", **problem.settings)

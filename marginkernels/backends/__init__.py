@@ -1,29 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Who computes: each module here registers the two ops and says when it cannot run."""
+"""Keeps the backends, and selects the one that computes a call.
 
+A backend is a subclass of :class:`Backend` that :func:`register` has been called with; the library
+asks it by its methods only. It is one module or folder here, and one line at the end of this file.
+"""
+
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 
+from .. import ops
 from . import native, reference, triton
+from .base import Backend
 
-# in the order in which backend="auto" prefers them
-_MODULES = {"triton": triton, "native": native, "reference": reference}
-
+# by name, in the order in which backend="auto" prefers them
+_registered: dict[str, Backend] = {}
 # what select() found before: neither a driver nor a table of packages is asked at each step
 _selected: dict[tuple[str, torch.device, torch.dtype], str] = {}
 _warned: set[str] = set()  # types of devices
+_with_ops: set[str] = set()  # names; an op that is defined stays
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, and defines its two ops.
+
+    Raises:
+        ValueError: the name is "auto", or another backend's.
+    """
+    if backend.name in ("auto", *_registered):
+        raise ValueError(
+            f"backend: expected a name other than {sorted(('auto', *_registered))}, "
+            f"got {backend.name!r}"
+        )
+    _put(backend)
+
+
+@contextlib.contextmanager
+def registered(backend: Backend) -> Iterator[None]:
+    """Has a backend registered inside the context, in place of one of the same name if there is."""
+    before = dict(_registered)
+    _put(backend)
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
+        forget_selections()
+
+
+def _put(backend: Backend) -> None:
+    if backend.name not in _with_ops:
+        ops.define_head(backend.name, backend.tiles_shape)
+        backend.register_kernels()
+        _with_ops.add(backend.name)
+    backends = {**_registered, backend.name: backend}
+    _registered.clear()
+    _registered.update(sorted(backends.items(), key=lambda item: -item[1].priority))
+    forget_selections()
+
+
+def forget_selections() -> None:
+    """Makes the next call ask drivers and packages again, and warn again."""
+    _selected.clear()
+    _warned.clear()
+
+
+def get(name: str) -> Backend:
+    """Returns the backend of this name.
+
+    Raises:
+        KeyError: there is none. :func:`check_name` is for the names that users give.
+    """
+    return _registered[name]
 
 
 def backend_report() -> dict[str, list[str]]:
-    """For each backend every reason why it cannot run here; an empty list means that it can."""
-    return {backend: reasons(backend) for backend in _MODULES}
+    """Lists for each backend every reason why it cannot run here; an empty list means it can."""
+    return {name: backend.unavailable_reasons() for name, backend in _registered.items()}
 
 
 def backend_notes() -> dict[str, list[str]]:
-    """For each backend what to know of it on this machine, whether or not it can run here."""
-    return {"triton": triton.notes()}
+    """Lists for each backend what to know of it on this machine, whether or not it can run here."""
+    return {name: backend.notes() for name, backend in _registered.items()}
 
 
 def reasons(
@@ -31,21 +92,25 @@ def reasons(
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Every reason why a backend cannot run on this device, or in this type."""
+    """Lists every reason why a backend cannot run on this device, or in this type."""
     device = None if device is None else torch.device(device)
-    return _MODULES[backend].unavailable_reasons(device, compute_dtype)
+    return _registered[backend].unavailable_reasons(device, compute_dtype)
 
 
 def check_name(backend: str) -> None:
     """Raises ValueError unless it is "auto" or a backend."""
-    if backend not in ("auto", *_MODULES):
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(_MODULES)}, got {backend!r}")
+    if backend not in ("auto", *_registered):
+        raise ValueError(
+            f"backend: expected 'auto' or one of {sorted(_registered)}, got {backend!r}"
+        )
 
 
 def select(backend: str, device: torch.device | str, compute_dtype: torch.dtype) -> str:
-    """The backend to use: the one that is named, never another, or for "auto" the best that runs.
+    """Returns the backend to use: the named one, never another, or for "auto" the best that runs.
 
-    Raises ValueError for an unknown name, RuntimeError with all reasons for one that cannot run.
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend cannot run, with all reasons.
     """
     check_name(backend)
     device = torch.device(device)
@@ -57,18 +122,19 @@ def select(backend: str, device: torch.device | str, compute_dtype: torch.dtype)
 
 # for torch.compile a constant: torch.compiler.assume_constant_result, which imports the compiler,
 # does no more
-select._dynamo_marked_constant = True
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _best(device: torch.device, compute_dtype: torch.dtype) -> str:
-    """The first that runs; one warning for a type of device if that is none of the fast ones."""
-    why_not = {name: reasons(name, device, compute_dtype) for name in _MODULES}
+    """Returns the first that runs, and warns of its caveat once for each type of device."""
+    why_not = {name: reasons(name, device, compute_dtype) for name in _registered}
     best = next(name for name, obstacles in why_not.items() if not obstacles)
-    if best == "reference" and compute_dtype != torch.float64 and device.type not in _warned:
+    caveat = _registered[best].caveat
+    if caveat and compute_dtype != torch.float64 and device.type not in _warned:
         _warned.add(device.type)
         others = ". ".join(f"{name}: {'; '.join(why)}" for name, why in why_not.items() if why)
         warnings.warn(
-            f'backend="auto" takes "reference", plain PyTorch, on {device.type}. {others}',
+            f'backend="auto" takes "{best}", {caveat}, on {device.type}. {others}',
             RuntimeWarning,
             stacklevel=2,
         )
@@ -80,3 +146,8 @@ def _named(backend: str, device: torch.device, compute_dtype: torch.dtype) -> st
     if why_not:
         raise RuntimeError(f"backend: {backend!r} cannot run here: " + "; ".join(why_not))
     return backend
+
+
+register(triton.TritonBackend())
+register(native.NativeBackend(native.extension, native.load_failure))
+register(reference.ReferenceBackend())

@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The two ops in C++ and CUDA (csrc/): loading the extension registers them.
+"""Computes the two ops in C++ and CUDA (csrc/): loading the extension registers their kernels.
 
 An extension that was compiled for another torch may crash on loading. The build leaves the versions
 that it was made for in a file beside it; they are compared first.
 """
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 
 from ..version import __version__
+from .base import Backend
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 # what the build left; see setup.py
 _RECORD = Path(__file__).parents[1] / "_C.json"
 
 
 def _load() -> tuple[ModuleType | None, list[str]]:
-    """The extension, or None and the reason."""
+    """Returns the extension, or None and the reason."""
     if not _RECORD.exists():
         return None, ["marginkernels was installed without its extension (MARGINKERNELS_EXT=0)"]
     built_for = json.loads(_RECORD.read_text())
@@ -51,30 +52,43 @@ def _versions(packages: dict[str, str]) -> str:
     return " and ".join(f"{package} {version}" for package, version in packages.items())
 
 
-extension, _load_failure = _load()
+extension, load_failure = _load()
 
 
-def unavailable_reasons(
-    device: torch.device | None = None, compute_dtype: torch.dtype | None = None
-) -> list[str]:
-    """Every reason why the extension cannot run here, on this device, or in this type."""
-    found = list(_load_failure)
-    allowed = list(_COMPUTE_DTYPES)
-    if device is not None and device.type == "cuda":
-        found += _cuda_obstacles(device)
-        allowed.append(torch.float64)
-    elif device is not None and device.type != "cpu":
-        found.append(f"it runs on the CPU and on CUDA, got a tensor on {device.type}")
-    if compute_dtype not in (None, *allowed):
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        found.append(f"it computes in {names} there, got {compute_dtype}")
-    return found
+@dataclasses.dataclass(frozen=True)
+class NativeBackend(Backend):
+    """Runs the extension, on the CPU and on NVIDIA GPUs."""
+
+    name: ClassVar[str] = "native"
+    priority: ClassVar[int] = 20
+
+    extension: ModuleType | None
+    load_failure: list[str]
+
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Lists every reason why the extension cannot run on this device, or in this type."""
+        found = list(self.load_failure)
+        allowed = list(_COMPUTE_DTYPES)
+        if device is not None and device.type == "cuda":
+            if self.extension is not None:
+                found += _cuda_obstacles(self.extension, device)
+            allowed.append(torch.float64)
+        elif device is not None and device.type != "cpu":
+            found.append(f"it runs on the CPU and on CUDA, got a tensor on {device.type}")
+        if compute_dtype not in (None, *allowed):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            found.append(f"it computes in {names} there, got {compute_dtype}")
+        return found
+
+    def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
+        """Returns a row for each class, with rows of x padded to whole vectors."""
+        return c, (n + 15) // 16 * 16
 
 
-def _cuda_obstacles(device: torch.device) -> list[str]:
-    """Why the extension's CUDA kernels cannot run on this device."""
-    if extension is None:
-        return []
+def _cuda_obstacles(extension: ModuleType, device: torch.device) -> list[str]:
+    """Lists why the extension's CUDA kernels cannot run on this device."""
     info = extension.build_info()
     if info["cuda"] is None:
         left_out = json.loads(_RECORD.read_text()).get("left_out")

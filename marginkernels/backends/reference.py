@@ -1,45 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The two ops in plain PyTorch, on any device and up to fp64: the judge of every other backend.
+"""Computes the two ops in plain PyTorch, on any device and up to fp64: the judge of other backends.
 
-Both go over blocks of classes: one block of the (N, C) logits exists at a time, and backward makes
-it again. Meant to be read, and to run everywhere, not to be fast.
+Both ops go over blocks of classes. One block of the (N, C) logits exists at a time, and backward
+makes it again. The code is meant to be read, and to run everywhere, not to be fast. In the shapes N
+is the number of rows, C of classes, B of classes in a block, D of features, K of constants.
 """
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..transforms import TRANSFORMS
+from ..transforms import TRANSFORMS, Transform
+from .base import Backend
 
 # numbers in a block: of its logits, and of its classes' rows; and the fewest classes in one
 _BLOCK_NUMBERS = 1 << 20
 _BLOCK_CLASSES = 128
 
 
-def unavailable_reasons(
-    device_type: str | None = None, compute_dtype: torch.dtype | None = None
-) -> list[str]:
-    """Runs everywhere: no reason is ever given."""
-    return []
+class ReferenceBackend(Backend):
+    """Runs plain PyTorch, which can run everywhere."""
+
+    name: ClassVar[str] = "reference"
+    priority: ClassVar[int] = 10
+    caveat: ClassVar[str] = "plain PyTorch"
+
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Lists nothing: it runs on every device and in every type."""
+        return []
+
+    def register_kernels(self) -> None:
+        """Registers the functions of this file for every device."""
+        forward, backward = _without_autocast(head_fwd), _without_autocast(head_bwd)
+        ops.implement_head(self.name, forward, backward, "CompositeExplicitAutograd")
 
 
-def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(ops.norm_min(compute_dtype))
+def _without_autocast(function: Callable) -> Callable:
+    """Keeps an autocast around the call out of the op, whose compute type is an argument."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **settings)
+
+    return call
 
 
 class _Block(NamedTuple):
-    """Some of the classes, B of them: their rows, and the logits of all rows of x."""
+    """Holds B of the classes: their weights, and the logits of all rows of x."""
 
     classes: slice
     w: Tensor  # (B, D) as rounded
     w_inv: Tensor  # (B,)
-    w_unit: Tensor  # (B, D): w, normalised where that side is
+    w_unit: Tensor  # (B, D) w, normalised where that side is
     product: Tensor  # (N, B) dot products with w_unit: the logits over the scale
     value: Tensor  # (N, B) of the transform
     slope: Tensor  # (N, B) of the transform
@@ -48,89 +69,158 @@ class _Block(NamedTuple):
     is_target: Tensor  # (N, B)
 
 
-def _blocks(
-    x_unit, w, y, scale, bias, *, normalize_w, compute_dtype, transform, row_parameter, constants
-) -> Iterator[_Block]:  # fmt: skip
-    if transform not in TRANSFORMS:
-        raise ValueError(
-            f"transform: the reference backend knows {', '.join(TRANSFORMS)}, got {transform!r}"
-        )
-    count = max(_BLOCK_NUMBERS // max(*x_unit.shape, 1), _BLOCK_CLASSES)
-    for first in range(0, len(w), count):
-        classes = slice(first, min(first + count, len(w)))
-        rows = ops.rounded(w[classes], compute_dtype)
-        w_inv = _inverse_norm(rows, compute_dtype)
-        w_unit = rows * w_inv[:, None] if normalize_w else rows
+class _Classes(NamedTuple):
+    """Holds all classes and what their logits depend on, to go over them block by block."""
+
+    w: Tensor  # (C, D) as it came
+    y: Tensor  # (N,) int64, -1: no target here
+    scale: Tensor  # ()
+    bias: Tensor | None  # (C,)
+    normalize_w: bool
+    compute_dtype: torch.dtype
+    transform: Transform
+
+    def blocks(self, x_unit: Tensor) -> Iterator[_Block]:
+        """Makes the logits of ``x_unit`` (N, D) block by block."""
+        count = max(_BLOCK_NUMBERS // max(*x_unit.shape, 1), _BLOCK_CLASSES)
+        for first in range(0, len(self.w), count):
+            yield self._block(x_unit, slice(first, min(first + count, len(self.w))))
+
+    def _block(self, x_unit: Tensor, classes: slice) -> _Block:
+        w = ops.rounded(self.w[classes], self.compute_dtype)
+        w_inv = _inverse_norm(w, self.compute_dtype)
+        w_unit = w * w_inv[:, None] if self.normalize_w else w
         product = x_unit @ w_unit.T
-        value, slope = TRANSFORMS[transform](product, row_parameter, constants)
-        z, f = (scale * t if bias is None else scale * t + bias[classes] for t in (product, value))
-        is_target = torch.arange(classes.start, classes.stop, device=w.device) == y[:, None]
-        yield _Block(classes, rows, w_inv, w_unit, product, value, slope, z, f, is_target)
+        name, row_parameter, constants = self.transform
+        value, slope = TRANSFORMS[name](product, row_parameter, constants)
+        z, f = self.scale * product, self.scale * value
+        if self.bias is not None:
+            z, f = z + self.bias[classes], f + self.bias[classes]
+        here = torch.arange(classes.start, classes.stop, device=w.device)
+        is_target = here == self.y[:, None]
+        return _Block(classes, w, w_inv, w_unit, product, value, slope, z, f, is_target)
+
+    def gradient(
+        self,
+        block: _Block,
+        g: Tensor,  # (N, B) dL/df times the slope; of the targets, dL/d(scale cosine)
+        x_unit: Tensor,  # (N, D)
+        radial: Tensor | None,  # (C,) what flows through the norm of each class
+    ) -> Tensor:
+        """Returns the gradient of the block's weights (B, D), in the statistics dtype."""
+        gradient = self.scale * (g.T @ x_unit)
+        if self.normalize_w:
+            gradient = _project(gradient, block.w, block.w_inv, self.compute_dtype)
+        if radial is not None:
+            unit = _unit_or_zero(block.w, block.w_inv, self.compute_dtype)
+            gradient = gradient + radial[block.classes, None] * unit
+        return gradient
 
 
 def head_fwd(
-    x, w, y, scale, bias, *, normalize_x, normalize_w, compute_dtype, save_tiles, want_sum,
-    want_max, transform, row_parameter, constants,
-):  # fmt: skip
-    """See :mod:`marginkernels.ops`."""
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (C, D)
+    y: Tensor,  # (N,) int64, -1: no target here
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    *,
+    normalize_x: bool,
+    normalize_w: bool,
+    compute_dtype: torch.dtype,
+    save_tiles: bool,  # never: this backend keeps none
+    want_sum: bool,
+    want_max: bool,
+    transform: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+) -> ops.Forward:
+    """Computes the forward op; see :mod:`marginkernels.ops`."""
+    checked = _checked_transform(transform, row_parameter, constants)
+    classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     x_unit = x * x_inv[:, None] if normalize_x else x
-    top, logit_max = (x.new_full((len(x),), -math.inf) for _ in range(2))  # of f, and of z
-    exp_sum, d, logit_sum = (x.new_zeros(len(x)) for _ in range(3))
+    exponentials = _LogSumExp(x)
+    target_cosine, logit_sum = x.new_zeros(len(x)), x.new_zeros(len(x))
+    logit_max = x.new_full((len(x),), -math.inf)
     w_inv = x.new_empty(len(w))
-    for block in _blocks(
-        x_unit, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,
-        transform=transform, row_parameter=row_parameter, constants=constants,
-    ):  # fmt: skip
+    for block in classes.blocks(x_unit):
         w_inv[block.classes] = block.w_inv
-        d += block.product.masked_fill(~block.is_target, 0).sum(1)
-        f = block.f.masked_fill(block.is_target, -math.inf)
-        previous, top = top, torch.maximum(top, f.amax(1))
-        exp_sum *= torch.exp(previous - _finite(top))
-        exp_sum += torch.exp(f - _finite(top)[:, None]).sum(1)
+        target_cosine += block.product.masked_fill(~block.is_target, 0).sum(1)
+        exponentials.add(block.f.masked_fill(block.is_target, -math.inf))
         if want_sum:
             logit_sum += block.f.masked_fill(block.is_target, 0).sum(1)
         if want_max:
             z = block.z.masked_fill(block.is_target, -math.inf)
             logit_max = torch.maximum(logit_max, z.amax(1))
-    w_norm = torch.where(y >= 0, 1 / w_inv[y.clamp_min(0)], 0.0)
-    return (
-        top + exp_sum.log(),
-        d,
-        w_norm,
-        logit_sum if want_sum else x.new_empty(0),
-        logit_max if want_max else x.new_empty(0),
-        x_inv,
-        w_inv,
-        x.new_empty(0),
+    return ops.Forward(
+        lse=exponentials.log(),
+        target_cosine=target_cosine,
+        w_norm=torch.where(y >= 0, 1 / w_inv[y.clamp_min(0)], 0.0),
+        logit_sum=logit_sum if want_sum else x.new_empty(0),
+        logit_max=logit_max if want_max else x.new_empty(0),
+        x_inv=x_inv,
+        w_inv=w_inv,
+        tiles=x.new_empty(0),
     )
 
 
+class _LogSumExp:
+    """Adds up exponentials block by block, relative to the greatest so far: none overflows."""
+
+    def __init__(self, rows: Tensor) -> None:  # (N, D), for the number and the type
+        self.top = rows.new_full((len(rows),), -math.inf)
+        self.total = rows.new_zeros(len(rows))
+
+    def add(self, f: Tensor) -> None:  # (N, B)
+        """Adds exp(f); -inf adds nothing."""
+        previous, self.top = self.top, torch.maximum(self.top, f.amax(1))
+        self.total *= torch.exp(previous - _finite(self.top))
+        self.total += torch.exp(f - _finite(self.top)[:, None]).sum(1)
+
+    def log(self) -> Tensor:
+        """Returns the logarithm of the sum of each row, (N,)."""
+        return self.top + self.total.log()
+
+
 def head_bwd(
-    x, w, y, scale, bias, lse, x_inv, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, *,
-    normalize_x, normalize_w, compute_dtype, need_x, need_w, need_bias, need_scale,
-    transform, row_parameter, constants,
-):  # fmt: skip
-    """See :mod:`marginkernels.ops`."""
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (C, D)
+    y: Tensor,  # (N,) int64, -1: no target here
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    lse: Tensor,  # (N,) from forward, as x_inv and w_inv
+    x_inv: Tensor,  # (N,)
+    w_inv: Tensor,  # (C,)
+    tiles: Tensor,  # (0,): this backend keeps none
+    grad_lse: Tensor,  # (N,)
+    grad_target: Tensor,  # (N,)
+    grad_w_norm: Tensor | None,  # (N,)
+    grad_sum: Tensor | None,  # (N,)
+    *,
+    normalize_x: bool,
+    normalize_w: bool,
+    compute_dtype: torch.dtype,
+    need_x: bool,
+    need_w: bool,
+    need_bias: bool,
+    need_scale: bool,
+    transform: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw (C, D), dbias (C,), dscale ()
+    """Computes the backward op; see :mod:`marginkernels.ops`."""
+    checked = _checked_transform(transform, row_parameter, constants)
+    classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
-    dx = torch.zeros_like(rows) if need_x else None
+    dx = rows.new_zeros(rows.shape if need_x else 0)
     dw = w.new_empty(w.shape if need_w else 0)
     dbias = rows.new_empty(len(w) if need_bias else 0)
     dscale = rows.new_zeros(() if need_scale else 0)
-    radial = None
-    if grad_w_norm is not None:  # what flows through |w_y|, by class
-        radial = torch.zeros_like(w_inv)
-        radial.index_add_(0, y.clamp_min(0), torch.where(y >= 0, grad_w_norm, 0.0))
-    for block in _blocks(
-        x_unit, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,
-        transform=transform, row_parameter=row_parameter, constants=constants,
-    ):  # fmt: skip
-        g = grad_lse[:, None] * torch.exp(block.f - _finite(lse)[:, None])
-        if grad_sum is not None:
-            g = g + grad_sum[:, None]
-        g = g.masked_fill(block.is_target, 0)  # dL/df
+    radial = None if grad_w_norm is None else _by_class(grad_w_norm, y, w_inv)
+    for block in classes.blocks(x_unit):
+        g = _logit_gradient(block, lse, grad_lse, grad_sum)
         if need_bias:
             dbias[block.classes] = g.sum(0)
         if need_scale:
@@ -139,51 +229,79 @@ def head_bwd(
         if need_x:
             dx += g @ block.w_unit
         if need_w:
-            part = scale * (g.T @ x_unit)
-            if normalize_w:
-                part = _project(part, block.w, block.w_inv, compute_dtype)
-            if radial is not None:
-                unit = _unit_or_zero(block.w, block.w_inv, compute_dtype)
-                part = part + radial[block.classes, None] * unit
-            dw[block.classes] = part.to(w.dtype)
+            dw[block.classes] = classes.gradient(block, g, x_unit, radial).to(w.dtype)
     if need_x:
         dx *= scale
-        dx = (_project(dx, rows, x_inv, compute_dtype) if normalize_x else dx).to(x.dtype)
-    return dx if need_x else x.new_empty(0), dw, dbias, dscale
+        dx = _project(dx, rows, x_inv, compute_dtype) if normalize_x else dx
+    return dx.to(x.dtype), dw, dbias, dscale
+
+
+def _logit_gradient(
+    block: _Block,
+    lse: Tensor,  # (N,)
+    grad_lse: Tensor,  # (N,)
+    grad_sum: Tensor | None,  # (N,)
+) -> Tensor:
+    """Returns dL/df, (N, B); 0 for the targets, whose logit is no part of lse and logit_sum."""
+    g = grad_lse[:, None] * torch.exp(block.f - _finite(lse)[:, None])
+    if grad_sum is not None:
+        g = g + grad_sum[:, None]
+    return g.masked_fill(block.is_target, 0)
+
+
+def _by_class(
+    grad_w_norm: Tensor,  # (N,)
+    y: Tensor,  # (N,)
+    w_inv: Tensor,  # (C,)
+) -> Tensor:
+    """Adds up what flows through |w_y|, by class (C,)."""
+    radial = torch.zeros_like(w_inv)
+    return radial.index_add_(0, y.clamp_min(0), torch.where(y >= 0, grad_w_norm, 0.0))
+
+
+def _checked_transform(
+    name: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+) -> Transform:
+    """Bundles a transform with its operands, or raises ValueError for an unknown name."""
+    if name not in TRANSFORMS:
+        raise ValueError(
+            f"transform: the reference backend knows {', '.join(TRANSFORMS)}, got {name!r}"
+        )
+    return Transform(name, row_parameter, constants)
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """0 for what is infinite, as where all negatives are masked: -inf - (-inf) would be NaN."""
+    """Replaces infinities by 0: where all negatives are masked, -inf - (-inf) would be NaN."""
     return torch.where(maximum.isinf(), 0.0, maximum)
 
 
-def _project(gradient, rows, inverse_norm, compute_dtype):
-    """From the gradient of a unit row to that of the row: its tangent part over the norm; 0 for
-    zero rows.
+def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Returns 1 / |row| for each of ``rows`` (R, D), at most that of the least norm."""
+    return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(ops.norm_min(compute_dtype))
+
+
+def _project(
+    gradient: Tensor,  # (R, D) of the unit rows
+    rows: Tensor,  # (R, D)
+    inverse_norm: Tensor,  # (R,)
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """Turns the gradient of unit rows into that of the rows: its tangent part over the norm.
+
+    The gradient of zero rows is 0.
     """
     unit = rows * inverse_norm[:, None]
     tangent = gradient - (gradient * unit).sum(1, keepdim=True) * unit
     return (tangent * inverse_norm[:, None]).masked_fill(_is_zero_row(rows, compute_dtype), 0)
 
 
-def _unit_or_zero(rows, inverse_norm, compute_dtype):
+def _unit_or_zero(rows: Tensor, inverse_norm: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Returns ``rows`` (R, D) over their norms; 0 for zero rows."""
     return (rows * inverse_norm[:, None]).masked_fill(_is_zero_row(rows, compute_dtype), 0)
 
 
-def _is_zero_row(rows, compute_dtype):
+def _is_zero_row(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Says for each of ``rows`` (R, D) whether it is shorter than the least norm, (R, 1)."""
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True) < ops.norm_min(compute_dtype)
-
-
-def _without_autocast(function):
-    """The op has its own compute type: an autocast around the call must not narrow its matmuls."""
-
-    @functools.wraps(function)
-    def call(x, *args, **settings):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **settings)
-
-    return call
-
-
-ops.LIBRARY.impl("head_fwd_reference", _without_autocast(head_fwd), "CompositeExplicitAutograd")
-ops.LIBRARY.impl("head_bwd_reference", _without_autocast(head_bwd), "CompositeExplicitAutograd")

@@ -15,13 +15,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils import cpp_extension
 
-from marginkernels import backends, ops
+from marginkernels import backends
 
 NAME = "cuda_host"
 ROOT = Path(__file__).parents[2]
@@ -104,12 +103,7 @@ def _write(path: Path, text: str) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The backend's library; loading it registers the ops."""
-    for op, schema, fake in (
-        ("head_fwd", ops._FWD_SCHEMA, functools.partial(ops._head_fwd_fake, "native")),
-        ("head_bwd", ops._BWD_SCHEMA, ops._head_bwd_fake),
-    ):
-        ops._define(f"{op}_{NAME}", schema, fake)
+    """Returns the library of the CUDA kernels; loading it registers them."""
     folder = ROOT / "csrc" / "cuda"
     # as one: most of the time would go into ATen's headers
     schedule = ROOT / "build" / "cuda_host_schedule.cpp"
@@ -120,16 +114,28 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+class CudaHostBackend(backends.Backend):
+    """Runs the CUDA kernels on CPU tensors, as the backend "cuda_host"."""
+
+    name = NAME
+    priority = 0  # backend="auto" never takes it
+
+    def unavailable_reasons(self, device=None, compute_dtype=None) -> list[str]:
+        return []
+
+    def register_kernels(self) -> None:
+        load()
+
+    def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
+        return backends.get("native").tiles_shape(n, c)
+
+
 @contextlib.contextmanager
 def executed():
-    """``backend="cuda_host"`` inside this context."""
+    """Makes ``backend="cuda_host"`` run inside this context."""
     if reason := why_not():
         pytest.skip(reason)
-    load()
-    with pytest.MonkeyPatch.context() as patch:
-        stand_in = SimpleNamespace(unavailable_reasons=lambda *_: [])
-        patch.setitem(backends._MODULES, NAME, stand_in)
-        patch.setattr(backends, "_selected", {})
+    with backends.registered(CudaHostBackend()):
         yield
 
 

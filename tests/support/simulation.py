@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from marginkernels import backends
+from marginkernels.backends import triton
 
 SIMULATORS = ("ttsem", "ptxsim", "interpreter")
 
 
 def require(simulator: str) -> None:
     """Skips the test, with the reason, where the simulator cannot run."""
-    triton = _version("triton")
+    version = _version("triton")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if simulator == "interpreter":
         require_interpreter()
@@ -31,17 +32,17 @@ def require(simulator: str) -> None:
         pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler")
     else:
         pytest.importorskip(simulator, reason=f"the package {simulator} is not installed")
-    if simulator == "ttsem" and _release(triton) < (3, 8):
-        pytest.skip(f"ttsem does not read what Triton {triton} prints")
+    if simulator == "ttsem" and _release(version) < (3, 8):
+        pytest.skip(f"ttsem does not read what Triton {version} prints")
 
 
 def require_interpreter() -> None:
     """Skips the test where Triton's interpreter cannot run: before 3.8 it makes a scalar of an
     array of one number, which numpy 2.4 refuses.
     """
-    triton, numpy = _version("triton"), _version("numpy")
-    if _release(triton) < (3, 8) and _release(numpy) >= (2, 4):
-        pytest.skip(f"the interpreter of Triton {triton} fails beside numpy {numpy}")
+    version, numpy = _version("triton"), _version("numpy")
+    if _release(version) < (3, 8) and _release(numpy) >= (2, 4):
+        pytest.skip(f"the interpreter of Triton {version} fails beside numpy {numpy}")
 
 
 def _version(name: str) -> str:
@@ -52,9 +53,16 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
+class SimulatedTriton(triton.TritonBackend):
+    """Accepts CPU tensors, whose launches :func:`simulated` has executed by a simulator."""
+
+    def unavailable_reasons(self, device=None, compute_dtype=None):
+        return ["no fp64 kernels"] if compute_dtype == torch.float64 else []
+
+
 @contextlib.contextmanager
 def simulated(simulator: str, **settings):
-    """``backend="triton"`` accepts CPU tensors inside this context."""
+    """Makes ``backend="triton"`` accept CPU tensors inside this context."""
     require(simulator)
     from marginkernels.backends.triton import launch
 
@@ -63,18 +71,12 @@ def simulated(simulator: str, **settings):
         library.impl(f"{name}_triton", _without_autocast(launch, name), "CPU")
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(backends.triton, "unavailable_reasons", _reasons)
-        patch.setattr(backends, "_selected", {})
+        stack.enter_context(backends.registered(SimulatedTriton()))
         stack.enter_context(_session(simulator, **settings))
         if simulator == "ttsem":
             # torch.compile must not take the stand-in for a driver for one
             importlib.import_module("ttsem._fakedriver").unstub_torch_cuda()
         yield
-
-
-def _reasons(_, compute_dtype=None):
-    return ["no fp64 kernels"] if compute_dtype == torch.float64 else []
 
 
 def _session(simulator, **settings):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The ops in Triton, for CUDA and ROCm devices. Triton itself is imported at the first call.
+"""Computes the two ops in Triton, on CUDA and ROCm devices.
+
+Triton itself is imported at the first call.
 
 With MARGINKERNELS_AUTOTUNE=1 the first call of a class of shapes times the configurations that fit.
 """
@@ -10,10 +12,15 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ... import ops
+from ..base import Backend
+from . import configs
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
@@ -24,29 +31,58 @@ _FENCED_CAPABILITIES = range(9, 12)  # the major ones that have such instruction
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
 
 
-def unavailable_reasons(
-    device: torch.device | None = None, compute_dtype: torch.dtype | None = None
-) -> list[str]:
-    """Every reason why this backend cannot run on this device, or in this type."""
-    reasons = []
-    version = _triton_version()
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("the package triton is not installed")
-    elif version is not None and version < OLDEST_TRITON:
-        reasons.append(f"needs triton >= {_dotted(OLDEST_TRITON)}, found {_dotted(version)}")
-    if device is not None and device.type != "cuda":
-        reasons.append(f"runs on cuda devices, not on {device.type}")
-    elif not torch.cuda.is_available():
-        reasons.append("torch finds no GPU")
-    elif not torch.version.hip:
-        reasons += _capability_obstacles(version, torch.cuda.get_device_capability(device))
-    if compute_dtype == torch.float64:
-        reasons.append("computes in float32, float16 or bfloat16, not in float64")
-    return reasons
+class TritonBackend(Backend):
+    """Runs the kernels of this folder on GPUs."""
+
+    name: ClassVar[str] = "triton"
+    priority: ClassVar[int] = 30
+
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Lists every reason why this backend cannot run on this device, or in this type."""
+        reasons = []
+        version = installed_version()
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("the package triton is not installed")
+        elif version is not None and version < OLDEST_TRITON:
+            reasons.append(f"needs triton >= {_dotted(OLDEST_TRITON)}, found {_dotted(version)}")
+        if device is not None and device.type != "cuda":
+            reasons.append(f"runs on cuda devices, not on {device.type}")
+        elif not torch.cuda.is_available():
+            reasons.append("torch finds no GPU")
+        elif not torch.version.hip:
+            reasons += _capability_obstacles(version, torch.cuda.get_device_capability(device))
+        if compute_dtype == torch.float64:
+            reasons.append("computes in float32, float16 or bfloat16, not in float64")
+        return reasons
+
+    def register_kernels(self) -> None:
+        """Registers launchers that import Triton when they are called."""
+        ops.implement_head(self.name, _on_device("head_fwd"), _on_device("head_bwd"), "CUDA")
+
+    def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
+        """Returns a row for each row of x, with classes padded to whole tiles."""
+        return configs.tiles_shape(n, c)
+
+    def notes(self) -> list[str]:
+        """Lists what a user should know of this backend on the current device."""
+        if not torch.cuda.is_available():
+            return []
+        if torch.version.hip:
+            return ["its configurations for AMD GPUs are those for gfx942, and unmeasured"]
+        version, has = installed_version(), torch.cuda.get_device_capability()
+        if version is None or version >= FENCED_TRITON or has[0] not in _FENCED_CAPABILITIES:
+            return []
+        return [
+            f"triton {_dotted(version)} leaves out a fence (fence.proxy.async) on compute "
+            f"capability {_dotted(has)}; wrong results were seen with 3.7.0 on 10.0 alone, and "
+            "3.7.1 mends it"
+        ]
 
 
 def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int]) -> list[str]:
-    """Why these kernels cannot run on a GPU of compute capability ``has``."""
+    """Lists why these kernels cannot run on a GPU of compute capability ``has``."""
     if has < OLDEST_CAPABILITY:
         least = _dotted(OLDEST_CAPABILITY)
         return [f"needs a GPU of compute capability {least}, found {_dotted(has)}"]
@@ -59,30 +95,18 @@ def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int])
     return []
 
 
-def notes() -> list[str]:
-    """Lists what a user should know of this backend on the current device."""
-    if not torch.cuda.is_available():
-        return []
-    if torch.version.hip:
-        return ["its configurations for AMD GPUs are those for gfx942, and unmeasured"]
-    version, has = _triton_version(), torch.cuda.get_device_capability()
-    if version is None or version >= FENCED_TRITON or has[0] not in _FENCED_CAPABILITIES:
-        return []
-    return [
-        f"triton {_dotted(version)} leaves out a fence (fence.proxy.async) on compute capability "
-        f"{_dotted(has)}; wrong results were seen with 3.7.0 on 10.0 alone, and 3.7.1 mends it"
-    ]
-
-
 @functools.cache
-def _triton_version() -> tuple[int, int, int] | None:
+def installed_version() -> tuple[int, int, int] | None:
+    """Returns the version of the installed Triton, or None where no package says it."""
     for name in _DISTRIBUTIONS:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version).groups("0")
-        return tuple(map(int, numbers))
+        numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+        if numbers is not None:
+            major, minor, patch = map(int, numbers.groups("0"))
+            return major, minor, patch
     return None
 
 
@@ -90,8 +114,10 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _on_device(name: str):
-    def call(x, *args, **settings):
+def _on_device(name: str) -> Callable:
+    """Returns the op of :mod:`.launch`, run on the device of its first argument."""
+
+    def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
         from . import launch, tuning
 
         op = getattr(launch, name)
@@ -102,7 +128,3 @@ def _on_device(name: str):
             return op(x, *args, **settings)
 
     return call
-
-
-ops.LIBRARY.impl("head_fwd_triton", _on_device("head_fwd"), "CUDA")
-ops.LIBRARY.impl("head_bwd_triton", _on_device("head_bwd"), "CUDA")

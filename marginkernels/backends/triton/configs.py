@@ -125,6 +125,11 @@ def target(device: torch.device) -> Target:
     return Target(name.get(major, "sm_100"), properties.multi_processor_count)
 
 
+def tiles_shape(n: int, c: int) -> tuple[int, int]:
+    """Returns the shape of saved exponentials: whole tiles of classes in every row of x."""
+    return n, (c + 127) // 128 * 128
+
+
 def kind(compute_dtype: torch.dtype, target_name: str) -> str:
     """Of arithmetic: "half", "tf32" where torch allows it and the target has it, or "fp32"."""
     if compute_dtype != torch.float32:

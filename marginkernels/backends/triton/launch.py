@@ -46,7 +46,7 @@ def head_fwd(
     logit_sum, logit_max = stat(n if want_sum else 0), stat(n if want_max else 0)
     tiles = stat(0)
     if save_tiles:
-        tiles = x.new_empty(ops.tiles_shape("triton", n, c), dtype=compute_dtype)
+        tiles = x.new_empty(configs.tiles_shape(n, c), dtype=compute_dtype)
     x_inv = stat(n).fill_(1)
     if normalize_x and n:
         sweep.inverse_norms(sweep.x, x_inv)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Replaces a backend by one that cannot run, and asks what a backend can do."""
+
+import pytest
+
+from marginkernels import backends
+
+
+class StandIn(backends.Backend):
+    """Takes the place of a backend that it has the name of, and cannot run for reasons made up."""
+
+    def __init__(self, name, *why_not):
+        replaced = backends.get(name)
+        self.name, self.priority, self.caveat = replaced.name, replaced.priority, replaced.caveat
+        self.why_not = why_not
+
+    def unavailable_reasons(self, device=None, compute_dtype=None):
+        return list(self.why_not)
+
+
+def skip_without_tiles(backend):
+    """Skips the test if the backend cannot save its exponentials."""
+    if not backends.get(backend).keeps_tiles:
+        pytest.skip(f"the {backend} backend keeps no tiles")
