@@ -9,11 +9,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "numerics.h"
+
+// Always inlined: a copy compiled for a newer instruction set must never be linked for all.
+#define MK_INLINE inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define MK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// always inlined: a copy compiled for a newer instruction set must never be linked for all
-#define MK_HOST_DEVICE inline __attribute__((always_inline))
+#define MK_HOST_DEVICE MK_INLINE
 #endif
 
 namespace mk {
@@ -42,14 +45,15 @@ MK_HOST_DEVICE To bit_cast(const From& from) {
     return to;
 }
 
-// exp(x) within 1.2e-7 of its value for x <= 88; exactly 0 below -87, so for -inf too.
+// exp(x) within 1.2e-7 of its value for x <= 88; exactly 0 below -kLargestExponent, so for
+// -inf too.
 //
 // exp(x) = 2^n exp(f) with n = round(x / ln 2) and |f| <= ln(2) / 2; the polynomial is that of
 // Cephes' expf (S. L. Moshier), n goes into the exponent bits.
 template <class T>
 MK_HOST_DEVICE T exp(T x) {
     using I = typename Lanes<T>::Bits;
-    const T lowest = -87.0F - T{};
+    const T lowest = -kLargestExponent - T{};
     const auto in_range = x >= lowest;
     const T clamped = in_range ? x : lowest;
     constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves the integer in low bits

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The Python module marginkernels._C: what was built, and the host side of math.h for parity tests.
-// The ops are not here: loading the library registers them with PyTorch (cpu/ops.cpp,
-// cuda/ops.cpp).
+// The Python module marginkernels._C: what was built, and for parity tests the numbers of
+// numerics.h, the facts of transforms.h and the host side of math.h. The ops are not here: loading
+// the library registers them with PyTorch (cpu/ops.cpp, cuda/ops.cpp).
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -18,6 +19,8 @@
 #include "cuda/kernels.h"
 #endif
 #include "math.h"
+#include "numerics.h"
+#include "transforms.h"
 
 namespace py = pybind11;
 
@@ -63,6 +66,38 @@ py::dict build_info() {
     return info;
 }
 
+// By name: what marginkernels/transforms.py says of each transform too.
+py::dict transforms() {
+    py::dict known;
+    mk::Transforms::for_each([&](mk::Transform, auto functor) {
+        using Functor = decltype(functor);
+        py::dict facts;
+        facts["constants"] = Functor::kConstants;
+        facts["per_row"] = Functor::kPerRow;
+        facts["steepest_slope"] =
+            py::cpp_function([](const std::array<double, Functor::kConstants>& constants) {
+                return double(Functor::steepest_slope(constants));
+            });
+        known[Functor::kName] = facts;
+    });
+    return known;
+}
+
+// By name: the numbers of numerics.h.
+py::dict numerics() {
+    py::dict numbers;
+    numbers["LEAST_NORM"] = mk::kLeastNorm;
+    numbers["LEAST_NORM_FLOAT16"] = mk::kLeastNormFloat16;
+    numbers["GREATEST_NORM"] = mk::kGreatestNorm;
+    numbers["LARGEST_EXPONENT"] = mk::kLargestExponent;
+    numbers["OFFSET_START"] = mk::kOffsetStart;
+    numbers["OFFSET_SCALE_LIMIT"] = mk::kOffsetScaleLimit;
+    numbers["NO_MAXIMUM"] = mk::kNoMaximum;
+    numbers["LEAST_SINE"] = mk::kLeastSine;
+    numbers["TILE_PADDING"] = mk::kTilePadding;
+    return numbers;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -73,6 +108,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("cuda_failure", marginkernels::cuda::failure, py::arg("device"),
           "Why the CUDA kernels cannot be launched on this device, in CUDA's words, or nothing.");
 #endif
+
+    m.attr("transforms") = transforms();
+    m.attr("numerics") = numerics();
 
     py::module_ math = m.def_submodule("math", "Host side of csrc/math.h, elementwise in float32.");
     math.def("exp", py::vectorize(mk::exp<float>), py::arg("x"));

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Which negative transform: for those who only pass it on. transforms.h has what they compute.
+// Which negative transform, for code that only passes it on; transforms.h has what they compute.
+//
+// The two headers are apart because the CPU kernels of every instruction set include this one
+// before they choose theirs, and the formulas after that.
 
 #pragma once
 
 namespace mk {
 
-enum class Transform {
-    kIdentity,
-    kAirFace,
-    kInterclassFilter,
-    kMVSoftmax,
-    kCurricular,
-    kArcNegative,
-};
+// A position in the list of functors (transforms.h), which the identity leads.
+enum class Transform : int { kIdentity = 0 };
+
+// Room for the constants of a transform. No functor may have more: transforms.h checks it.
+constexpr int kMostConstants = 2;
 
 }  // namespace mk

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Negative transforms: what a loss makes of the cosine of a row and a class that is not its target.
+// Negative transforms: how a loss changes the cosine of a row and a class that is not its target.
 // The logit is z = scale * value, and slope is d value / d cosine. marginkernels/transforms.py has
 // the same in PyTorch, with the papers; tests/test_transforms.py compares them.
+//
+// A new transform is a functor here with its place in the list `Transforms`, its row in
+// marginkernels/transforms.py and its twin in marginkernels/backends/triton/transforms.py. A
+// functor that lacks a member does not compile.
 
 #pragma once
 
 #include "math.h"
+#include "numerics.h"
 #include "transform.h"
 
 namespace mk {
@@ -17,10 +22,28 @@ struct Transformed {
     T value, slope;
 };
 
-// Each functor takes the cosine, the row's parameter and the loss's constants.
+constexpr double kTwoOverPi = 0.63661977236758134;
+
+// For constants that are numbers; for tensors at::abs is found by their namespace.
+constexpr double abs(double constant) {
+    return constant < 0 ? -constant : constant;
+}
+
+// Each functor has its name in marginkernels/transforms.py, its number of constants, and whether it
+// takes a parameter of the row. `apply` gets the cosine, the row's parameter and the constants.
+// `steepest_slope` is an upper bound of |slope| over all cosines, by the constants: numbers, or
+// tensors, which no host code may read.
 
 struct Identity {
+    static constexpr const char* kName = "identity";
     static constexpr int kConstants = 0;
+    static constexpr bool kPerRow = false;
+
+    template <class Constants>
+    static constexpr double steepest_slope(const Constants&) {
+        return 1;
+    }
+
     template <class T>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T, const void*) {
         return {c, 1.0F - T{}};
@@ -45,25 +68,41 @@ MK_HOST_DEVICE double acos_of_positive(double c, double) {
 }
 
 struct AirFace {
+    static constexpr const char* kName = "airface";
     static constexpr int kConstants = 0;
+    static constexpr bool kPerRow = false;
+
+    template <class Constants>
+    static constexpr double steepest_slope(const Constants&) {
+        return kTwoOverPi / kLeastSine;
+    }
+
     template <class T>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T, const void*) {
         using S = typename Lanes<T>::Scalar;
-        constexpr S kRightAngle = 0.63661977236758134, kSmallestSine = 1e-4;
-        const T one = 1.0F - T{}, smallest_sine = kSmallestSine - T{};
+        constexpr S kScale = kTwoOverPi, kSmallest = kLeastSine;
+        const T one = 1.0F - T{}, smallest_sine = kSmallest - T{};
         T magnitude = c < 0.0F ? -c : c;
         magnitude = magnitude < one ? magnitude : one;
         const T root = Lanes<T>::sqrt(1.0F - magnitude);
-        const T angle = acos_of_positive(magnitude, root) * kRightAngle;  // in right angles
+        const T angle = acos_of_positive(magnitude, root) * kScale;  // in right angles
         T sine = root * Lanes<T>::sqrt(1.0F + magnitude);
         sine = sine > smallest_sine ? sine : smallest_sine;
-        return {c < 0.0F ? angle - 1.0F : 1.0F - angle, kRightAngle / sine};
+        return {c < 0.0F ? angle - 1.0F : 1.0F - angle, kScale / sine};
     }
 };
 
 // constants: the cosine above which a class is taken for the same identity, mislabelled
 struct InterclassFilter {
+    static constexpr const char* kName = "interclass_filter";
     static constexpr int kConstants = 1;
+    static constexpr bool kPerRow = false;
+
+    template <class Constants>
+    static constexpr double steepest_slope(const Constants&) {
+        return 1;
+    }
+
     template <class T, class Constant>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T, const Constant* constants) {
         const auto filtered = c > constants[0] - T{};
@@ -73,7 +112,15 @@ struct InterclassFilter {
 
 // parameter: the cosine above which a class is hard; constants: t
 struct MVSoftmax {
+    static constexpr const char* kName = "mv_softmax";
     static constexpr int kConstants = 1;
+    static constexpr bool kPerRow = true;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return abs(constants[0]) + 1;
+    }
+
     template <class T, class Constant>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T threshold, const Constant* constants) {
         const T one = 1.0F - T{}, t = constants[0] - T{};
@@ -84,7 +131,15 @@ struct MVSoftmax {
 
 // parameter: the cosine above which a class is hard; constants: t
 struct Curricular {
+    static constexpr const char* kName = "curricular";
     static constexpr int kConstants = 1;
+    static constexpr bool kPerRow = true;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return abs(constants[0]) + 2;
+    }
+
     template <class T, class Constant>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T threshold, const Constant* constants) {
         const T one = 1.0F - T{}, t = constants[0] - T{};
@@ -95,7 +150,15 @@ struct Curricular {
 
 // parameter: the target's cosine with its margin; constants: alpha, sigma
 struct ArcNegative {
+    static constexpr const char* kName = "arc_negative";
     static constexpr int kConstants = 2;
+    static constexpr bool kPerRow = true;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return abs(constants[0]);
+    }
+
     template <class T, class Constant>
     static MK_HOST_DEVICE Transformed<T> apply(T c, T target, const Constant* constants) {
         const T distance = c - target;
@@ -104,21 +167,33 @@ struct ArcNegative {
     }
 };
 
-// The functors by their names in marginkernels/transforms.py.
-struct NamedTransform {
-    const char* name;
-    Transform transform;
-    int constants;
-    bool per_row;  // whether it takes a parameter of the row
+template <class... Functors>
+struct TransformList;
+
+// Defined for lists that begin with the identity: Transform::kIdentity is the first position.
+template <class... Others>
+struct TransformList<Identity, Others...> {
+    static_assert(((Others::kConstants <= kMostConstants) && ...), "transform.h has no room");
+
+    // f(position in the list, functor) for each in turn
+    template <class F>
+    static MK_INLINE void for_each(const F& f) {
+        int position = 0;
+        const auto call = [&](auto functor) { f(static_cast<Transform>(position++), functor); };
+        call(Identity());
+        (call(Others()), ...);
+    }
 };
 
-constexpr NamedTransform kTransforms[] = {
-    {"identity", Transform::kIdentity, Identity::kConstants, false},
-    {"airface", Transform::kAirFace, AirFace::kConstants, false},
-    {"interclass_filter", Transform::kInterclassFilter, InterclassFilter::kConstants, false},
-    {"mv_softmax", Transform::kMVSoftmax, MVSoftmax::kConstants, true},
-    {"curricular", Transform::kCurricular, Curricular::kConstants, true},
-    {"arc_negative", Transform::kArcNegative, ArcNegative::kConstants, true},
-};
+using Transforms =
+    TransformList<Identity, AirFace, InterclassFilter, MVSoftmax, Curricular, ArcNegative>;
+
+// Calls f with the functor of the transform.
+template <class F>
+MK_INLINE void visit(Transform transform, const F& f) {
+    Transforms::for_each([&](Transform position, auto functor) {
+        if (position == transform) f(functor);
+    });
+}
 
 }  // namespace mk

@@ -49,7 +49,7 @@ def others(margin: nn.Module) -> Tensor:
     c = ones * math.cos(SEEN_FROM) if margin.needs_target_first else None
     with torch.no_grad():
         name, *operands = margin.double().eval().negatives(c, rows)
-        return TRANSFORMS[name](THETA.cos()[None], *operands)[0][0]
+        return TRANSFORMS[name].function(THETA.cos()[None], *operands)[0][0]
 
 
 def curricular_face(t: float) -> mk.CurricularFace:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import ops
+from . import numerics, ops
 from .ops import SweepSettings
 
 
@@ -119,7 +119,7 @@ class HeadFunction(torch.autograd.Function):
 
 def _checked(lse: Tensor, w_inv: Tensor, check_w: str) -> Tensor:
     """Returns lse, which raises or becomes NaN where a row of w is too long to be summed up."""
-    norm_max = 1.01 * ops.NORM_MAX  # w_inv is rounded
+    norm_max = 1.01 * numerics.GREATEST_NORM  # w_inv is rounded
     if check_w == "raise":
         return ops.checked(lse, 1 / w_inv, 0, norm_max, ops.BAD_W)
     if check_w == "mark":  # for the other ranks to see

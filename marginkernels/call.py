@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, loss, ops, validation
+from . import backends, loss, numerics, ops, validation
 
 
 class Settings(NamedTuple):
@@ -154,8 +154,8 @@ def _tile_obstacles(settings: Settings, bias, margin, scale, compute_dtype, back
         "label_smoothing": settings.label_smoothing > 0,
         f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
         "a scale that is no number": not is_number,
-        # relative to max(0, scale - 59) they neither overflow nor vanish in fp32 up to here
-        "a scale of 73 or more": is_number and scale >= 73,
+        f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more": is_number
+        and scale >= numerics.OFFSET_SCALE_LIMIT,
         f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
         f"backend {backend!r}": not backends.get(backend).keeps_tiles,
     }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import numerics, ops
 from .margins import Rows
 
 
@@ -26,7 +26,7 @@ class HeadStats(NamedTuple):
 def row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
     rounded = ops.rounded(x, compute_dtype)
-    return (rounded * rounded).sum(1).clamp_min(ops.norm_min(compute_dtype) ** 2).sqrt()
+    return (rounded * rounded).sum(1).clamp_min(numerics.least_norm(compute_dtype) ** 2).sqrt()
 
 
 def unnormalised_norms(normalize: str, rows: Rows) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, backends, ops, validation
+from . import arguments, backends, numerics, ops, validation
 from .call import resolve_compute_dtype
 from .distributed import shard as distributed
 from .distributed.exchange import opened
@@ -397,4 +397,4 @@ def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tens
     if not normalised:
         return rows
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / norms.clamp_min(ops.norm_min(compute_dtype))
+    return rows / norms.clamp_min(numerics.least_norm(compute_dtype))

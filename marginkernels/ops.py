@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
+from .numerics import GREATEST_NORM
+
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
     bool want_max, str transform, Tensor? row_parameter, Tensor? constants)
@@ -56,10 +58,9 @@ _ROUNDED_SCHEMA = """(Tensor rows, ScalarType dtype) -> Tensor"""
 
 LIBRARY = torch.library.Library("marginkernels", "DEF")
 
-NORM_MAX = 1e15
 # put together here: torch.compile(dynamic=True) cannot put a float into a string
-BAD_X = f"x: expected finite rows of norm at most {NORM_MAX:g}"
-BAD_W = f"w: expected finite rows of norm at most {NORM_MAX:g}"
+BAD_X = f"x: expected finite rows of norm at most {GREATEST_NORM:g}"
+BAD_W = f"w: expected finite rows of norm at most {GREATEST_NORM:g}"
 
 
 class Forward(NamedTuple):
@@ -91,11 +92,6 @@ class SweepSettings(NamedTuple):
     want_max: bool
     transform: str
     check_w: str  # for a w out of range: "raise", "mark" every lse by NaN, or "" to go on
-
-
-def norm_min(compute_dtype: torch.dtype) -> float:
-    """Returns the norm below which a row is a zero row, of clamped inverse norm and gradient 0."""
-    return 1e-4 if compute_dtype == torch.float16 else 1e-12
 
 
 def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:

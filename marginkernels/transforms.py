@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Negative transforms: what a loss makes of the cosines to the classes that are not the target.
+"""Defines the negative transforms: how a loss changes the cosines to classes that are no target.
 
-The only part of a loss that lives in kernels. The functions here are the definitions; their twins
-are csrc/transforms.h and backends/triton/transforms.py. Each takes the cosines c (N, C), the
-parameter of each row (N,) and the constants of the loss (K,), and returns ``(value, slope)``,
-(N, C) each: the logit is z = scale value, and slope = d value / d c. Parameters and constants carry
-no gradient.
+Transforms are the only part of a loss that lives in kernels. The functions here are the
+definitions; their twins are csrc/transforms.h and backends/triton/transforms.py. Each function
+takes the cosines c (N, C), the parameter of each row (N,) and the constants of the loss (K,). It
+returns ``(value, slope)``, (N, C) each: the logit is z = scale value, and slope = d value / d c.
+Parameters and constants carry no gradient.
+
+A new transform is a row of :data:`TRANSFORMS` here, a functor in csrc/transforms.h and a twin in
+backends/triton/transforms.py; tests/test_transforms.py takes its cases from the row.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# 1 / sin(theta) is bounded by this at |c| = 1
-_SIN_MIN = 1e-4
+from .numerics import LEAST_SINE
+
+TWO_OVER_PI = 2 / math.pi
 
 
 class Transform(NamedTuple):
-    """One of :data:`TRANSFORMS` with its operands."""
+    """Names one of :data:`TRANSFORMS` and holds its operands."""
 
     name: str
     row_parameter: Tensor | None = None  # (N,)
@@ -38,7 +43,7 @@ def _airface(c: Tensor, row_parameter: None, constants: None) -> tuple[Tensor, T
     """1 - 2 theta / pi. Li-ArcFace, AirFace (arXiv:1907.12256)."""
     c = c.clamp(-1, 1)
     sine = ((1 - c) * (1 + c)).sqrt()
-    return 1 - 2 / math.pi * torch.atan2(sine, c), 2 / math.pi / sine.clamp_min(_SIN_MIN)
+    return 1 - TWO_OVER_PI * torch.atan2(sine, c), TWO_OVER_PI / sine.clamp_min(LEAST_SINE)
 
 
 def _interclass_filter(c: Tensor, row_parameter: None, constants: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,11 +73,23 @@ def _arc_negative(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[
     return t * c + t - 1, t
 
 
-TRANSFORMS = {
-    "identity": _identity,
-    "airface": _airface,
-    "interclass_filter": _interclass_filter,
-    "mv_softmax": _mv_softmax,
-    "curricular": _curricular,
-    "arc_negative": _arc_negative,
-}
+class Definition(NamedTuple):
+    """Holds the facts of a transform that its twins must share."""
+
+    name: str
+    function: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    constants: int  # K
+    per_row: bool  # whether it takes a parameter of the row
+    # an upper bound of |slope| over all cosines, by the constants (K,), which stay on the device
+    steepest_slope: Callable[[Tensor | None], Tensor | float]
+
+
+_DEFINITIONS = (
+    Definition("identity", _identity, 0, False, lambda _: 1.0),
+    Definition("airface", _airface, 0, False, lambda _: TWO_OVER_PI / LEAST_SINE),
+    Definition("interclass_filter", _interclass_filter, 1, False, lambda _: 1.0),
+    Definition("mv_softmax", _mv_softmax, 1, True, lambda constants: constants[0].abs() + 1),
+    Definition("curricular", _curricular, 1, True, lambda constants: constants[0].abs() + 2),
+    Definition("arc_negative", _arc_negative, 2, True, lambda constants: constants[0].abs()),
+)
+TRANSFORMS = {definition.name: definition for definition in _DEFINITIONS}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .arguments import integer, number
+from .numerics import LEAST_NORM
 
 
 class TripletLoss(nn.Module):
@@ -97,7 +98,7 @@ class TripletLoss(nn.Module):
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows of norm 1, with a gradient of 0 at zero rows."""
-    is_zero = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < 1e-12
+    is_zero = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < LEAST_NORM
     return F.normalize(torch.where(is_zero, 0, x))
 
 

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import arguments, ops
+from . import arguments, numerics, ops
 from .margins import InterClassFilter, Margin
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -203,7 +203,7 @@ def check_values(
     label = y
     if checks_values(y.device):
         label = ops.checked_labels(y, num_classes, ignore_index)
-    label = _checked(label, x_norm, 0, ops.NORM_MAX, ops.BAD_X)
+    label = _checked(label, x_norm, 0, numerics.GREATEST_NORM, ops.BAD_X)
     if isinstance(scale, Tensor):
         what = "scale: expected a finite number > 0"
         label = _checked(label, scale, statistics.tiny, statistics.max, what)

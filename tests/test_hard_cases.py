@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from marginkernels import ArcFace, CosFace, MagFace, NSoftmax, margin_cross_entropy, ops
+from marginkernels import ArcFace, CosFace, MagFace, NSoftmax, margin_cross_entropy, numerics
 from marginkernels.testing import assert_within_budget, row_errors
 from tests.support.problems import Problem, random_problem
 
@@ -64,7 +64,7 @@ def test_zero_rows_have_zero_gradients_and_spoil_nothing(compute_dtype, backend,
 
 @TYPES
 def test_norms_on_either_side_of_the_least(compute_dtype, backend, device):
-    least = ops.norm_min(compute_dtype)
+    least = numerics.least_norm(compute_dtype)
     problem = random_problem(6, 40, 20, device=device, margin=ArcFace(0.5), scale=30.0)
     x, w = (torch.nn.functional.normalize(t) for t in (problem.x, problem.w))
     x[:2] *= torch.tensor([[0.9], [1.1]], device=device) * least

@@ -62,7 +62,10 @@ HARD_CASES = {
     "a sample out of range": (unchecked.test_samples_are_checked, ("too large",)),
     "gradients through norms": (head.test_gradients_flow_through_the_norms, ("none",)),
     **{
-        f"cosines of {name}": (transforms.test_backends_agree_with_the_definition, (name,))
+        f"cosines of {name}": (
+            transforms.test_backends_agree_with_the_definition,
+            (name, transforms.usual_constants(name)),
+        )
         for name in TRANSFORMS
         if name != "identity"
     },

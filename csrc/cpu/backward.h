@@ -16,7 +16,7 @@ namespace {
 void make_gradient(const Sweep& s, int64_t row, int64_t column, int64_t count,
                    const Scratch& scratch, Bias bias) {
     const vfloat a = load(s.a + row);
-    const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
+    const vfloat lse = max(load(s.lse + row), splat(mk::kNoMaximum));
     for_logits(s, mk::Identity(), row, column, count, scratch, bias,
                [&](int64_t j, float* at, vfloat z, vfloat, vfloat) {
                    store(at, a * mk::exp(z - lse) * scratch.q[j]);
@@ -30,11 +30,11 @@ float make_gradient_and_sums(const Sweep& s, T transform, int64_t row, int64_t c
                              int64_t count, const Scratch& scratch, Bias bias) {
     const vfloat a = load(s.a + row);
     const vfloat u = s.u == nullptr ? vfloat{} : load(s.u + row);
-    const vfloat lse = max(load(s.lse + row), splat(kNoLogit));
+    const vfloat lse = max(load(s.lse + row), splat(mk::kNoMaximum));
     vfloat weighted = {};
     for_logits(s, transform, row, column, count, scratch, bias,
                [&](int64_t j, float* at, vfloat z, vfloat unbiased, vfloat slope) {
-                   const auto there = unbiased > kNoLogit;
+                   const auto there = unbiased > mk::kNoMaximum;
                    const vfloat g = there ? a * mk::exp(z - lse) + u : vfloat{};
                    weighted = g * (there ? unbiased : vfloat{}) + weighted;
                    float* dbias = scratch.dbias + j * kLanes;
@@ -139,7 +139,7 @@ void backward(const Sweep& s, int64_t stripe, void* memory) {
                     for (int64_t column = 0; column < rows; column += kLanes)
                         make_gradient(s, begin + column, column, count, scratch, bias);
                 else
-                    with_transform(s.transform, [&](auto transform) {
+                    mk::visit(s.transform, [&](auto transform) {
                         for (int64_t column = 0; column < rows; column += kLanes)
                             weighted += make_gradient_and_sums(s, transform, begin + column, column,
                                                                count, scratch, bias);

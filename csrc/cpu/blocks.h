@@ -118,7 +118,7 @@ void prepare_rows(const Sweep& s, int64_t p) {
         float* row = s.x_rows + i * s.padded_d;
         if (i < s.n) {
             read_row(s, s.x, i, row);
-            const float norm = mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
+            const float norm = mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));
             s.x_inv[i] = s.normalize_x ? norm : 1.0F;
             s.row_scale[i] = s.scale * s.x_inv[i];
         } else {
@@ -165,7 +165,7 @@ void read_classes(const Sweep& s, int64_t first, int64_t count, bool measure, Sc
         float* row = scratch.rounded + j * scratch.class_stride;
         read_row(s, s.w, first + j, row);
         if (measure)
-            s.w_inv[first + j] = mk::inverse_norm(dot(row, row, s.padded_d), norm_min(s.compute));
+            s.w_inv[first + j] = mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));
         scratch.q[j] = s.normalize_w ? s.w_inv[first + j] : 1.0F;
         if constexpr (Op::kPerUnit == 2)
             narrow(row, s.padded_d, scratch.halves + j * 2 * scratch.class_stride);

@@ -14,9 +14,6 @@
 namespace marginkernels {
 namespace {
 
-// below every logit, and finite: -inf - (-inf) would be NaN where a row has no negative yet
-constexpr float kNoLogit = -1e30F;
-
 template <class T>
 constexpr bool is_identity = false;
 template <>
@@ -33,9 +30,9 @@ Bias bias_of(const Sweep& s, int64_t first) {
 
 void start_statistics(const Sweep& s, int64_t stripe) {
     for (int64_t i = stripe * s.padded_n; i < (stripe + 1) * s.padded_n; ++i) {
-        s.stripe_max[i] = s.fixed_offset ? s.offset : kNoLogit;
+        s.stripe_max[i] = s.fixed_offset ? s.offset : mk::kNoMaximum;
         s.stripe_sum[i] = 0;
-        if (s.want_max) s.stripe_logit_max[i] = kNoLogit;
+        if (s.want_max) s.stripe_logit_max[i] = mk::kNoMaximum;
         if (s.want_sum) s.stripe_logit_sum[i] = 0;
     }
 }
@@ -71,29 +68,16 @@ MK_HOST_DEVICE void for_logits(const Sweep& s, T, int64_t row, int64_t column, i
             const auto made = T::apply(unbiased * (1.0F / s.scale), parameter, s.constants);
             const vfloat z = multiply_add(made.value, splat(s.scale), vfloat{});
             // what was taken out stays out
-            const vfloat kept = unbiased > kNoLogit ? z : unbiased;
+            const vfloat kept = unbiased > mk::kNoMaximum ? z : unbiased;
             f(j, at, kept, kept, made.slope);
         }
-    }
-}
-
-// f(functor) for the transform of the call
-template <class F>
-MK_HOST_DEVICE void with_transform(Transform transform, const F& f) {
-    switch (transform) {
-        case Transform::kIdentity: return f(mk::Identity());
-        case Transform::kAirFace: return f(mk::AirFace());
-        case Transform::kInterclassFilter: return f(mk::InterclassFilter());
-        case Transform::kMVSoftmax: return f(mk::MVSoftmax());
-        case Transform::kCurricular: return f(mk::Curricular());
-        case Transform::kArcNegative: return f(mk::ArcNegative());
     }
 }
 
 // The largest of the logits themselves, whatever a transform makes of them.
 vfloat largest_logit(const Sweep& s, int64_t row, int64_t column, int64_t count,
                      const Scratch& scratch, Bias bias) {
-    vfloat largest = splat(kNoLogit);
+    vfloat largest = splat(mk::kNoMaximum);
     for_logits(s, mk::Identity(), row, column, count, scratch, bias,
                [&](int64_t, float*, vfloat z, vfloat, vfloat) { largest = max(z, largest); });
     return largest;
@@ -112,7 +96,7 @@ void add_statistics(const Sweep& s, T transform, int64_t stripe, int64_t row, in
         vfloat total = {};
         for_logits(s, transform, row, column, count, scratch, bias,
                    [&](int64_t, float*, vfloat z, vfloat unbiased, vfloat) {
-                       total += unbiased > kNoLogit ? z : vfloat{};
+                       total += unbiased > mk::kNoMaximum ? z : vfloat{};
                    });
         for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
     }
@@ -162,7 +146,7 @@ void forward(const Sweep& s, int64_t stripe, void* memory) {
             const int64_t rows = smaller(kBlockRows, s.padded_n - begin);
             multiply_logits<Op>(s, begin, rows, count, scratch);
             take_targets(s, begin, rows, first, count, scratch);
-            with_transform(s.transform, [&](auto transform) {
+            mk::visit(s.transform, [&](auto transform) {
                 for (int64_t column = 0; column < rows; column += kLanes)
                     add_statistics(s, transform, stripe, begin + column, column, count, scratch,
                                    bias_of(s, first));

@@ -112,15 +112,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     Sweep s = sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
                        row_parameter, constants);
     TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(s) && s.compute != Type::kFloat16),
-                      "save_tiles: needs both sides normalised, no bias, a scale below 73 and "
-                      "float32 or bfloat16, got scale ",
-                      s.scale, " and ", compute_dtype);
+                      "save_tiles: needs both sides normalised, no bias, a scale below ",
+                      mk::kOffsetScaleLimit, " and float32 or bfloat16, got scale ", s.scale,
+                      " and ", compute_dtype);
     const auto options = x.options().dtype(at::kFloat);
     const auto per_row = [&](bool wanted) { return at::empty({wanted ? s.n : 0}, options); };
     const Tensor lse = per_row(true), d = per_row(true), w_norm = per_row(true);
     const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
     const Tensor x_inv = per_row(true), w_inv = at::empty({s.c}, options);
-    const Tensor tiles = save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, kTileColumns)},
+    const Tensor tiles = save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, mk::kTilePadding)},
                                                           options.dtype(compute_dtype))
                                     : at::empty({0}, options);
     s.x_inv = x_inv.mutable_data_ptr<float>();

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../numerics.h"
 #include "../transform.h"
 
 namespace marginkernels {
@@ -26,12 +27,8 @@ struct Rows {
 
 using mk::Transform;  // of the negatives' cosines
 
-// saved tiles have their rows padded to a multiple of this, whatever the vectors are
-constexpr int64_t kTileColumns = 16;
-
-// Rows below this norm are zero rows (marginkernels/ops.py: norm_min).
-inline float norm_min(Type compute) {
-    return compute == Type::kFloat16 ? 1e-4F : 1e-12F;
+inline float least_norm(Type compute) {
+    return compute == Type::kFloat16 ? mk::kLeastNormFloat16 : mk::kLeastNorm;
 }
 
 struct Sweep {
@@ -45,11 +42,11 @@ struct Sweep {
     Type compute;
     Transform transform;
     const float* row_parameter;  // (N,) or null
-    float constants[2];
+    float constants[mk::kMostConstants];
     int64_t n, c, d;
 
     // how it is cut
-    int64_t padded_n;       // multiple of kTileColumns
+    int64_t padded_n;       // multiple of mk::kTilePadding
     int64_t padded_d;       // multiple of the vector
     int64_t block_classes;  // even
     int64_t stripes;

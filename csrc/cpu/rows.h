@@ -108,7 +108,7 @@ void add_scaled(float* to, float factor, const float* from, int64_t padded_d) {
 }
 
 bool is_zero_row(float inverse_norm, Type compute) {
-    return inverse_norm >= mk::inverse_norm(0, norm_min(compute));
+    return inverse_norm >= mk::inverse_norm(0, least_norm(compute));
 }
 
 // From the gradient with the row's norm held fixed, which has 1 / norm in it, to that of the row:

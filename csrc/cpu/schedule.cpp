@@ -69,7 +69,7 @@ struct Prepared {
     std::vector<float> parameter;
 
     Prepared(Sweep& s, const Kernels& kernels, const Parallel& parallel) {
-        s.padded_n = round_up_to(s.n, kTileColumns);
+        s.padded_n = round_up_to(s.n, mk::kTilePadding);
         s.padded_d = round_up_to(s.d, kernels.lanes);
         s.block_classes = classes_per_block(s.padded_d, kernels);
         const int64_t blocks = (s.c + s.block_classes - 1) / s.block_classes;

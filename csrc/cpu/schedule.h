@@ -21,17 +21,13 @@ constexpr int64_t round_up_to(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-// exp(z - offset) of logits in [-scale, scale] neither overflows nor vanishes in fp32.
-constexpr float kLargestExponent = 87.0F;
-
 inline float fixed_offset(float scale) {
-    return scale > 59.0F ? scale - 59.0F : 0.0F;
+    return scale > mk::kOffsetStart ? scale - mk::kOffsetStart : 0.0F;
 }
 
 inline bool has_fixed_offset(const Sweep& s) {
     return s.normalize_x && s.normalize_w && s.bias == nullptr &&
-           s.transform == Transform::kIdentity &&
-           s.scale + fixed_offset(s.scale) < kLargestExponent;
+           s.transform == Transform::kIdentity && s.scale < mk::kOffsetScaleLimit;
 }
 
 // (N,) each; the last two where wanted. They and marginkernels/ops.py say what they are.

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t kGChunkBytes = 64 * kMiB;
 // A chunk of dw, which should still be in L2 when it is projected.
 constexpr int64_t kDwChunkBytes = 16 * kMiB;
-// The bound of AirFace's slope, see transforms.h.
-constexpr double kSteepestAirFace = 0.6366198 / 1e-4;
 
 // Results of the forward sweep, and the gradients that arrive for them.
 struct Incoming {
@@ -23,16 +21,14 @@ struct Incoming {
     bool need_bias, need_scale;
 };
 
-// Returns an upper bound () of |f'|.
+// Returns an upper bound () of |f'|, on the device.
 Tensor steepest_slope(const Operands& operands) {
-    const auto constant = [&](int64_t k) { return operands.constants->select(0, k); };
-    switch (operands.transform) {
-        case Transform::kAirFace: return at::full({}, kSteepestAirFace, operands.scale.options());
-        case Transform::kMVSoftmax: return constant(0).abs() + 1;
-        case Transform::kCurricular: return constant(0).abs() + 2;
-        case Transform::kArcNegative: return constant(0).abs();
-        default: return at::ones({}, operands.scale.options());
-    }
+    Tensor bound = at::ones({}, operands.scale.options());
+    mk::visit(operands.transform, [&](auto functor) {
+        const Tensor constants = operands.constants.value_or(Tensor());
+        bound = bound * decltype(functor)::steepest_slope(constants);
+    });
+    return bound;
 }
 
 // Returns 2^k (), such that the largest entry of G times it lies in fp16's upper range. Zero rows,
@@ -185,7 +181,7 @@ class SavedGradient : public GradientSource {
   public:
     SavedGradient(Operands& operands, const Incoming& incoming, const Tensor& tiles)
         : tiles_(tiles.narrow(1, 0, operands.n)) {
-        const Tensor offset = (operands.scale - 59).clamp_min(0);
+        const Tensor offset = (operands.scale - mk::kOffsetStart).clamp_min(0);
         // lse is -inf only in rows without negatives, whose exponentials are all 0
         const Tensor exponent = at::where(incoming.lse.isinf(), 0, offset - incoming.lse);
         row_weight = incoming.grad_lse * exponent.exp();

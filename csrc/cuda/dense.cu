@@ -12,7 +12,7 @@ namespace {
 // Calls f with values of the type of numbers and of the functor.
 template <class F>
 void dispatch(Transform transform, Type type, F&& f) {
-    with_transform(transform, [&](auto functor) {
+    mk::visit(transform, [&](auto functor) {
         if (type == Type::kFloat64) {
             f(double(), functor);
         } else {

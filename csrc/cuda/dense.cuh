@@ -57,8 +57,10 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
     const A parameter = at_or(chunk.row_parameter, row, A(0));
     const auto* const constants = static_cast<const A*>(chunk.constants);
     const int64_t target = chunk.y[row] - chunk.first_class;
-    // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
-    const A offset = scale > A(59) ? scale - A(59) : A(0);
+    // both sides are normalised and s < mk::kOffsetScaleLimit: exp(z - offset) neither overflows
+    // nor vanishes
+    const A start = mk::kOffsetStart;
+    const A offset = scale > start ? scale - start : A(0);
     A m = call.save_tiles ? offset : A(kNoMaximum), l = 0, total = 0, top = kNoMaximum;
     if (call.carry) {
         m = partial[kMaximum * plane];

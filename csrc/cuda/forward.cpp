@@ -32,9 +32,9 @@ struct Results {
           logit_max(operands.statistics({want_max ? operands.n : 0})),
           x_inv(operands.statistics({operands.n})),
           w_inv(operands.statistics({operands.classes})),
-          tiles(save_tiles
-                    ? operands.empty({operands.c, round_up(operands.n, 16)}, operands.compute)
-                    : operands.statistics({0})) {}
+          tiles(save_tiles ? operands.empty({operands.c, round_up(operands.n, mk::kTilePadding)},
+                                            operands.compute)
+                           : operands.statistics({0})) {}
 
     bool saves_tiles() const { return tiles.numel() > 0; }
 };

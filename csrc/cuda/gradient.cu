@@ -18,7 +18,7 @@ void run(const GradientCall& call, Stream stream) {
 
 template <class T>
 void run(const GradientCall& call, const TileVariant& variant, Stream stream) {
-    with_transform(variant.transform, [&](auto functor) {
+    mk::visit(variant.transform, [&](auto functor) {
         using F = decltype(functor);
         if constexpr (!std::is_same_v<F, mk::Identity>) {
             run<T, SmallTile, F, true>(call, stream);

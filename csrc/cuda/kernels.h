@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../numerics.h"
 #include "../transforms.h"
 
 struct CUstream_st;
@@ -25,6 +26,7 @@ namespace marginkernels::cuda {
 using Stream = CUstream_st*;
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+using mk::kNoMaximum;
 using mk::Transform;
 
 constexpr int kWarp = 32;
@@ -82,8 +84,6 @@ struct TileCall {
 // Planes of (partials, N) that hold the partial statistics: the maximum and the sum of
 // exponentials, the sum and the maximum of the logits.
 constexpr int kMaximum = 0, kExponentials = 1, kLogitSum = 2, kLogitMaximum = 3, kPlanes = 4;
-// Below any logit in the domain, and finite: a row that has met no negative is no special case.
-constexpr float kNoMaximum = -1e30F;
 
 struct StatisticsCall {
     TileCall tile;

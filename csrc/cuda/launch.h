@@ -41,17 +41,4 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 #endif
 }
 
-// Calls f with the functor.
-template <class F>
-void with_transform(Transform transform, F&& f) {
-    switch (transform) {
-        case Transform::kIdentity: return f(mk::Identity());
-        case Transform::kAirFace: return f(mk::AirFace());
-        case Transform::kInterclassFilter: return f(mk::InterclassFilter());
-        case Transform::kMVSoftmax: return f(mk::MVSoftmax());
-        case Transform::kCurricular: return f(mk::Curricular());
-        case Transform::kArcNegative: return f(mk::ArcNegative());
-    }
-}
-
 }  // namespace marginkernels::cuda

@@ -37,9 +37,9 @@ void copy_rows(const Tensor& to, const Tensor& rows) {
     to.narrow(0, 0, rows.size(0)).narrow(1, 0, rows.size(1)).copy_(rows);
 }
 
-// 1 / norm of a zero row; ops.norm_min.
+// 1 / norm of a zero row.
 double inverse_norm_limit(at::ScalarType compute) {
-    return compute == at::kHalf ? 1e4 : 1e12;
+    return 1 / (compute == at::kHalf ? mk::kLeastNormFloat16 : mk::kLeastNorm);
 }
 
 }  // namespace

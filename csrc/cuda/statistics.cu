@@ -35,7 +35,7 @@ void run_identity(const StatisticsCall& call, Stream stream) {
 
 template <class T>
 void run(const StatisticsCall& call, const TileVariant& variant, Stream stream) {
-    with_transform(variant.transform, [&](auto functor) {
+    mk::visit(variant.transform, [&](auto functor) {
         using F = decltype(functor);
         if constexpr (!std::is_same_v<F, mk::Identity>) {
             run<T, SmallTile, StatisticsOptions<F, false, true, false, true>>(call, stream);

@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     float* const partials = call.partials + static_cast<int64_t>(partial) * tile_call.n + first_row;
 
     const float scale = *tile_call.scale * kLog2E;
-    // both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
-    const float offset = fmaxf(scale - 59.0F * kLog2E, 0.0F);
+    // both sides are normalised and s < mk::kOffsetScaleLimit: exp(z - offset) neither overflows
+    // nor vanishes
+    const float offset = fmaxf(scale - mk::kOffsetStart * kLog2E, 0.0F);
     RowStatistics<Options> stats(Options::kSaveTiles ? offset : kNoMaximum);
 #pragma unroll
     for (int row = 0; row < 8; ++row)

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from ..numerics import TILE_PADDING
 from ..version import __version__
 from .base import Backend
 
@@ -84,7 +85,7 @@ class NativeBackend(Backend):
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
         """Returns a row for each class, with rows of x padded to whole vectors."""
-        return c, (n + 15) // 16 * 16
+        return c, -(-n // TILE_PADDING) * TILE_PADDING
 
 
 def _cuda_obstacles(extension: ModuleType, device: torch.device) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..numerics import least_norm
 from ..transforms import TRANSFORMS, Transform
 from .base import Backend
 
@@ -92,7 +93,7 @@ class _Classes(NamedTuple):
         w_unit = w * w_inv[:, None] if self.normalize_w else w
         product = x_unit @ w_unit.T
         name, row_parameter, constants = self.transform
-        value, slope = TRANSFORMS[name](product, row_parameter, constants)
+        value, slope = TRANSFORMS[name].function(product, row_parameter, constants)
         z, f = self.scale * product, self.scale * value
         if self.bias is not None:
             z, f = z + self.bias[classes], f + self.bias[classes]
@@ -279,7 +280,7 @@ def _finite(maximum: Tensor) -> Tensor:
 
 def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """Returns 1 / |row| for each of ``rows`` (R, D), at most that of the least norm."""
-    return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(ops.norm_min(compute_dtype))
+    return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(least_norm(compute_dtype))
 
 
 def _project(
@@ -304,4 +305,4 @@ def _unit_or_zero(rows: Tensor, inverse_norm: Tensor, compute_dtype: torch.dtype
 
 def _is_zero_row(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """Says for each of ``rows`` (R, D) whether it is shorter than the least norm, (R, 1)."""
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True) < ops.norm_min(compute_dtype)
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True) < least_norm(compute_dtype)

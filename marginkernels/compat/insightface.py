@@ -32,6 +32,7 @@ from .. import (
     functional,
     loss,
     margins,
+    numerics,
     ops,
     sampling,
     validation,
@@ -202,7 +203,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if validation.checks_values(x.device):
             label = ops.checked_labels(label, self.num_classes, None, "local_labels")
             norm = loss.row_norm(x.detach(), self._compute_dtype(x))
-            label = ops.checked(label, norm, 0, ops.NORM_MAX, _BAD_EMBEDDINGS)
+            label = ops.checked(label, norm, 0, numerics.GREATEST_NORM, _BAD_EMBEDDINGS)
         return label
 
     def _classes(self, labels: Tensor) -> Tensor:

@@ -31,10 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arguments, ops
-
-# slopes of sin and acos are taken as if sin(theta) were at least this: bounded where they would be
-# infinite, at |c| = 1
-_SIN_MIN = 1e-4
+from ..numerics import LEAST_SINE
 
 
 class Rows(NamedTuple):
@@ -80,14 +77,14 @@ def safe_sin(c: Tensor) -> Tensor:
     """The sine of the angle with cosine ``c``, exact; slope bounded at and beyond |c| = 1."""
     cosine = c.detach()
     value = ((1 - cosine) * (1 + cosine)).clamp_min(0).sqrt()
-    return _with_slope(value, -cosine / value.clamp_min(_SIN_MIN), c)
+    return _with_slope(value, -cosine / value.clamp_min(LEAST_SINE), c)
 
 
 def safe_acos(c: Tensor) -> Tensor:
     """The angle with cosine ``c``, exact; its slope is bounded at and beyond |c| = 1."""
     cosine = c.detach()
     sine = ((1 - cosine) * (1 + cosine)).clamp_min(0).sqrt()
-    return _with_slope(torch.atan2(sine, cosine), -1 / sine.clamp_min(_SIN_MIN), c)
+    return _with_slope(torch.atan2(sine, cosine), -1 / sine.clamp_min(LEAST_SINE), c)
 
 
 class Margin(nn.Module):

@@ -149,7 +149,7 @@ bool run(const Case& one) {
     std::vector<float> x_inv(n), w_inv(c), lse(n), target_logit(n), w_norm(n), logit_sum(n),
         logit_max(n);
     // aligned as tensors are
-    const size_t tile_bytes = c * round_up_to(n, kTileColumns) * 4;
+    const size_t tile_bytes = c * round_up_to(n, mk::kTilePadding) * 4;
     void* const tile_memory = std::aligned_alloc(64, round_up_to(tile_bytes, 64));
     s.x_inv = x_inv.data(), s.w_inv = w_inv.data(), s.tiles = tiles ? tile_memory : nullptr;
     s.d_out = target_logit.data(), s.w_norm = w_norm.data();

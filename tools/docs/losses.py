@@ -80,7 +80,7 @@ def other_classes(margin) -> str:
     ones = torch.ones(1)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
     transform = margin.negatives(ones if margin.needs_target_first else None, rows)
-    return text_of(TRANSFORMS[transform.name]).split(". ")[0]
+    return text_of(TRANSFORMS[transform.name].function).split(". ")[0]
 
 
 def remembers(module) -> str:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import ops
+from ... import numerics
 from . import configs, gemm
 from .row_kernels import finish_rows_kernel, project_kernel, target_kernel
 from .sweep import Sweep
@@ -34,7 +34,7 @@ def head_fwd(
     (n, d), c = x.shape, len(w)
     transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
     load = configs.load(transform.apply, bias is not None, save_tiles, want_sum)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
+    sweep = Sweep.of(x, w, compute_dtype, numerics.least_norm(compute_dtype), load, config)
     separate_max = want_max and (save_tiles or transform.apply is not None)
     block_c = sweep.config.block_c
     y, bias = y.contiguous(), sweep.padded(bias)
@@ -92,7 +92,7 @@ def head_bwd(
     (n, d), c = x.shape, len(w)
     transform = Transform.of(transform, row_parameter, constants, n, bias is not None)
     load = configs.load(transform.apply, bias is not None, grad_sum is not None, need_scale)
-    sweep = Sweep.of(x, w, compute_dtype, ops.norm_min(compute_dtype), load, config)
+    sweep = Sweep.of(x, w, compute_dtype, numerics.least_norm(compute_dtype), load, config)
     y, lse, x_inv, w_inv, grad_lse, grad_target = (
         t.contiguous() for t in (y, lse, x_inv, w_inv, grad_lse, grad_target)
     )
