@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Checks of single arguments, for constructors: each error says name, expected and got."""
+"""Checks single arguments of constructors. Each error says name, expected and got."""
 
 import math
 import numbers
 import warnings
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 
-def is_number(value) -> bool:
-    """Whether it is a real number, of Python or numpy, and no bool."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """Returns whether a value is a real number, of Python or numpy, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def number(
     name: str,
-    value,
+    value: Any,
     *,
     least: float | None = None,
     above: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
 ) -> float:
-    """The value as a float: a finite number, at ``least`` or ``above``, at ``most`` or ``below``.
+    """Returns the value as a float if it is a finite number in the given range.
+
+    The range starts at ``least``, or just above ``above``, and ends at ``most``, or just below
+    ``below``.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: the value is no number.
         ValueError: it is out of range.
     """
     if most == below == math.inf:
@@ -46,11 +50,11 @@ def number(
     return float(value)
 
 
-def integer(name: str, value, least: int = 1, most: int | None = None) -> int:
-    """The value as an int, from ``least`` to ``most``.
+def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Returns the value as an int if it is an integer from ``least`` to ``most``.
 
     Raises:
-        TypeError: it is no integer.
+        TypeError: the value is no integer.
         ValueError: it is out of range.
     """
     expected = f"an integer in [{least}, {most}]"
@@ -58,18 +62,19 @@ def integer(name: str, value, least: int = 1, most: int | None = None) -> int:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
-    if value < least or (most is not None and value > most):
+    whole = int(value)
+    if whole < least or (most is not None and whole > most):
         raise ValueError(f"{name}: expected {expected}, got {value}")
-    return int(value)
+    return whole
 
 
-def boolean(name: str, value) -> None:
+def boolean(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
 
 
-def module(name: str, value, example: str) -> None:
+def module(name: str, value: Any, example: str) -> None:
     """Raises TypeError unless the value is a module, and not its class."""
     if isinstance(value, type):
         raise TypeError(
@@ -79,7 +84,7 @@ def module(name: str, value, example: str) -> None:
         raise TypeError(f"{name}: expected an nn.Module such as {example}, got {_shown(value)}")
 
 
-def trainable(name: str, value) -> None:
+def trainable(name: str, value: Any) -> None:
     """Raises ValueError for a tensor that no optimizer of the module's parameters will train."""
     if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
         raise ValueError(
@@ -88,18 +93,17 @@ def trainable(name: str, value) -> None:
         )
 
 
-def replace(owner: nn.Module, name: str, value) -> None:
-    """Makes room for a value that is about to be assigned: a number, tensor or module may take the
-    place of another kind.
+def replace(owner: nn.Module, name: str, value: Any) -> None:
+    """Makes room for a value that is about to be assigned to an attribute of a module.
 
-    A plain tensor will be a buffer. ``owner._given_<name>`` becomes what is :func:`kept` of the
-    value.
+    A number, tensor or module may take the place of another kind. A plain tensor will be a buffer.
+    ``owner._given_<name>`` becomes what :func:`kept` returns for the value.
 
     Raises:
         TypeError: a number would take the place of a tensor.
         ValueError: the value is not :func:`trainable`.
     """
-    homes = (
+    homes: tuple[tuple[type, dict[str, Any]], ...] = (
         (nn.Parameter, owner._parameters),
         (Tensor, owner._buffers),
         (nn.Module, owner._modules),
@@ -128,24 +132,24 @@ def replace(owner: nn.Module, name: str, value) -> None:
         setattr(owner, f"_given_{name}", kept(value))
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     kind = type(value).__name__
     return f"{kind} {value!r}" if isinstance(value, str | bool | numbers.Real) else kind
 
 
-def kept(value) -> Tensor | None:
-    """A copy of a tensor that is given, for :func:`restore`; None of anything else."""
+def kept(value: Any) -> Tensor | None:
+    """Returns a copy of a tensor, for :func:`restore`, and None for anything else."""
     if not isinstance(value, Tensor):
         return None
     return value.detach() if value.is_meta else value.detach().cpu().clone()
 
 
 @torch.no_grad()
-def restore(name: str, tensor, given: Tensor | None) -> None:
-    """Fills a tensor with what was :func:`kept` of it, after it may have lost its values.
+def restore(name: str, tensor: Any, given: Tensor | None) -> None:
+    """Fills a tensor that may have lost its values with the copy that :func:`kept` made.
 
-    One that was given on the meta device is filled with NaN, which no call takes for a value, and a
-    warning says so. A tensor of another shape stays.
+    A tensor that was given on the meta device is filled with NaN, which no call takes for a value,
+    and a warning says so. A tensor of another shape stays as it is.
     """
     if given is None or not isinstance(tensor, Tensor) or tensor.shape != given.shape:
         return

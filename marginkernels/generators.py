@@ -1,34 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Random numbers that differ between ranks and steps, from a state that is one for all ranks."""
+"""Makes random numbers that differ between ranks and steps, from one state for all ranks."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 
+_STATE = "_extra_state"  # torch's name in a state dict for what get_extra_state returns
+_HOLDERS = ("sampler", "generators")  # the attributes of heads and margins that hold generators
+
 
 class StepGenerators(nn.Module):
-    """A generator for each step, from a seed, the number of the step and the rank.
+    """Makes a generator for each step, from a seed, the number of the step and the rank.
 
-    So the state, seed and step, is the same on all ranks: it is saved once, and goes on with
+    The state, seed and step, is the same on all ranks. So it is saved once, and goes on with
     another number of ranks.
 
     Args:
         seed: of all steps.
-        user: what the numbers are for, as an error names it.
+        user: the purpose of the numbers, as an error names it.
     """
 
     def __init__(self, seed: int, user: str):
         super().__init__()
         self.seed, self.step, self.user = seed, 0, user
 
-    # torch.compile would take each step for a new graph. As torch.compiler.disable, which imports
-    # the compiler at once
+    # torch.compile would take each step for a new graph. torch.compiler.disable does the same, but
+    # imports the compiler at once
     @torch._disable_dynamo
     def forward(self, device: torch.device, rank: int) -> torch.Generator:
-        """The generator of the next step. RuntimeError where that cannot be the next: within a
-        backward pass, and in the capture of a CUDA graph, which would repeat one step for ever.
+        """Returns the generator of the next step.
+
+        Raises:
+            RuntimeError: within a backward pass, where the step would not be the next one, and in
+                the capture of a CUDA graph, which would repeat one step for ever.
         """
         ops.refuse_recomputation(self.user)
         on_gpu = torch.device(device).type == "cuda"
@@ -42,24 +50,45 @@ class StepGenerators(nn.Module):
         return torch.Generator(device).manual_seed(mixed(self.seed, rank, self.step))
 
     def get_extra_state(self) -> Tensor:
+        """Returns seed and step for the state dict."""
         return torch.tensor([self.seed, self.step], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Takes seed and step from a state dict."""
         self.seed, self.step = state.tolist()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # saved where nothing was drawn: the own seed is as good a start
-        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+        state_dict.setdefault(prefix + _STATE, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """Returns the seed as ``print`` shows it."""
         return f"seed={self.seed}"
 
 
-def without_unused(state_dict: dict, prefix: str, used: StepGenerators | None) -> dict:
-    """The state to load, without that of generators under ``prefix`` where none are used now."""
-    name = prefix + "._extra_state"
-    return state_dict if used is not None else {k: v for k, v in state_dict.items() if k != name}
+def is_state_of_generators(name: str) -> bool:
+    """Returns whether a state dict's entry of this name is the state of :class:`StepGenerators`.
+
+    Only heads that sample and margins with a seed have one.
+    """
+    return tuple(name.split(".")[-2:]) in {(holder, _STATE) for holder in _HOLDERS}
+
+
+def without_unused(
+    state_dict: dict[str, Any], holder: str, used: StepGenerators | None
+) -> dict[str, Any]:
+    """Returns the state to load without the state of generators that are not used now.
+
+    Args:
+        state_dict: the state as it was saved.
+        holder: the name of the attribute that holds generators, with the prefix of its module.
+        used: what the attribute holds now; None where no generators are used.
+    """
+    if used is not None:
+        return state_dict
+    unused = f"{holder}.{_STATE}"
+    return {name: value for name, value in state_dict.items() if name != unused}
 
 
 def random_seed() -> int:
@@ -67,8 +96,16 @@ def random_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
+def rank_generator(device: torch.device, rank: int) -> torch.Generator:
+    """Makes a generator by torch's default one, such that ranks with one seed draw other rows."""
+    return torch.Generator(device).manual_seed(mixed(random_seed(), rank))
+
+
 def mixed(*numbers: int) -> int:
-    """A seed of 32 bits, the same for the same numbers and else unrelated (FNV-1a by bytes)."""
+    """Mixes numbers into a seed of 32 bits (FNV-1a by bytes).
+
+    The same numbers give the same seed, and other numbers an unrelated one.
+    """
     state = 0x811C9DC5
     for number in numbers:
         for byte in number.to_bytes(8, "little", signed=True):

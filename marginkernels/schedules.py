@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""A margin that grows while training runs."""
+"""``MarginSchedule`` lets a margin grow while training runs."""
 
 import math
 
@@ -12,20 +12,21 @@ from .margins import Margin
 
 
 class MarginSchedule:
-    """Sets a margin's ``m`` by the step: ``initial`` up to ``start``, ``final`` from ``finish`` on,
-    and a ramp in between, as the schedulers of speaker verification toolkits (wespeaker) do.
+    """Sets a margin's ``m`` by the number of the step, as wespeaker's schedulers do.
 
-    With r = (step - start) / (finish - start) the ramp is initial + (final - initial) q, q = r for
-    "linear" and q = 1 - 1000^-r for "exponential", which rises fast first. Call :meth:`step` after
-    each training step, like that of a learning-rate scheduler; the state is saved with
-    ``state_dict()``.
+    m is ``initial`` up to the step ``start``, ``final`` from ``finish`` on, and a ramp in between.
+    With r = (step - start) / (finish - start) the ramp is initial + (final - initial) q. "linear"
+    has q = r, and "exponential", which rises fast first, has q = 1 - 1000^-r.
+
+    Call :meth:`step` after each training step, like the step of a learning-rate scheduler. Save the
+    state with ``state_dict()``.
 
     Example::
 
         schedule = MarginSchedule(head.margin, initial=0.0, final=0.5, start=1000, finish=20_000)
 
     Args:
-        margin: with a number or 0-d tensor as ``m``; a tensor is filled in place.
+        margin: a margin with a number or 0-d tensor as ``m``; a tensor is filled in place.
         initial, final: margins in the unit of ``m``.
         start, finish: steps, 0 <= start < finish.
         ramp: "exponential" or "linear".
@@ -61,7 +62,7 @@ class MarginSchedule:
         self._set(self.initial)
 
     def value(self) -> float:
-        """The margin at the current step."""
+        """Returns the margin at the current step."""
         if self.current_step >= self.finish:
             return self.final
         ratio = max(0.0, (self.current_step - self.start) / (self.finish - self.start))
@@ -74,9 +75,11 @@ class MarginSchedule:
         self._set(self.value())
 
     def state_dict(self) -> dict[str, int]:
+        """Returns the number of the current step."""
         return {"current_step": self.current_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to the step of a :meth:`state_dict` and sets the margin."""
         self.current_step = state["current_step"]
         self._set(self.value())
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Triplet loss over a batch, in blocks of rows: no (N, N) matrix outlives its block."""
+"""Computes the triplet loss of a batch in blocks of rows: no (N, N) matrix outlives its block."""
 
 import math
 
@@ -14,19 +14,20 @@ from .numerics import LEAST_NORM
 
 
 class TripletLoss(nn.Module):
-    """mean [d(a, p) - d(a, n) + margin]_+, d = |.|^2 of unit vectors: the triplet loss of FaceNet
-    (Schroff et al., 2015, arXiv:1503.03832).
+    """Computes FaceNet's triplet loss (Schroff et al., 2015, arXiv:1503.03832).
 
-    Which triplets of an anchor a, another row p of its class and a row n of another class count:
+    The loss is mean [d(a, p) - d(a, n) + margin]_+ with d = |.|^2 of unit vectors. A triplet is an
+    anchor a, another row p of its class and a row n of another class. ``mining`` says which
+    triplets count:
 
     - "batch_hard": for each anchor the farthest p and the nearest n (Hermans et al., 2017,
       arXiv:1703.07737, who do not square the distance);
-    - "semi_hard": for each anchor and each p the nearest n that is farther than p; where there is
-      none, the farthest n (as TensorFlow Addons; FaceNet's text leaves it open).
+    - "semi_hard": for each anchor and each p the nearest n that is farther than p. Where there is
+      none, it takes the farthest n, as TensorFlow Addons does; FaceNet's text leaves it open.
 
-    The mean is over these triplets, those without loss included (pytorch-metric-learning's is over
-    the others); 0 if there is none. Distances are computed a block of rows at a time in fp32, and
-    again in backward.
+    The mean is over these triplets, triplets without loss included, and 0 if there is none.
+    pytorch-metric-learning leaves triplets without loss out. Distances are computed a block of rows
+    at a time in fp32, and again in backward.
 
     Args:
         margin: FaceNet has 0.2, insightface 0.3.
@@ -51,7 +52,7 @@ class TripletLoss(nn.Module):
         self.ignore_index = integer("ignore_index", ignore_index, least=-(2**63))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss () of embeddings (N, D), normalised here, with int64 labels (N,)."""
+        """Returns the loss () of embeddings (N, D), normalised here, with int64 labels (N,)."""
         if embeddings.ndim != 2 or not embeddings.is_floating_point():
             came = f"{embeddings.dtype} {tuple(embeddings.shape)}"
             raise ValueError(f"embeddings: expected a floating tensor (N, D), got {came}")
@@ -64,7 +65,7 @@ class TripletLoss(nn.Module):
             total, count = unit.sum() * 0, unit.new_zeros(())
             for start in range(0, len(unit), self.block_rows):
                 rows = slice(start, start + self.block_rows)
-                # keeps its arguments alone, and computes the block again in backward
+                # the checkpoint keeps its arguments alone, and computes the block again in backward
                 block_total, block_count = checkpoint(
                     self._block, unit, labels, rows, use_reentrant=False
                 )
@@ -72,7 +73,7 @@ class TripletLoss(nn.Module):
         return total / count.clamp_min(1)
 
     def _block(self, unit: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Sum of the losses of the anchors in ``rows``, and the number of their triplets."""
+        """Returns the sum of the losses of the anchors in ``rows``, and how many triplets."""
         distance = 2 - 2 * (unit[rows] @ unit.T)  # (B, N)
         kept = labels != self.ignore_index
         same = labels[rows, None] == labels
@@ -93,18 +94,20 @@ class TripletLoss(nn.Module):
         return loss.sum(), valid.sum().to(loss.dtype)
 
     def extra_repr(self) -> str:
+        """Returns the settings as ``print`` shows them."""
         return f"margin={self.margin:g}, mining={self.mining!r}"
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    """Rows of norm 1, with a gradient of 0 at zero rows."""
+    """Scales rows to norm 1, with a gradient of 0 at zero rows."""
     is_zero = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) < LEAST_NORM
     return F.normalize(torch.where(is_zero, 0, x))
 
 
 def _semi_hard(distance: Tensor, negative: Tensor) -> Tensor:
-    """For each anchor and column p the column of the nearest negative farther than p, else of the
-    farthest negative; (B, N).
+    """Returns for each anchor and column p the column of its semi-hard negative, (B, N).
+
+    It is the nearest negative farther than p, or else the farthest negative.
     """
     ascending, columns = distance.masked_fill(~negative, math.inf).sort(1)
     place = torch.searchsorted(ascending, distance, right=True)

@@ -67,13 +67,13 @@ def opened(
         return Whole(x, wants_stats), check()
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
-    checked, error = None, None
+    checked: Any = None
+    error = None
     try:
         checked = check()
     except Exception as raised:
         error = raised
-    exchange = Sharded(shard, x, w, wants_stats, error, lambda: agreed(checked))
-    return exchange, checked
+    return Sharded(shard, x, w, wants_stats, error, lambda: agreed(checked)), checked
 
 
 class Exchange(ABC):
@@ -252,23 +252,21 @@ class Sharded(Exchange):
         Returns:
             The ranks' numbers of rows, and whether any rank wants dx.
         """
-        failed, settings = self.error is not None, {}
-        if not failed:
-            settings = {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed()
-        settings = {name: str(value) for name, value in settings.items()}
+        failed = self.error is not None
+        given = {} if failed else {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed()
+        settings = {name: str(value) for name, value in given.items()}
         wants_dx = not failed and x.requires_grad
         mine = [failed, n, wants_dx, self.wants_stats, _fingerprint(settings)]
-        mine = torch.tensor(mine, dtype=torch.int64).to(self.device)
-        every = gather(self.group, mine).tolist()
-        failed, sizes, wants_dx, wants_stats, fingerprints = zip(*every, strict=True)
-        if any(failed):
+        every = gather(self.group, torch.tensor(mine, dtype=torch.int64).to(self.device)).tolist()
+        have_failed, sizes, want_dx, want_stats, fingerprints = zip(*every, strict=True)
+        if any(have_failed):
             raise_together(self.group, self.error)
         if len(set(fingerprints)) > 1:
             require_agreement(self.group, **settings)
         if self.shard.even_batches:
             require_same("x", [f"{size} rows (even_batches=True)" for size in sizes])
-        self.wants_stats = any(wants_stats)
-        return sizes, any(wants_dx)
+        self.wants_stats = any(want_stats)
+        return list(sizes), any(want_dx)
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
         # a rank that wants no dx still sums with those that do

@@ -1,39 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""New classes for a head that has trained: its parameters grow, and what an optimizer keeps for
-them, in one process or split over many.
+"""Adds classes to a head that has trained, in one process or split over many.
+
+The head's parameters grow, and so does the state that an optimizer keeps for them.
 """
 
 import dataclasses
-import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from .. import validation
-from ..generators import mixed, random_seed
+from .. import arguments, validation
+from ..generators import rank_generator
 from . import shard as distributed
 from .shard import ClassShard, chunk
 
-# states of optimizers of torch with neither a row for each class nor one number
+# states of torch's optimizers that have neither a row for each class nor one number
 _OF_ALL_CLASSES = ("col_var",)  # Adafactor
 
 
+class Head(Protocol):
+    """Names the attributes of a head that :func:`extend` reads or changes."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    margin: nn.Module
+    embedding_size: int
+    num_classes: int
+    shard: ClassShard | None
+    _mesh: DeviceMesh | None
+    _parameters: dict[str, nn.Parameter | None]
+
+
 class Grown(NamedTuple):
-    """A tensor with k more rows, and where this process holds new ones."""
+    """Holds a tensor with k more rows, and says which of the new rows this process holds."""
 
     tensor: Tensor  # (C + k, ...), a DTensor if the old one was
     fresh: Tensor  # view of the new rows held here, zeros
-    which: slice  # of the k new rows: these
+    which: slice  # their places among the k new rows
 
 
 @torch.no_grad()
 def extend(
-    head: nn.Module, k: int, init: Tensor | None, optimizer: torch.optim.Optimizer | None
+    head: Head, k: int, init: Tensor | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """See :meth:`marginkernels.MarginSoftmaxHead.extend`."""
+    """Adds k classes to a head; see :meth:`marginkernels.MarginSoftmaxHead.extend`."""
     shard = head.shard
     group = None if shard is None else shard.group
     with distributed.raising_together(group):
@@ -57,10 +71,11 @@ def extend(
         head.shard = dataclasses.replace(shard, start=start, stop=stop, total=head.num_classes)
 
 
-def _check(head, k, init, optimizer) -> None:
+def _check(
+    head: Head, k: int, init: Tensor | None, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Raises ValueError or TypeError, before anything is changed."""
-    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k: expected a positive integer, got {k!r}")
+    arguments.integer("k", k)
     if init is not None:
         validation.check_tensor("init", init, shape=(k, head.embedding_size))
     # gathered for its forward, a weight that fully_shard manages looks like any other
@@ -73,7 +88,7 @@ def _check(head, k, init, optimizer) -> None:
     validation.check_margin(head.margin, None, head.num_classes + k)
 
 
-def _check_parameter(head, name: str) -> None:
+def _check_parameter(head: Head, name: str) -> None:
     if name not in head._parameters:
         raise ValueError(
             f"{name}: expected a parameter of the head, got one that torch.nn.utils parametrises "
@@ -88,7 +103,7 @@ def _check_parameter(head, name: str) -> None:
         )
 
 
-def _check_optimizer(head, optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(head: Head, optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -108,8 +123,8 @@ def _check_optimizer(head, optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def _is_per_class(key: str, value, parameter: Tensor) -> bool:
-    """Whether a part of an optimizer's state has a row for each row of the parameter."""
+def _is_per_class(key: str, value: Any, parameter: Tensor) -> bool:
+    """Returns whether a part of an optimizer's state has a row for each row of the parameter."""
     return (
         isinstance(value, Tensor)
         and key not in _OF_ALL_CLASSES
@@ -119,7 +134,7 @@ def _is_per_class(key: str, value, parameter: Tensor) -> bool:
     )
 
 
-def _states(head, optimizer: torch.optim.Optimizer | None) -> dict[str, list[str]]:
+def _states(head: Head, optimizer: torch.optim.Optimizer | None) -> dict[str, list[str]]:
     """Lists the keys of the optimizer's state for each parameter."""
     if optimizer is None:
         return {}
@@ -129,7 +144,7 @@ def _states(head, optimizer: torch.optim.Optimizer | None) -> dict[str, list[str
     }
 
 
-def _parameters(head) -> list[str]:
+def _parameters(head: Head) -> list[str]:
     return [name for name in ("weight", "bias") if getattr(head, name) is not None]
 
 
@@ -139,14 +154,18 @@ def _fill(grown: Grown, init: Tensor | None, shard: ClassShard | None) -> None:
         return
     generator = None
     if shard is not None:
-        # ranks with one seed must not draw the same rows
-        seed = mixed(random_seed(), dist.get_rank(shard.group))
-        generator = torch.Generator(grown.fresh.device).manual_seed(seed)
+        generator = rank_generator(grown.fresh.device, dist.get_rank(shard.group))
     grown.fresh.normal_(std=0.01, generator=generator)
 
 
-def _replace(optimizer, old: Tensor, new: Tensor, k: int, shard: ClassShard | None) -> None:
-    """The new parameter takes the old one's place and its state."""
+def _replace(
+    optimizer: torch.optim.Optimizer,
+    old: Tensor,
+    new: Tensor,
+    k: int,
+    shard: ClassShard | None,
+) -> None:
+    """Puts the new parameter into the old one's place and gives it the old one's state, grown."""
     for group in optimizer.param_groups:
         if any(p is old for p in group["params"]):
             group["params"] = [new if p is old else p for p in group["params"]]
@@ -161,7 +180,7 @@ def _replace(optimizer, old: Tensor, new: Tensor, k: int, shard: ClassShard | No
         optimizer.state[new] = state
 
 
-def _first_value(key: str, settings: dict) -> float:
+def _first_value(key: str, settings: dict[str, Any]) -> float:
     """Returns the value that a state has before the first step."""
     if key == "step_size" and "etas" in settings:  # Rprop
         return settings["lr"]
@@ -170,7 +189,8 @@ def _first_value(key: str, settings: dict) -> float:
     return 0.0
 
 
-def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
+def _grow(old: Any, k: int, shard: ClassShard | None) -> Grown:
+    """Returns the tensor or DTensor with k more rows, split over the ranks as DTensor splits."""
     total = old.shape[0]
     if shard is None:
         tensor = old.new_zeros(total + k, *old.shape[1:])
@@ -183,7 +203,7 @@ def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
     held = distributed.local(old)
     local = held.new_zeros(stop - start, *held.shape[1:])
     kept = max(0, min(stop, total) - start)
-    # classes stay in order: what goes to a rank is one run of rows, and what comes is in order too
+    # classes stay in order, so that each rank sends, and receives, one run of rows per other rank
     dist.all_to_all_single(
         local[:kept],
         held.contiguous(),
@@ -196,4 +216,5 @@ def _grow(old: Tensor, k: int, shard: ClassShard | None) -> Grown:
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    """Returns how many classes two parts share."""
     return max(0, min(a[1], b[1]) - max(a[0], b[0]))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Parameter groups, clipping and loss scaling where sharded and whole parameters train together.
+"""Helps optimizers where sharded and whole parameters train together.
 
-``torch.optim`` steps a mix of DTensors and plain tensors, with ``foreach`` and ``fused`` off (the
-default for a mix). What handles many tensors at once refuses one, "got mixed torch.Tensor and
-DTensor": ``foreach=True``, ``fused=True``, ``torch.nn.utils.clip_grad_norm_`` and
-``clip_grad_value_``, ``torch.amp.GradScaler``. These take it. For averaged weights there is
+``torch.optim`` steps a mix of DTensors and plain tensors with ``foreach`` and ``fused`` off, which
+is the default for a mix. Functions of torch that handle many tensors at once refuse a mix, "got
+mixed torch.Tensor and DTensor": ``foreach=True``, ``fused=True``,
+``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``, ``torch.amp.GradScaler``. The functions
+here take it. For averaged weights there is
 ``torch.optim.swa_utils.AveragedModel(model, avg_fn=get_ema_avg_fn(decay))``, while functions for
 ``multi_avg_fn`` refuse a mix.
 """
@@ -14,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .shard import local
 
 
-def param_groups(parameters: nn.Module | Tensor | Iterable) -> list[dict]:
-    """Parameter groups without a mix of whole and sharded parameters, for an optimizer with
-    ``foreach=True`` or ``fused=True``, which handles each group by itself::
+def param_groups(parameters: nn.Module | Tensor | Iterable[Any]) -> list[dict[str, Any]]:
+    """Returns parameter groups without a mix of whole and sharded parameters.
+
+    An optimizer with ``foreach=True`` or ``fused=True`` handles each group by itself::
 
         optimizer = torch.optim.AdamW(marginkernels.param_groups(model), fused=True)
 
@@ -33,8 +36,8 @@ def param_groups(parameters: nn.Module | Tensor | Iterable) -> list[dict]:
     group of the sharded parameters, which comes after that of the whole ones, ``fused=False``.
 
     Args:
-        parameters: a module, or what optimizers take: parameters, with or without names, or groups,
-            whose settings stay.
+        parameters: a module, or whatever optimizers take: parameters, with or without names, or
+            groups, whose settings stay.
     """
     groups = _listed(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     if not groups or not isinstance(groups[0], dict):
@@ -46,13 +49,13 @@ def param_groups(parameters: nn.Module | Tensor | Iterable) -> list[dict]:
     ]
 
 
-def _listed(tensors: Tensor | Iterable) -> list:
+def _listed(tensors: Tensor | Iterable[Any]) -> list[Any]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _by_layout(parameters: list) -> list[list]:
-    """The whole ones, and those that are split alike over one device mesh."""
-    parts = defaultdict(list, {(None, None): []})
+def _by_layout(parameters: list[Any]) -> list[list[Any]]:
+    """Returns the whole parameters first, then lists of parameters split alike over one mesh."""
+    parts: dict[tuple[Any, ...], list[Any]] = defaultdict(list, {(None, None): []})
     for p in parameters:
         tensor = p[1] if isinstance(p, tuple) else p
         layout = tuple(getattr(tensor, name, None) for name in ("device_mesh", "placements"))
@@ -71,8 +74,8 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return gradients
 
 
-def _holders(gradients: list[Tensor]) -> list[SimpleNamespace]:
-    """Makes stand-ins of parameters for torch's clipping, with the gradients that are here."""
+def _holders(gradients: list[Tensor]) -> list[Any]:
+    """Makes stand-ins of parameters for torch's clipping, with this rank's parts of gradients."""
     return [SimpleNamespace(grad=local(gradient)) for gradient in gradients]
 
 
@@ -83,9 +86,9 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for whole and sharded parameters together.
+    """Clips as ``torch.nn.utils.clip_grad_norm_``, whole and sharded parameters together.
 
-    The norm is that of all gradients, the shards of all ranks included; it comes back as a plain
+    The norm covers all gradients, the shards of all ranks included. It comes back as a plain
     tensor, the same on all ranks. Collective where a parameter is sharded, over whatever mesh.
     Whole gradients count once: they have to be the same on all ranks, as after
     DistributedDataParallel.
@@ -101,12 +104,15 @@ def clip_grad_norm_(
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
-    """``torch.nn.utils.clip_grad_value_`` for whole and sharded parameters together."""
+    """Clips as ``torch.nn.utils.clip_grad_value_``, whole and sharded parameters together."""
     nn.utils.clip_grad_value_(_holders(_gradients(parameters)), clip_value)
 
 
-def _norm(gradient: Tensor, norm_type: float) -> Tensor:
-    """Returns that of a DTensor, a plain tensor (); torch's own fails where a rank has no rows."""
+def _norm(gradient: Any, norm_type: float) -> Tensor:
+    """Returns the norm () of a DTensor as a plain tensor.
+
+    torch's own norm fails where a rank has no rows.
+    """
     shard, mesh = gradient.to_local(), gradient.device_mesh
     dtype = torch.promote_types(shard.dtype, torch.float32)  # powers leave the range of fp16
     norm = shard.new_zeros((), dtype=dtype)
@@ -122,25 +128,32 @@ def _norm(gradient: Tensor, norm_type: float) -> Tensor:
 
 
 class GradScaler(torch.amp.GradScaler):
-    """``torch.amp.GradScaler`` for an optimizer of whole and sharded parameters.
+    """Scales the loss as ``torch.amp.GradScaler``, for whole and sharded parameters together.
 
     An infinity in any rank's shard makes all ranks skip the step.
 
     Args:
-        process_group: where sharded parameters are plain tensors, as those of
-            :mod:`marginkernels.compat.insightface`, the group that they are split over. DTensors
-            know theirs.
+        process_group: the group that sharded parameters are split over, where they are plain
+            tensors as in :mod:`marginkernels.compat.insightface`. DTensors know their group.
     """
 
-    def __init__(self, *args, process_group: dist.ProcessGroup | None = None, **settings):
+    def __init__(
+        self, *args: Any, process_group: dist.ProcessGroup | None = None, **settings: Any
+    ) -> None:
         super().__init__(*args, **settings)
         self._process_group = process_group
 
-    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+    def _unscale_grads_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        allow_fp16: bool,
+    ) -> dict[torch.device, Tensor]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found = {}
+        found: dict[torch.device, Tensor] = {}
         for part in _by_layout(parameters):
-            stand_in = SimpleNamespace(param_groups=[{"params": part}])
+            stand_in: Any = SimpleNamespace(param_groups=[{"params": part}])
             of_part = super()._unscale_grads_(stand_in, inv_scale, found_inf.clone(), allow_fp16)
             for device, flag in of_part.items():
                 found[device] = torch.maximum(found.get(device, flag), flag)

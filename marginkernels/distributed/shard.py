@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import arguments
 
-Held = TypeVar("Held", Tensor, None, Tensor | None)
+T = TypeVar("T")
 
 
 def in_group() -> bool:
@@ -277,7 +277,7 @@ def sharded(local: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def local(tensor: Held) -> Held:
+def local(tensor: T) -> T:
     """Returns a DTensor's rows on this rank, and any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -322,7 +322,8 @@ def refuse_ddp() -> None:
 
 def _refuse_ddp(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     # DDP registers the model before it copies rank 0's parameters to all ranks
-    if name != "module" or not isinstance(module, nn.parallel.DistributedDataParallel):
+    ddp = nn.parallel.DistributedDataParallel
+    if submodule is None or name != "module" or not isinstance(module, ddp):
         return
     shards = list(held_shards(submodule))
     if not set(shards) <= set(module.parameters_to_ignore):

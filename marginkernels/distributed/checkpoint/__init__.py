@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Checkpoints that move between world sizes, in the format of ``torch.distributed.checkpoint``.
+"""Saves and loads checkpoints that move between world sizes.
 
-They add to it: a directory of the given name exists only as a whole checkpoint. Saving changes
-nothing that is saved. Loading checks everything before it changes anything, a checksum of every
-byte included. And it runs no code from the files: tensors and settings are read by
-``torch.load(weights_only=True)``, and the index by an unpickler that knows the index's own classes
-and no other.
+The format is that of ``torch.distributed.checkpoint``, with four promises more:
+
+- A directory of the given name exists only as a whole checkpoint.
+- Saving changes nothing that is saved.
+- Loading checks everything before it changes anything, a checksum of every byte included.
+- Loading runs no code from the files. ``torch.load(weights_only=True)`` reads tensors and settings,
+  and the index is read by an unpickler that knows the index's own classes and no other.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from .state import State
 
 
 def save_checkpoint(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
@@ -37,20 +39,20 @@ def save_checkpoint(
 ) -> None:
     """Writes the state of model and optimizer into a new directory. Collective.
 
-    Each rank writes what it holds; what all hold alike is written once. Files go to a directory
-    beside ``path``, ``<name>.<random>.partial``, which is renamed in one step at the end. So
-    ``path`` exists only as a whole checkpoint, earlier ones are not touched, and two saves at once
-    do not mix: the second fails. A save that was killed leaves its partial directory, which nothing
-    reads; delete those when no job is saving. ``torch.distributed.checkpoint.load`` reads
-    checkpoints too.
+    Each rank writes its own part, and one rank writes what all ranks hold alike. Files go to a
+    directory beside ``path``, ``<name>.<random>.partial``, which is renamed in one step at the end.
+    So ``path`` exists only as a whole checkpoint, and earlier checkpoints are not touched. Two
+    saves at once do not mix: the second fails. A save that was killed leaves its partial directory,
+    which nothing reads; delete such directories when no job is saving.
+    ``torch.distributed.checkpoint.load`` reads checkpoints too.
 
     Args:
         path: a directory that does not exist yet, on storage that all ranks share.
-        model: the head, or a module that contains it; a module wrapped in DistributedDataParallel
+        model: the head, or a module that contains it. A module wrapped in DistributedDataParallel
             saves as the one inside. The weights of
             :class:`marginkernels.compat.insightface.PartialFC_V2` are saved as one tensor of all
             classes.
-        optimizer: of the model's parameters; any of ``torch.optim`` but LBFGS.
+        optimizer: an optimizer of the model's parameters; any of ``torch.optim`` but LBFGS.
         process_group: the ranks that save; None: the default group, or this process alone.
 
     Raises:
@@ -59,20 +61,20 @@ def save_checkpoint(
             writing fails on one.
     """
     group = _group(process_group)
-    path = _agreed(path, optimizer, group)
+    folder = _agreed(path, optimizer, group)
     with raising_together(group):
         state = State(model, optimizer).to_save()
-    name = _on_first(group, lambda: files.new_folder(path))
-    partial = path.with_name(name)
+    name = _on_first(group, lambda: files.new_folder(folder))
+    partial = folder.with_name(name)
     try:
         with raising_together(group):
             if not partial.is_dir():
-                raise ValueError(f"path: expected storage that all ranks share, got {path}")
+                raise ValueError(f"path: expected storage that all ranks share, got {folder}")
         writer = files.Writer(partial)
-        with _as_ours(path):
+        with _as_ours(folder):
             dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
         sums = _gathered(group, writer.sums)
-        _on_first(group, lambda: files.publish(partial, path, sums))
+        _on_first(group, lambda: files.publish(partial, folder, sums))
     except BaseException:
         if _rank(group) == 0:
             files.remove(partial)
@@ -80,22 +82,25 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Reads what :func:`save_checkpoint` wrote, whatever the number of ranks then and now, into
-    model and optimizer in place. Collective.
+    """Reads a checkpoint of :func:`save_checkpoint` into model and optimizer in place. Collective.
 
-    Names, shapes, settings and checksums are compared on all ranks before anything is changed. Only
-    storage that fails between that and the reading leaves a part of the new values. Gradients stay
-    as they are. Parameters without a saved state, such as those that were frozen, start afresh, and
-    a warning names them. The state of a sampler need not be on both sides.
+    The number of ranks may have changed since the save. Names, shapes, settings and checksums are
+    compared on all ranks before anything is changed. Only storage that fails between that and the
+    reading leaves a part of the new values.
 
-    Args: as in :func:`save_checkpoint`; the optimizer may have a state or not, and other parameter
-        groups, as long as each group's parameters were saved with the same settings.
+    Gradients stay as they are. Parameters without a saved state of the optimizer, such as
+    parameters that were frozen, start afresh, and a warning names them. The state of a sampler need
+    not be on both sides.
+
+    Args: as in :func:`save_checkpoint`. The optimizer may have a state or not. Its parameter groups
+        may differ from the saved ones, as long as each group's parameters were saved with the same
+        settings.
 
     Raises:
         FileNotFoundError: on all ranks, if there is no checkpoint, or a partial one only.
@@ -103,19 +108,19 @@ def load_checkpoint(
             changed since, or hold anything but tensors and plain settings.
     """
     group = _group(process_group)
-    path = _agreed(path, optimizer, group)
-    if not _on_first(group, path.is_dir):
-        raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
-    with raising_together(group), _as_ours(path):
+    folder = _agreed(path, optimizer, group)
+    if not _on_first(group, folder.is_dir):
+        raise FileNotFoundError(f"path: expected a checkpoint, got {folder}, which does not exist")
+    with raising_together(group), _as_ours(folder):
         state = State(model, optimizer)
-        index = Index(path)
+        index = Index(folder)
         targets = state.targets(index)
     parts = ("model", "optimizer") if optimizer is not None else ("model",)
-    with raising_together(group), _as_ours(path):
+    with raising_together(group), _as_ours(folder):
         index.check_bytes(parts, _rank(group), 1 if group is None else dist.get_world_size(group))
-    with raising_together(group), _as_ours(path):
+    with raising_together(group), _as_ours(folder):
         state.read_settings(index)
-    with _as_ours(path):
+    with _as_ours(folder):
         dcp.load(
             targets,
             storage_reader=index.reader(),
@@ -125,7 +130,7 @@ def load_checkpoint(
     state.apply()
     if _rank(group) == 0:
         for warning in index.warnings + state.warnings:
-            warnings.warn(f"{path}: {warning}", stacklevel=2)
+            warnings.warn(f"{folder}: {warning}", stacklevel=2)
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -136,30 +141,35 @@ def _rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def _agreed(path, optimizer, group: dist.ProcessGroup | None) -> Path:
+def _agreed(
+    path: str | os.PathLike[str],
+    optimizer: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """Returns the path, after an error on all ranks unless all give this one and this optimizer."""
     with raising_together(group):
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"path: expected a path, got {type(path).__name__}")
-        path = Path(path)
+        folder = Path(path)
     if group is not None:
-        require_agreement(group, path=path, optimizer=type(optimizer).__name__)
-    return path
+        require_agreement(group, path=folder, optimizer=type(optimizer).__name__)
+    return folder
 
 
-def _gathered(group: dist.ProcessGroup | None, values: dict) -> dict:
-    """The values of all ranks in one dictionary."""
+def _gathered(group: dist.ProcessGroup | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of all ranks in one dictionary."""
     if group is None:
         return values
-    every = [None] * dist.get_world_size(group)
+    every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, values, group)
     return {key: value for theirs in every for key, value in theirs.items()}
 
 
 def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> Any:
-    """Gives all ranks what the function returns or raises on the first; they wait for it."""
+    """Gives all ranks what the function returns or raises on the first rank; they wait for it."""
     if group is None:
         return function()
-    result = [None, None]
+    result: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
             result[0] = function()
@@ -173,8 +183,9 @@ def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> A
 
 @contextlib.contextmanager
 def _as_ours(path: Path) -> Iterator[None]:
-    """Raises RuntimeError for what storage raises and for torch's CheckpointException, which is no
-    Exception, and leaves out a warning that there is no process group.
+    """Raises RuntimeError in place of errors of storage and of torch's CheckpointException.
+
+    The latter is no Exception. A warning that there is no process group is left out.
     """
     try:
         with warnings.catch_warnings():

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Directories and files of checkpoints: their names, their publication, their checksums."""
+"""Names, publishes and checks the directories and files of checkpoints."""
 
 import contextlib
 import errno
+import itertools
 import json
+import operator
 import os
 import secrets
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
@@ -28,7 +30,7 @@ def new_folder(path: Path) -> str:
         if _exists(path):
             raise FileExistsError(f"path: expected a new directory, got {path}, which exists")
         path.parent.mkdir(parents=True, exist_ok=True)
-        # what begins with a name of full length would be too long
+        # a name of full length leaves no room for an ending
         partial = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.partial")
         partial.mkdir()
     except OSError as error:
@@ -39,7 +41,11 @@ def new_folder(path: Path) -> str:
 
 
 def publish(partial: Path, path: Path, sums: dict[str, list[int]]) -> None:
-    """Adds the checksums, and renames; FileExistsError if another save was first."""
+    """Adds the checksums and renames the directory.
+
+    Raises:
+        FileExistsError: another save was first.
+    """
     text = json.dumps({"block": BLOCK, "files": sums}).encode()
     with open(partial / SUMS, "wb") as file:
         file.write(b"%08x\n" % zlib.crc32(text) + text)
@@ -64,7 +70,11 @@ def remove(partial: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything, a link to nothing included; OSError for impossible names."""
+    """Returns whether there is anything, a link to nothing included.
+
+    Raises:
+        OSError: the name is impossible.
+    """
     try:
         path.lstat()
     except FileNotFoundError:
@@ -84,37 +94,43 @@ def _sync(folder: Path) -> None:
 class Writer(FileSystemWriter):
     """Takes the checksums of the bytes on their way to the files."""
 
-    def __init__(self, folder: Path):
+    fs: "_SummingFiles"
+
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.fs = _SummingFiles()
 
     @property
     def sums(self) -> dict[str, list[int]]:
-        """CRC-32 of each block of each file that this process has written."""
+        """The CRC-32 of each block of each file that this process has written."""
         return self.fs.sums
 
 
 class _SummingFiles(FileSystem):
-    def __init__(self):
-        self.sums = {}
+    """Keeps the checksums of the files that it writes, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[int]] = {}
 
     @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
             summed = _SummedStream(stream)
             yield summed
         self.sums[Path(path).name] = summed.sums
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
         self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
 
 
 class _SummedStream:
+    """Passes bytes on to a stream, with a CRC-32 of each block of :data:`BLOCK` bytes."""
+
     def __init__(self, stream: Any):
         self._stream = stream
         self._size = 0
-        self.sums = []
+        self.sums: list[int] = []
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
@@ -132,7 +148,7 @@ class _SummedStream:
 
 
 def read_sums(folder: Path) -> dict[str, list[int]] | None:
-    """Reads the checksums of a checkpoint's files; None for one without."""
+    """Reads the checksums of a checkpoint's files, and returns None where there are none."""
     try:
         first, _, text = (folder / SUMS).read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -148,21 +164,29 @@ def read_sums(folder: Path) -> dict[str, list[int]] | None:
 def check_blocks(
     folder: Path, sums: dict[str, list[int]], blocks: Iterable[tuple[str, int]]
 ) -> None:
-    """Raises ValueError where the bytes of a block, by file and number, have changed."""
-    file, name = None, None
-    with contextlib.ExitStack() as opened:
-        for next_name, number in blocks:
-            if next_name != name:
-                opened.close()
-                name = next_name
-                try:
-                    file = opened.enter_context(open(folder / name, "rb"))
-                except FileNotFoundError as error:
-                    raise ValueError(f"{folder / name}: the file is missing") from error
-            file.seek(number * BLOCK)
-            expected = sums.get(name, [])[number : number + 1]
-            if [zlib.crc32(file.read(BLOCK))] != expected:
-                raise ValueError(
-                    f"{folder / name}: not as saved: the checksum of the bytes from "
-                    f"{number * BLOCK} on differs"
-                )
+    """Raises ValueError where the bytes of a block have changed.
+
+    Args:
+        blocks: the file of each block and its number there, file after file.
+    """
+    for name, numbered in itertools.groupby(blocks, key=operator.itemgetter(0)):
+        with _opened(folder / name) as file:
+            for _, number in numbered:
+                expected = sums.get(name, [])[number : number + 1]
+                if [_block_sum(file, number)] != expected:
+                    raise ValueError(
+                        f"{folder / name}: not as saved: the checksum of the bytes from "
+                        f"{number * BLOCK} on differs"
+                    )
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the file is missing") from error
+
+
+def _block_sum(file: IO[bytes], number: int) -> int:
+    file.seek(number * BLOCK)
+    return zlib.crc32(file.read(BLOCK))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The index of a checkpoint: which tensors and settings there are, and where."""
+"""Reads the index of a checkpoint, which says which tensors and settings there are, and where."""
 
 import io
 import math
@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from . import files
 
-# all that torch.distributed.checkpoint writes into its index, beside numbers, strings and dtypes
+# the classes that torch.distributed.checkpoint writes into its index, beside numbers, strings and
+# dtypes
 _NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -36,42 +37,53 @@ _NAMES = {
 
 
 class Index:
-    """Reads the index; ValueError if there is none, or one that holds anything else.
+    """Reads the index of a checkpoint.
 
     Entries have a key and a path: the names that lead to them, ``("model", "head.weight")`` or
     ``("optimizer", "state", "head.weight", "momentum_buffer")``.
+
+    Raises:
+        ValueError: there is no index, or one that holds anything else.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.warnings = []
+        self.warnings: list[str] = []
         self._sums = files.read_sums(folder)
         self._metadata = _metadata(folder, self._sums)
-        self.entries = self._metadata.state_dict_metadata
+        self.entries: dict[str, Any] = self._metadata.state_dict_metadata
         self._paths = self._metadata.planner_data
         if self._sums is None:
             self.warnings.append("has no checksums: whether its bytes are as saved is not checked")
 
-    def under(self, *start: str) -> dict[str, tuple]:
-        """Returns the rest of the path of each entry whose path starts so, by key."""
+    def under(self, *start: str) -> dict[str, tuple[Any, ...]]:
+        """Returns the rest of the path of each entry whose path begins with ``start``, by key."""
         n = len(start)
         return {key: path[n:] for key, path in self._paths.items() if path[:n] == start}
 
-    def grouped(self, *start: str) -> dict[str, dict[str, tuple]]:
-        """Groups the same by the next name on the path."""
-        groups = defaultdict(dict)
+    def grouped(self, *start: str) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """Groups the entries :meth:`under` ``start`` by the next name on the path."""
+        groups: dict[str, dict[str, tuple[Any, ...]]] = defaultdict(dict)
         for key, (name, *rest) in self.under(*start).items():
             groups[name][key] = tuple(rest)
         return dict(groups)
 
     def shape(self, key: str) -> torch.Size | None:
-        """Returns that of a tensor, None for anything else; ValueError if a part is missing."""
+        """Returns the shape of an entry that is a tensor, and None for any other entry.
+
+        Raises:
+            ValueError: a part of the tensor is missing.
+        """
         entry = self.entries[key]
         if not isinstance(entry, TensorStorageMetadata):
             return None
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise ValueError(f"{self.folder}: {key} is not whole")
         return entry.size
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Returns the type of an entry that is a tensor."""
+        return self.entries[key].properties.dtype
 
     def read(self, key: str) -> Any:
         """Returns the value of an entry that is in one piece."""
@@ -85,17 +97,17 @@ class Index:
             raise ValueError(f"{self.folder}: {key}: {error}") from error
 
     def check_bytes(self, parts: tuple[str, ...], rank: int, ranks: int) -> None:
-        """ValueError where bytes of these parts have changed; each rank checks its share."""
+        """Raises ValueError where bytes of these parts have changed; each rank checks its share."""
         if self._sums is None:
             return
-        blocks = set()
+        found: set[tuple[str, int]] = set()
         for part in parts:
             for key in self.under(part):
                 for info in self._storage(key):
                     last = (info.offset + max(info.length, 1) - 1) // files.BLOCK
                     numbers = range(info.offset // files.BLOCK, last + 1)
-                    blocks.update((info.relative_path, number) for number in numbers)
-        blocks = sorted(blocks)
+                    found.update((info.relative_path, number) for number in numbers)
+        blocks = sorted(found)
         share = blocks[len(blocks) * rank // ranks : len(blocks) * (rank + 1) // ranks]
         files.check_blocks(self.folder, self._sums, share)
 
@@ -103,7 +115,7 @@ class Index:
         """Returns the reader of tensors for ``torch.distributed.checkpoint``."""
         return _Reader(self.folder, self._metadata)
 
-    def _storage(self, key: str) -> list:
+    def _storage(self, key: str) -> list[Any]:
         """Finds the pieces of an entry."""
         chunks = getattr(self.entries[key], "chunks", None)
         pieces = [None] if chunks is None else [chunk.offsets for chunk in chunks]
@@ -114,17 +126,20 @@ class Index:
 
 
 class _Reader(FileSystemReader):
+    """Reads with an index that has been read and checked before."""
+
     def __init__(self, folder: Path, metadata: Metadata):
         super().__init__(folder)
         self._metadata = metadata
 
-    def read_metadata(self, *_, **__) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
 
 def _metadata(folder: Path, sums: dict[str, list[int]] | None) -> Metadata:
+    """Reads the index itself, and checks its checksum where there are any."""
     path = folder / ".metadata"
     try:
         content = path.read_bytes()
@@ -135,7 +150,7 @@ def _metadata(folder: Path, sums: dict[str, list[int]] | None) -> Metadata:
         zlib.crc32(content[start : start + files.BLOCK]) for start in blocks
     ]
     try:
-        # bytes that have changed may ask the quicker one for any amount of memory
+        # bytes that have changed may ask the quicker unpickler for any amount of memory
         found = (_CarefulUnpickler if changed else _Unpickler)(io.BytesIO(content)).load()
         if not isinstance(found, Metadata) or not isinstance(found.planner_data, dict):
             raise ValueError(f"expected an index, got {type(found).__name__}")
@@ -146,17 +161,23 @@ def _metadata(folder: Path, sums: dict[str, list[int]] | None) -> Metadata:
     return found
 
 
-class _KnownNames:
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _NAMES.get(module, ()):
-            return super().find_class(module, name)
+def _check_known(module: str, name: str) -> None:
+    is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+    if not (is_dtype or name in _NAMES.get(module, ())):
         raise pickle.UnpicklingError(f"unexpected {module}.{name} in the index of a checkpoint")
 
 
-class _Unpickler(_KnownNames, pickle.Unpickler):
-    pass
+class _Unpickler(pickle.Unpickler):
+    """Unpickles the classes of an index, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        _check_known(module, name)
+        return super().find_class(module, name)
 
 
-class _CarefulUnpickler(_KnownNames, pickle._Unpickler):
-    pass
+class _CarefulUnpickler(pickle._Unpickler):
+    """Does the same in Python, which sets aside no memory for sizes that the bytes announce."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        _check_known(module, name)
+        return super().find_class(module, name)

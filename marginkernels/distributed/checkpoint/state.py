@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The state of a model and its optimizer by the names of parameters, in and out.
+"""Collects, and restores, the state of a model and its optimizer by the names of parameters.
 
-``torch.distributed.checkpoint.state_dict`` has it too, but fills an optimizer without state by a
-step with gradients of 0, which is a step.
+``torch.distributed.checkpoint.state_dict`` does it too, but gives an optimizer without state one by
+a step with gradients of 0, and that step counts.
 """
 
 import copy
@@ -25,19 +25,29 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ...generators import is_state_of_generators
 from ..shard import ClassShard, held_shards
 from .index import Index
 
-# of a parameter group: what says which parameters it has, and is never loaded
+# the entries of a parameter group that name its parameters, and are never loaded
 _OF_PARAMETERS = ("params", "param_names")
+
+Settings = dict[str, Any]
 
 
 class State:
-    """Collects the state; ValueError or TypeError for a model or optimizer without one."""
+    """Collects the state of a model and its optimizer.
+
+    Saving is :meth:`to_save`. Loading is :meth:`targets`, :meth:`read_settings`, the filling of the
+    targets, and :meth:`apply`.
+
+    Raises:
+        ValueError, TypeError: the model or the optimizer has no state to save.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
         _check(model, optimizer)
-        self.warnings = []
+        self.warnings: list[str] = []
         self._model, self._optimizer = model, optimizer
         self._shards = {
             _name(model, name): shard
@@ -47,28 +57,29 @@ class State:
         self._in_model = get_model_state_dict(model)
         self._parameters = {_name(model, name): p for name, p in model.named_parameters()}
         if optimizer is not None:
-            self._of_optimizer()
+            self._collect(optimizer)
 
-    def _of_optimizer(self) -> None:
+    def _collect(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the optimizer's state and groups, with names in the place of parameters."""
         names = {p: name for name, p in self._parameters.items()}
-        groups = self._optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for p in parameters:
             if p not in names:
                 raise ValueError(
                     f"optimizer: expected parameters of the model, got one of {tuple(p.shape)}"
                 )
         self._trained = [names[p] for p in parameters]
-        packed = self._optimizer.state_dict()
+        packed = optimizer.state_dict()
         self._of_parameter = {self._trained[i]: values for i, values in packed["state"].items()}
         self._groups = [
             group | {"params": [self._trained[i] for i in group["params"]]}
             for group in packed["param_groups"]
         ]
 
-    def to_save(self) -> dict:
-        """Returns all of it, as ``torch.distributed.checkpoint.save`` takes it."""
-        state = {"model": {name: self._split(name, t) for name, t in self._in_model.items()}}
+    def to_save(self) -> dict[str, Any]:
+        """Returns the whole state, as ``torch.distributed.checkpoint.save`` takes it."""
+        in_model = {name: self._split(name, t) for name, t in self._in_model.items()}
+        state: dict[str, Any] = {"model": in_model}
         if self._optimizer is not None:
             of_parameter = {
                 name: {key: self._storable(name, key, value) for key, value in values.items()}
@@ -84,6 +95,7 @@ class State:
         return value if shard is None else Rows(value, shard)
 
     def _storable(self, name: str, key: str, value: Any) -> Any:
+        """Returns an entry of the optimizer's state of a parameter as it is saved."""
         parameter, shard = self._parameters[name], self._shards.get(name)
         on_one_rank = isinstance(value, Tensor) and not hasattr(value, "to_local") and value.ndim
         if on_one_rank and shard is not None and len(value) == shard.size == len(parameter):
@@ -98,13 +110,15 @@ class State:
         return _python(value)
 
     def targets(self, index: Index) -> dict[str, Tensor]:
-        """Returns the tensors that entries of the checkpoint go to, by key: those of the model and
-        the optimizer, new ones where the optimizer has none.
+        """Returns the tensors that take the entries of the checkpoint, by key.
 
-        ValueError if the checkpoint does not fit.
+        They are tensors of the model and the optimizer, and new ones where the optimizer has none.
+
+        Raises:
+            ValueError: the checkpoint does not fit.
         """
-        self._targets = {}
-        self._settings = {}  # entries that are read by themselves
+        self._targets: dict[str, Tensor] = {}
+        self._settings: Settings = {}  # entries that are read by themselves
         self._model_targets(index)
         if self._optimizer is not None:
             self._optimizer_targets(index)
@@ -112,11 +126,12 @@ class State:
 
     def _model_targets(self, index: Index) -> None:
         saved = index.grouped("model")
-        for problem, names in (
+        for problem, differing in (
             ("has no", self._in_model.keys() - saved.keys()),
             ("has a", saved.keys() - self._in_model.keys()),
         ):
-            names = sorted(name for name in names if not _is_sampler(name))
+            # the state of random numbers need not be on both sides
+            names = sorted(name for name in differing if not is_state_of_generators(name))
             if names:
                 raise ValueError(f"model: expected that of {index.folder}, which {problem} {names}")
         for name in saved.keys() & self._in_model.keys():
@@ -142,16 +157,22 @@ class State:
                 if shape is None or not shape:
                     self._settings[key] = None
                 else:
-                    dtype = index.entries[key].properties.dtype
                     held = self._of_parameter.get(name, {}).get(path[0])
-                    self._targets[key] = self._target(name, path[0], held, shape, dtype)
+                    self._targets[key] = self._target(name, path[0], held, shape, index.dtype(key))
         fresh = [n for n in self._trained if n not in saved and self._parameters[n].requires_grad]
         if saved and fresh:
             self.warnings.append(f"no optimizer state of {', '.join(fresh)}: it starts afresh")
         self._settings |= dict.fromkeys(index.under("optimizer", "param_groups"))
 
-    def _target(self, name, key, held, shape, dtype) -> Tensor:
-        """Returns room for the state of a parameter: a tensor of the optimizer's if one fits."""
+    def _target(
+        self, name: str, key: str, held: Any, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        """Returns room for the state ``key`` of a parameter: ``held`` where that fits.
+
+        Args:
+            held: what the optimizer has now.
+            shape, dtype: of the state in the checkpoint.
+        """
         parameter, shard = self._parameters[name].detach(), self._shards.get(name)
         whole = parameter if shard is None else Rows(parameter, shard)
         if shape == whole.size():
@@ -170,38 +191,20 @@ class State:
         return room if shard is None else Rows(room, shard)
 
     def read_settings(self, index: Index) -> None:
-        """Reads all but the targets. ValueError if the optimizer's settings do not fit."""
+        """Reads all entries but the targets.
+
+        Raises:
+            ValueError: the optimizer's settings do not fit.
+        """
         for key in self._settings:
             self._settings[key] = index.read(key)
         self._index = index
         if self._optimizer is not None:
             saved = self._nested("optimizer")["param_groups"]
-            self._groups = [self._group(group, saved) for group in self._groups]
-
-    def _group(self, group: dict, saved: list[dict]) -> dict:
-        """Returns a parameter group with the settings that its parameters were saved with."""
-        sources = [s for s in saved if set(s["params"]) & set(group["params"])]
-        settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
-        for other in settings[1:]:
-            if other != settings[0]:
-                raise ValueError(
-                    f"optimizer: expected the settings {settings[0]} for all parameters of a "
-                    f"group, got {other} too, in which {sources[0]['params'][0]} and "
-                    f"{sources[1]['params'][0]} were saved"
-                )
-        if not settings:
-            return group
-        defaults = self._optimizer.defaults.keys()
-        lacking, foreign = defaults - settings[0].keys(), settings[0].keys() - group.keys()
-        if lacking and foreign - {"initial_lr"}:
-            raise ValueError(
-                f"optimizer: expected one with {sorted(foreign)} and without {sorted(lacking)}, "
-                f"got {type(self._optimizer).__name__}"
-            )
-        return group | copy.deepcopy(settings[0])
+            self._groups = [_group_as_saved(g, saved, self._optimizer) for g in self._groups]
 
     def apply(self) -> None:
-        """Gives model and optimizer what has been read."""
+        """Gives model and optimizer the values that have been read."""
         set_model_state_dict(self._model, self._in_model | self._nested("model"))
         if self._optimizer is None:
             return
@@ -215,45 +218,78 @@ class State:
             }
         )
 
-    def _nested(self, part: str) -> dict:
-        """Returns all that has been read of a part of the checkpoint, as nested dictionaries."""
+    def _nested(self, part: str) -> dict[str, Any]:
+        """Returns the entries of a part of the checkpoint so far, as nested dictionaries."""
         found = {key: getattr(t, "rows", t) for key, t in self._targets.items()} | self._settings
         paths = self._index.under(part)
         return unflatten_state_dict({key: found[key] for key in paths if key in found}, paths)
 
 
+def _group_as_saved(
+    group: Settings, saved: list[Settings], optimizer: torch.optim.Optimizer
+) -> Settings:
+    """Returns a parameter group with the settings that its parameters were saved with."""
+    sources = [s for s in saved if set(s["params"]) & set(group["params"])]
+    settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
+    for other in settings[1:]:
+        if other != settings[0]:
+            raise ValueError(
+                f"optimizer: expected the settings {settings[0]} for all parameters of a "
+                f"group, got {other} too, in which {sources[0]['params'][0]} and "
+                f"{sources[1]['params'][0]} were saved"
+            )
+    if not settings:
+        return group
+    defaults = optimizer.defaults.keys()
+    lacking, foreign = defaults - settings[0].keys(), settings[0].keys() - group.keys()
+    if lacking and foreign - {"initial_lr"}:
+        raise ValueError(
+            f"optimizer: expected one with {sorted(foreign)} and without {sorted(lacking)}, "
+            f"got {type(optimizer).__name__}"
+        )
+    return group | copy.deepcopy(settings[0])
+
+
 class Rows(Tensor):
-    """Rows of a tensor that is split over ranks in any way. torch's planners of checkpoints take
-    it for a DTensor.
+    """Holds this rank's rows of a tensor that is split over ranks in any way.
+
+    torch's planners of checkpoints take it for a DTensor.
     """
 
-    def __new__(cls, rows: Tensor, shard: ClassShard):
+    rows: Tensor
+    whole: torch.Size  # of the tensor with the rows of all ranks
+    piece: ChunkStorageMetadata  # the place of the rows in it
+
+    def __new__(cls, rows: Tensor, shard: ClassShard) -> "Rows":
+        """Marks rows as the classes of a shard."""
         self = rows.detach().as_subclass(cls)
         self.rows = rows.detach()
         self.whole = torch.Size([shard.total, *rows.shape[1:]])
-        self.chunk = ChunkStorageMetadata(
+        self.piece = ChunkStorageMetadata(
             torch.Size([shard.start] + [0] * (rows.ndim - 1)), rows.shape
         )
         return self
 
-    def size(self) -> torch.Size:
+    def size(self) -> torch.Size:  # type: ignore[override]
+        """Returns the size of the whole tensor."""
         return self.whole
 
-    def __create_write_items__(self, key: str, _) -> list[WriteItem]:
+    def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
         if not self.rows.shape[0]:  # another rank's rows may start where these do
             return []
         properties = TensorProperties.create_from_tensor(self.rows)
-        data = TensorWriteData(self.chunk, properties, self.whole)
-        return [WriteItem(MetadataIndex(key, self.chunk.offsets), WriteItemType.SHARD, None, data)]
+        data = TensorWriteData(self.piece, properties, self.whole)
+        return [WriteItem(MetadataIndex(key, self.piece.offsets), WriteItemType.SHARD, None, data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self.chunk]
+        return [self.piece]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.rows
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError or TypeError for a model or optimizer without a state to save."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
@@ -271,16 +307,11 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def _name(model: nn.Module, name: str) -> str:
-    """The name of a parameter without those of wrappers, as in torch's checkpoints."""
+    """Returns the name of a parameter without the names of wrappers, as in torch's checkpoints."""
     [name] = _get_fqns(model, name)
     return name
 
 
-def _is_sampler(name: str) -> bool:
-    """Whether it is the state of random numbers that only a sampled or seeded one has."""
-    return name.split(".")[-2:] in (["sampler", "_extra_state"], ["generators", "_extra_state"])
-
-
 def _python(value: Any) -> Any:
-    """A number of numpy's, which loading does not take, as Python's."""
+    """Returns a number of numpy's, which loading does not take, as Python's."""
     return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
