@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Fixtures: every test that takes ``device`` or ``backend`` runs on each that this machine has; the
-CUDA kernels too, on the CPU.
+"""Runs every test that takes ``device`` or ``backend`` on each that this machine has.
+
+The CUDA kernels run on the CPU too, as the backend of tests/emulation/host.py.
 """
+
+import contextlib
 
 import pytest
 import torch
@@ -46,27 +49,23 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request, device):
-    """A backend that can run on ``device``; skipped with its own reasons where it cannot."""
-    simulator = request.config.getoption("--simulate")
-    if simulator and (request.param, device) == ("triton", "cpu"):
-        with simulation.simulated(simulator):
-            yield request.param
-        return
-    if request.param == host.NAME:
-        if device != "cpu":
-            pytest.skip("the CUDA kernels run as they are there")
-        with host.executed():
-            yield request.param
-        return
-    why_not = reasons(request.param, device)
-    if why_not:
-        pytest.skip(f"{request.param} on {device}: " + "; ".join(why_not))
-    yield request.param
+    """Returns a backend that can run on ``device``, or skips the test with its reasons."""
+    name, simulator = request.param, request.config.getoption("--simulate")
+    with contextlib.ExitStack() as stack:
+        if name == simulation.NAME and simulator and device == "cpu":
+            stack.enter_context(simulation.simulated(simulator))
+        if name == host.NAME:
+            if device != "cpu":
+                pytest.skip("the CUDA kernels run as they are there")
+            stack.enter_context(host.executed())
+        if why_not := reasons(name, device):
+            pytest.skip(f"{name} on {device}: " + "; ".join(why_not))
+        yield name
 
 
 @pytest.fixture
 def poisoned():
-    """Fills fresh tensors with NaN: a kernel that reads or leaves what it did not write shows."""
+    """Fills fresh tensors with NaN, which shows a kernel that reads or leaves unwritten numbers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(64).isnan().all()

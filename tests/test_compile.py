@@ -8,44 +8,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy, ops
-from tests.support import stateful
-from tests.support.backends import skip_without_tiles
+from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy
+from tests.support import stateful, sweeps
 from tests.support.losses import LOSSES, operands
 from tests.support.losses import C as CLASSES
-from tests.support.small import C, D, N, batch, make_head
-
-
-def op_arguments(backend, device, compute_dtype, save_tiles):
-    x, y = batch(device)
-    w, scale = torch.randn(C, D, device=device), torch.tensor(16.0, device=device)
-    y[3] = -1
-    sides = dict(normalize_x=True, normalize_w=True, compute_dtype=compute_dtype)
-    functor = dict(transform="identity", row_parameter=None, constants=None)
-    extra = not save_tiles
-    bias = torch.randn(C, device=device) if extra else None
-    fwd = (
-        (x, w, y, scale, bias),
-        dict(sides, save_tiles=save_tiles, want_sum=extra, want_max=extra, **functor),
-    )
-    lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd(backend)(*fwd[0], **fwd[1])
-    grads = [torch.randn(N, device=device) for _ in range(4)]
-    grads = grads if extra else [*grads[:2], None, None]
-    needs = dict(need_x=True, need_w=True, need_bias=extra, need_scale=extra)
-    return fwd, (
-        (x, w, y, scale, bias, lse, x_inv, w_inv, tiles, *grads),
-        dict(sides, **needs, **functor),
-    )
+from tests.support.small import C, N, batch, make_head
 
 
 @pytest.mark.parametrize("save_tiles", [False, True])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(compute_dtype, save_tiles, backend, device):
-    if save_tiles:
-        skip_without_tiles(backend)
-    fwd, bwd = op_arguments(backend, device, compute_dtype, save_tiles)
-    torch.library.opcheck(ops.head_fwd(backend), *fwd)
-    torch.library.opcheck(ops.head_bwd(backend), *bwd)
+    sweeps.opcheck(compute_dtype, save_tiles, backend, device)
 
 
 def test_opcheck_of_the_checks(device):

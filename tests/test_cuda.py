@@ -5,11 +5,11 @@ what differs from one GPU to the next, its PTX in a simulator, and the gate for 
 """
 
 import pytest
-import test_compile as compiled
 import torch
 
 from marginkernels import ArcFace, MVSoftmax
 from tests.emulation import host, simulate
+from tests.support import sweeps
 from tests.support.problems import random_problem
 from tools.gates import cuda as gate
 from tools.gates import nvcc
@@ -29,7 +29,7 @@ SAMPLES = [
 @pytest.mark.parametrize("compute_dtype", [F32, BF16])
 def test_opcheck(compute_dtype, save_tiles):
     with host.executed():
-        compiled.test_opcheck(compute_dtype, save_tiles, host.NAME, "cpu")
+        sweeps.opcheck(compute_dtype, save_tiles, host.NAME)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 1000])

@@ -7,8 +7,9 @@ import torch
 
 from marginkernels import ArcFace, CosFace, NSoftmax, backends, margin_cross_entropy
 from marginkernels.testing import plain_margin_cross_entropy
+from tests.support import hard_cases
 from tests.support.backends import skip_without_tiles
-from tests.support.problems import random_problem
+from tests.support.problems import MarginOfNorms, random_problem
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -35,14 +36,6 @@ DTYPES = [
     (BF16, F32, None),
     (F32, F32, F16),
 ]
-
-
-class MarginOfNorms(torch.nn.Module):
-    """Differentiable in both norms, as MagFace's is in one."""
-
-    def forward(self, c, rows):
-        given = 0.0 if rows.row_margin is None else rows.row_margin
-        return c - 0.1 * torch.tanh(rows.x_norm) - 0.2 * torch.tanh(rows.w_norm) - given
 
 
 def ids(values):
@@ -93,10 +86,7 @@ def test_normalize_modes_bias_and_smoothing(
 
 @pytest.mark.parametrize("normalize", ["both", "none"])
 def test_gradients_flow_through_the_norms(normalize, backend, device):
-    settings = dict(margin=MarginOfNorms(), scale=4.0, normalize=normalize)
-    problem = random_problem(20, 70, 3, device=device, **settings)
-    problem.x, problem.w = 0.4 * problem.x, 0.4 * problem.w  # where tanh still rises
-    problem.check(backend)
+    hard_cases.gradients_through_the_norms(normalize, backend, device)
 
 
 @pytest.mark.parametrize("save_tiles", [False, True])
@@ -134,20 +124,4 @@ def test_non_contiguous_operands(backend, device):
 
 
 def test_learnable_scale_and_bias_gradients(backend, device):
-    problem = random_problem(25, 90, 33, device=device, margin=ArcFace(0.2), scale=None, bias=True)
-
-    def scale_gradient(dtype, backend):
-        scale = torch.tensor(8.0, dtype=dtype, device=device, requires_grad=True)
-        problem.settings.update(scale=scale, label_smoothing=0.05)
-        operands = [t.to(dtype) for t in (problem.x, problem.w)]
-        loss = margin_cross_entropy(
-            *operands, problem.y, bias=problem.bias, backend=backend, **problem.settings
-        )
-        return torch.autograd.grad(loss, scale)[0].double()
-
-    torch.testing.assert_close(
-        scale_gradient(F32, backend),
-        scale_gradient(torch.float64, "reference"),
-        rtol=1e-5,
-        atol=1e-7,
-    )
+    hard_cases.learnable_scale_and_bias(backend, device)

@@ -9,6 +9,7 @@ import torch
 
 from marginkernels import ArcFace, MVSoftmax, NSoftmax, margin_cross_entropy, ops
 from marginkernels.testing import assert_within_budget
+from tests.support import sweeps
 from tests.support.backends import skip_without_tiles
 from tests.support.problems import Problem, random_problem
 
@@ -38,30 +39,7 @@ def test_lse_is_rounded_once(backend, device):
 @pytest.mark.parametrize("learns", ["nothing", "bias", "scale"])
 @pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_backward_makes_the_logits_that_forward_made(learns, compute_dtype, backend, device):
-    """A row's only negative has the probability exp(z - lse) = 1: a rounding more in one of the
-    sweeps would be a tenth of it here.
-    """
-    n, d, scale = 60, 20, 0.37
-    x, w = 1000 * torch.randn(n, d, device=device), 1000 * torch.randn(2, d, device=device)
-    x, w = x.to(compute_dtype), w.to(compute_dtype)
-    y, one = torch.ones(n, dtype=torch.int64, device=device), torch.ones(n, device=device)
-    s, bias = torch.tensor(scale, device=device), torch.randn(2, device=device)
-    common = dict(
-        normalize_x=False, normalize_w=False, compute_dtype=compute_dtype, transform="identity",
-        row_parameter=None, constants=None,
-    )  # fmt: skip
-    lse, *_, x_inv, w_inv, tiles = ops.head_fwd(backend)(
-        x, w, y, s, bias, save_tiles=False, want_sum=False, want_max=False, **common
-    )
-    dx, _, dbias, _ = ops.head_bwd(backend)(
-        x, w, y, s, bias, lse, x_inv, w_inv, tiles, one, 0 * one, None, None, need_x=True,
-        need_w=True, need_bias=learns == "bias", need_scale=learns == "scale", **common,
-    )  # fmt: skip
-    expected = (scale * w[:1].double()).expand(n, d)
-    assert lse.abs().median() > 1e5
-    assert_within_budget("dx", dx, [dx.new_zeros(n, d).add(expected)], expected, 2)
-    if learns == "bias":
-        assert dbias[0] == n
+    sweeps.backward_makes_the_logits_of_forward(learns, compute_dtype, backend, device)
 
 
 @pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
@@ -95,33 +73,7 @@ def test_a_row_whose_negatives_are_all_masked_loses_nothing(backend, device):
 
 
 def test_sum_of_logits_that_a_bias_masks(backend, device):
-    """Label smoothing wants a probability for every class: the sum is -inf, as in its formula, and
-    has the gradient that it has with any other bias.
-    """
-    n, c = 19, 50
-    x, w = torch.randn(n, 8, device=device), torch.randn(c, 8, device=device)
-    y, s = torch.arange(n, device=device), torch.tensor(2.0, device=device)
-    y[0] = c - 1  # the class that is masked: a row's own is not in its sum
-    bias, one = torch.zeros(c, device=device), torch.ones(n, device=device)
-    common = dict(
-        normalize_x=True, normalize_w=True, compute_dtype=F32, transform="identity",
-        row_parameter=None, constants=None,
-    )  # fmt: skip
-    results = []
-    for value in (0.0, -math.inf):
-        bias[-1] = value
-        lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
-            x, w, y, s, bias, save_tiles=False, want_sum=True, want_max=True, **common
-        )
-        assert torch.equal(logit_sum.isneginf(), (y != c - 1) & (value != 0))
-        assert lse.isfinite().all() and logit_max.isfinite().all()
-        gradients = ops.head_bwd(backend)(
-            x, w, y, s, bias, lse, x_inv, w_inv, tiles, 0 * one, 0 * one, None, one,
-            need_x=True, need_w=True, need_bias=True, need_scale=True, **common,
-        )  # fmt: skip
-        results.append(gradients)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    sweeps.sum_of_logits_that_a_bias_masks(backend, device)
 
 
 @pytest.mark.parametrize("options", ["tiles", "bias", "transform"])

@@ -8,19 +8,11 @@ import pytest
 import torch
 
 from marginkernels import CurricularFace, MVSoftmax, NSoftmax, margin_cross_entropy
-from marginkernels.backends import reasons
-from marginkernels.testing import assert_within_budget
-from tests.support.losses import LOSSES, C, dense, fused, operands, solve
+from tests.support import losses
+from tests.support.losses import LOSSES, C, dense, fused, operands, settings_of, solve
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EACH = pytest.mark.parametrize("name", LOSSES)
-
-
-def settings_of(kind, n):
-    """What composes with every loss, one at a time and together."""
-    weights = torch.linspace(0.2, 2, n, dtype=F64)
-    each = dict(label_smoothing=0.1, sample_weight=weights, z_loss=1e-2, focal_gamma=2.0)
-    return {"alone": {}, "all": each}.get(kind, {kind: each.get(kind)})
 
 
 @pytest.mark.parametrize("kind", ["alone", "all"])
@@ -59,42 +51,13 @@ def test_composes_with(kind, name):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @EACH
 def test_backends_stay_in_the_definitions_budget(name, dtype, backend, device):
-    """The definition in the same type, the features in several orders, is the plain path."""
-    x, w, y = operands(d=96, dtype=dtype)
-    loss, settings = LOSSES[name], settings_of("all", len(x))
-    settings["sample_weight"] = settings["sample_weight"].float()
-    exact = solve(lambda x, w: dense(loss, x, w, y, **settings), x.double(), w.double())
-    draws = []
-    for _ in range(6):
-        order = torch.randperm(x.shape[1])
-        rows, dx, dw = solve(lambda x, w: plain(loss, x, w, y, settings), x[:, order], w[:, order])
-        draws.append([rows, dx[:, order.argsort()], dw[:, order.argsort()]])
-    x, w, y, settings["sample_weight"] = (
-        t.to(device) for t in (x, w, y, settings["sample_weight"])
-    )
-    ours = solve(lambda x, w: fused(loss, x, w, y, backend=backend, **settings), x, w)
-    for index, what in enumerate(("loss", "dx", "dw")):
-        assert_within_budget(what, ours[index].cpu(), [d[index] for d in draws], exact[index])
-
-
-def plain(loss, x, w, y, settings):
-    return dense(loss, x.float(), w.float(), y, **settings)
+    losses.stays_in_the_definitions_budget(name, dtype, backend, device)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=["fp16", "bf16", "fp32", "fp64"])
 @EACH
 def test_finite_at_the_ends(name, dtype, backend, device):
-    """Features along and against their class, and along another: |c| = 1 on both sides."""
-    if why_not := reasons(backend, device, dtype):
-        pytest.skip("; ".join(why_not))
-    w = torch.randn(C, 24, device=device)
-    y = torch.arange(30, device=device)
-    x = torch.cat([2 * w[:10], -0.5 * w[10:20], w[40:50]])
-    settings = dict(backend=backend, label_smoothing=0.1, z_loss=1e-3, focal_gamma=0.5)
-    for value in solve(
-        lambda x, w: fused(LOSSES[name], x, w, y, **settings), x.to(dtype), w.to(dtype)
-    ):
-        assert value.isfinite().all()
+    losses.finite_at_the_ends(name, dtype, backend, device)
 
 
 @EACH

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import marginkernels
-from marginkernels.backends import native
+from marginkernels.backends import native, reasons
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(marginkernels.__file__).parent
 VERSION = marginkernels.__version__
 NATIVE = native.extension
-needs_extension = pytest.mark.skipif(NATIVE is None, reason="; ".join(native.unavailable_reasons()))
+needs_extension = pytest.mark.skipif(NATIVE is None, reason="; ".join(reasons("native")))
 
 
 def python(*arguments, cwd=ROOT, **environment):
@@ -107,11 +107,11 @@ def test_each_cpu_capability(capability):
     """Within the budget, or a clear reason where the processor lacks it."""
     code = """
 import json, torch
-from marginkernels.backends import native
+from marginkernels.backends import native, reasons
 from marginkernels import ArcFace
+from tests.support import sweeps
 from tests.support.problems import random_problem
-import test_logits
-why_not = native.unavailable_reasons()
+why_not = reasons("native")
 for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32, torch.bfloat16):
     torch.manual_seed(0)
     problem = random_problem(50, 700, 130, dtypes=types, margin=ArcFace(0.5), scale=30.0)
@@ -119,14 +119,14 @@ for types in (torch.float32, torch.float32, None), (torch.float32, torch.float32
     for save_tiles in (True, False) if not why_not else ():
         problem.check("native", exact, plain, save_tiles=save_tiles)
     for learns in ("nothing", "bias", "scale") if not why_not else ():
-        test_logits.test_backward_makes_the_logits_that_forward_made(
+        sweeps.backward_makes_the_logits_of_forward(
             learns, types[2] or types[0], "native", "cpu"
         )
 if not why_not:
-    test_logits.test_sum_of_logits_that_a_bias_masks("native", "cpu")
+    sweeps.sum_of_logits_that_a_bias_masks("native", "cpu")
 print(json.dumps([why_not, native.extension and native.extension.build_info()["cpu_capability"]]))
 """
-    out = python("-W", "ignore", "-c", code, cwd=ROOT / "tests", MARGINKERNELS_CPU=capability)
+    out = python("-W", "ignore", "-c", code, cwd=ROOT, MARGINKERNELS_CPU=capability)
     why_not, in_use = json.loads(out)
     if has(capability):
         assert why_not == []
@@ -155,9 +155,9 @@ def test_unknown_cpu_capability_is_a_reason():
 def test_command_line_report():
     out = python("-W", "ignore", "-m", "marginkernels")
     assert out.startswith(f"marginkernels {VERSION}, torch {torch.__version__}, Python ")
-    for backend, reasons in marginkernels.backend_report().items():
-        assert f"  {backend:<26}{'unavailable' if reasons else 'available'}\n" in out
-        assert all(f"    {reason}\n" in out for reason in reasons)
+    for backend, why_not in marginkernels.backend_report().items():
+        assert f"  {backend:<26}{'unavailable' if why_not else 'available'}\n" in out
+        assert all(f"    {reason}\n" in out for reason in why_not)
     if NATIVE is not None:
         for key, value in NATIVE.build_info().items():
             assert f"  {key:<26}{', '.join(value) if isinstance(value, list) else value}\n" in out

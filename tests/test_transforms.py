@@ -14,58 +14,15 @@ from torch import Tensor
 from marginkernels import ops
 from marginkernels.backends import native
 from marginkernels.transforms import TRANSFORMS
+from tests.support import sweeps
+from tests.support.sweeps import CONSTANTS, WRONG, cosines, operands, sweep, value_and_slope
 
 F64 = torch.float64
-THRESHOLD = 0.3
-EDGE = 1e-4  # beside a threshold, where fp32 is on the same side as fp64
-
-# constants by their number: usual ones first, then awkward ones
-CONSTANTS = {
-    0: [()],
-    1: [(THRESHOLD,), (0.37,), (0.0,), (-0.6,), (1.0,), (2.5,)],
-    2: [(1.2, 2.0), (0.3, 1e-2), (0.05, 50.0)],
-}
 CASES = [
     pytest.param(name, constants, id="-".join([name, *map(str, constants)]))
     for name, definition in TRANSFORMS.items()
     for constants in CONSTANTS[definition.constants]
 ]
-
-
-def usual_constants(name: str) -> tuple[float, ...]:
-    return CONSTANTS[TRANSFORMS[name].constants][0]
-
-
-def cosines(constants: tuple[float, ...]) -> Tensor:
-    """A grid over [-1, 1] with the ends, their neighbours and both sides of each break.
-
-    A definition may break at the parameter of the row and at each constant.
-    """
-    breaks = [THRESHOLD, *(constant for constant in constants if abs(constant) <= 1)]
-    near = [sign * (1 - e) for sign in (-1, 1) for e in (1e-7, 1e-6, 1e-4)]
-    near += [b + side * EDGE for b in breaks for side in (-1, 1)]
-    points = torch.cat([torch.linspace(-1, 1, 401, dtype=F64), torch.tensor(near, dtype=F64)])
-    kept = [abs(p) <= 1 and all(abs(p - b) > EDGE / 2 for b in breaks) for p in points.tolist()]
-    return points[kept].sort().values.float().double()  # so that every type holds them
-
-
-def operands(
-    name: str, n: int, dtype: torch.dtype = F64, constants: tuple[float, ...] | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The row parameter (n,) and the constants (K,) that the transform takes."""
-    constants = usual_constants(name) if constants is None else constants
-    return (
-        torch.full((n,), THRESHOLD, dtype=dtype) if TRANSFORMS[name].per_row else None,
-        torch.tensor(constants, dtype=dtype) if constants else None,
-    )
-
-
-def value_and_slope(
-    name: str, c: Tensor, row_parameter: Tensor | None, constants: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The definition at cosines (N,), each of a row of its own."""
-    value, slope = TRANSFORMS[name].function(c[:, None], row_parameter, constants)
-    return value[:, 0], slope[:, 0]
 
 
 def test_the_extension_knows_the_transforms_of_python():
@@ -122,49 +79,9 @@ def test_slopes_are_bounded_at_and_beyond_the_ends(name):
         assert value.isfinite().all() and (slope.abs() <= 1e4).all()
 
 
-def sweep(backend, device, name, scale=2.0, constants=None):
-    """f(z) / scale and f' of each cosine, read off the two ops: D = 1, one class, no target."""
-    constants = usual_constants(name) if constants is None else constants
-    c = cosines(constants).float().to(device)
-    n = len(c)
-    x, w = c[:, None], torch.ones(1, 1, device=device)
-    y = torch.full((n,), -1, device=device)
-    parameter, constants = (
-        t if t is None else t.to(device) for t in operands(name, n, torch.float32, constants)
-    )
-    common = dict(
-        normalize_x=False, normalize_w=False, compute_dtype=torch.float32, transform=name,
-        row_parameter=parameter, constants=constants,
-    )  # fmt: skip
-    s = torch.tensor(scale, device=device)
-    forward = (x, w, y, s, None), dict(save_tiles=False, want_sum=True, want_max=True, **common)
-    lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
-        *forward[0], **forward[1]
-    )
-    nothing, one = torch.zeros(n, device=device), torch.ones(n, device=device)
-    backward = (
-        (x, w, y, s, None, lse, x_inv, w_inv, tiles, nothing, nothing, None, one),
-        dict(need_x=True, need_w=True, need_bias=False, need_scale=True, **common),
-    )
-    dx, dw, _, dscale = ops.head_bwd(backend)(*backward[0], **backward[1])
-    return (lse, logit_sum, logit_max, dx, dw, dscale), (forward, backward)
-
-
 @pytest.mark.parametrize(("name", "constants"), CASES)
 def test_backends_agree_with_the_definition(name, constants, backend, device):
-    scale, c = 2.0, cosines(constants)
-    (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale, constants)
-    value, slope = value_and_slope(name, c, *operands(name, len(c), F64, constants))
-    # a few units in the last place of fp32; the slope near |c| = 1 has the condition number of
-    # 1 / sqrt(1 - c^2) at the nearest cosine, which fp32 holds exactly
-    close = dict(rtol=2e-6, atol=2e-6, check_device=False, check_dtype=False)
-    torch.testing.assert_close(lse, scale * value, **close)
-    torch.testing.assert_close(logit_sum, scale * value, **close)
-    torch.testing.assert_close(logit_max, scale * c, **close)
-    torch.testing.assert_close(dx[:, 0], scale * slope, **close)
-    for total, terms in ((dw[0, 0], scale * slope * c), (dscale, value)):
-        error = (total.double().cpu() - terms.sum()).abs()
-        assert error <= 1e-6 * terms.abs().sum()
+    sweeps.agrees_with_the_definition(name, constants, backend, device)
 
 
 @pytest.mark.parametrize("name", ["curricular", "arc_negative"])
@@ -174,34 +91,9 @@ def test_opcheck_with_operands(name, backend, device):
         torch.library.opcheck(op(backend), args, settings)
 
 
-ROWS = torch.zeros(3)
-# transform, row parameter, constants, bias, complaint
-WRONG = {
-    "unknown": ("cubic", None, None, None, r"transform: .*curricular.*'cubic'"),
-    "too few": ("curricular", ROWS, None, None, "constants: expected 1 .*'curricular', got 0"),
-    "too many": ("airface", None, torch.zeros(1), None, "constants: expected 0 .*, got 1"),
-    "no rows": ("mv_softmax", None, torch.zeros(1), None, "row_parameter: expected .*got none"),
-    "other rows": ("mv_softmax", ROWS[:2], torch.zeros(1), None, r"row_parameter: .* = 3, got"),
-    "bias": ("airface", None, None, torch.zeros(4), "bias: expected none .*'airface'"),
-}
-
-
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_operands_are_named(case, backend, device):
-    if backend == "reference" and case != "unknown":
-        pytest.skip("the definitions are called with what they are given")
-    transform, parameter, constants, bias, complaint = WRONG[case]
-    x, w, y = torch.rand(3, 2), torch.rand(4, 2), torch.zeros(3, dtype=torch.int64)
-    x, w, y, scale, bias, parameter, constants = (
-        t if t is None else t.to(device)
-        for t in (x, w, y, torch.ones(()), bias, parameter, constants)
-    )
-    with pytest.raises(ValueError, match=complaint):
-        ops.head_fwd(backend)(
-            x, w, y, scale, bias, normalize_x=True, normalize_w=True, compute_dtype=torch.float32,
-            save_tiles=False, want_sum=False, want_max=False, transform=transform,
-            row_parameter=parameter, constants=constants,
-        )  # fmt: skip
+    sweeps.wrong_operands_are_named(case, backend, device)
 
 
 def test_airface_is_linear_in_the_angle():

@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The Triton backend without a GPU: executed by simulators, compiled for real targets.
+"""Tests the Triton backend without a GPU: simulators execute its launches.
 
 Here is one problem per regime. ``pytest --simulate ttsem -k triton`` runs every test of every
 backend on it too, which takes its time.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
-import test_hard_cases as hard
-import test_head as head
-import test_losses as losses
-import test_transforms as transforms
-import test_unchecked as unchecked
 import torch
 
 from marginkernels import ArcFace, CosFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import triton
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
+from tests.support import hard_cases, losses, sweeps, unchecked
 from tests.support.losses import LOSSES, dense, fused, solve
 from tests.support.problems import random_problem
-from tests.support.simulation import require, require_interpreter, simulated
+from tests.support.simulation import needs_triton, require_interpreter, simulated
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
-)
 
 # the regimes of test_head, each in one of its types: a single number, one row, no negatives, ragged
 # tiles in every direction, several row tiles, saved tiles
@@ -46,36 +38,35 @@ PROBLEMS = {
     "150x300x64 fp32, fp16 compute": ((150, 300, 64), (F32, F32, F16), False),
     "9x257x1024 bf16, fp32 weights": ((9, 257, 1024), (BF16, F32, None), True),
 }
+# functions of a backend
 HARD_CASES = {
-    "zero rows fp16": (hard.test_zero_rows_have_zero_gradients_and_spoil_nothing, (F16,)),
-    "duplicates": (hard.test_all_rows_of_one_class_and_duplicates, ()),
-    "easy rows, saved tiles": (hard.test_easy_rows_keep_relative_precision, ("auto",)),
-    "small rows opposite to every class": (hard.test_small_rows_opposite_to_every_class, ()),
-    "cosines near -1": (hard.test_cosines_all_of_one_sign_at_large_scales, (-1, 256.0)),
-    "cosines near 1": (hard.test_cosines_all_of_one_sign_at_large_scales, (1, 72.9)),
-    "norms of 1e14": (hard.test_extreme_norms, (1e14, "both", F32)),
-    "nothing to average fp16": (hard.test_nothing_to_average_is_zero, (F16,)),
-    "no rows": (hard.test_smallest_problems, (0, 5)),
-    "large biases": (hard.test_large_biases, (1e4,)),
-    "learnable scale": (head.test_learnable_scale_and_bias_gradients, ()),
-    "labels out of range": (unchecked.test_labels_out_of_range, ("both", F16)),
-    "a sample out of range": (unchecked.test_samples_are_checked, ("too large",)),
-    "gradients through norms": (head.test_gradients_flow_through_the_norms, ("none",)),
+    "zero rows fp16": partial(hard_cases.zero_rows, F16),
+    "duplicates": hard_cases.duplicates,
+    "easy rows, saved tiles": partial(hard_cases.easy_rows, "auto"),
+    "small rows opposite to every class": hard_cases.small_opposite_rows,
+    "cosines near -1": partial(hard_cases.cosines_of_one_sign, -1, 256.0),
+    "cosines near 1": partial(hard_cases.cosines_of_one_sign, 1, 72.9),
+    "norms of 1e14": partial(hard_cases.extreme_norms, 1e14, "both", F32),
+    "nothing to average fp16": partial(hard_cases.nothing_to_average, F16),
+    "no rows": partial(hard_cases.smallest_problems, 0, 5),
+    "large biases": partial(hard_cases.large_biases, 1e4),
+    "learnable scale": hard_cases.learnable_scale_and_bias,
+    "labels out of range": partial(unchecked.labels_out_of_range, "both", F16),
+    "a sample out of range": partial(unchecked.samples_are_checked, "too large"),
+    "gradients through norms": partial(hard_cases.gradients_through_the_norms, "none"),
     **{
-        f"cosines of {name}": (
-            transforms.test_backends_agree_with_the_definition,
-            (name, transforms.usual_constants(name)),
+        f"cosines of {name}": partial(
+            sweeps.agrees_with_the_definition, name, sweeps.usual_constants(name)
         )
         for name in TRANSFORMS
         if name != "identity"
     },
     **{
-        f"operands, {case}": (transforms.test_wrong_operands_are_named, (case,))
-        for case in transforms.WRONG
+        f"operands, {case}": partial(sweeps.wrong_operands_are_named, case) for case in sweeps.WRONG
     },
-    "AirFace": (losses.test_backends_stay_in_the_definitions_budget, ("AirFace", F32)),
-    "AirFace at the ends": (losses.test_finite_at_the_ends, ("AirFace", F16)),
-    "MV-Softmax": (losses.test_backends_stay_in_the_definitions_budget, ("MV-AM-Softmax", BF16)),
+    "AirFace": partial(losses.stays_in_the_definitions_budget, "AirFace", F32),
+    "AirFace at the ends": partial(losses.finite_at_the_ends, "AirFace", F16),
+    "MV-Softmax": partial(losses.stays_in_the_definitions_budget, "MV-AM-Softmax", BF16),
 }
 
 
@@ -89,11 +80,8 @@ def test_ttsem_matches_fp64(name, poisoned):
 
 @pytest.mark.parametrize("name", HARD_CASES)
 def test_ttsem_passes_hard_cases(name, poisoned):
-    function, arguments = HARD_CASES[name]
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    fixtures = dict(backend="triton", device="cpu", poisoned=None)
     with simulated("ttsem"):
-        function(*arguments, **{k: v for k, v in fixtures.items() if k in names})
+        HARD_CASES[name]("triton")
 
 
 @pytest.mark.parametrize(
@@ -232,119 +220,6 @@ def test_offsets_beyond_32_bits():
     maximum, total = partials[0, -1], partials[1, -1]
     lse = (maximum + total.log2()).double() * torch.log(torch.tensor(2.0, dtype=F64))
     torch.testing.assert_close(lse, logits.logsumexp(1), rtol=1e-5, atol=1e-5)
-
-
-def mutated(module, old, new, tmp_path):
-    """A kernel module with one piece of its text replaced."""
-    text = Path(module.__file__).read_text()
-    assert text.count(old) == 1
-    path = tmp_path / "mutated_kernels.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutated_kernels", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
-
-
-# all programs of a row tile write the same partials
-RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row"
-
-
-@pytest.mark.parametrize(
-    "kernel, old, new, complaint",
-    [
-        ("finish_rows", "cosine, mask=row < N)", "cosine)", "past the end"),
-        ("statistics", RACE[0], RACE[1], "both touch element"),
-        ("statistics", "d = tl.arange(0, BLOCK_D)", "d = 16 + tl.arange(0, BLOCK_D)", "the end"),
-    ],
-    ids=["missing mask", "race", "overrun"],
-)
-@needs_triton
-def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monkeypatch):
-    require("ttsem")
-    sanitize = importlib.import_module("ttsem.sanitize")
-    from marginkernels.backends.triton import launch, row_kernels, tile_kernels
-
-    module = tile_kernels if kernel == "statistics" else row_kernels
-    mutant = getattr(mutated(module, old, new, tmp_path), f"{kernel}_kernel")
-    monkeypatch.setattr(launch, f"{kernel}_kernel", mutant)
-    # one row tile, so that two programs share its classes
-    problem = random_problem(58, 300, 64, margin=ArcFace(0.3), scale=32.0)
-    with simulated("ttsem"), pytest.raises(sanitize.KernelFault, match=complaint):
-        problem.solve_fused("triton")
-
-
-@needs_triton
-def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
-    errors = pytest.importorskip("ptxsim.errors", reason="ptxsim is not installed")
-    from marginkernels.backends.triton import launch, tile_kernels
-
-    mutant = mutated(tile_kernels, *RACE, tmp_path)
-    monkeypatch.setattr(launch, "statistics_kernel", mutant.statistics_kernel)
-    problem = random_problem(20, 150, 64, margin=ArcFace(0.3), scale=32.0)
-    with simulated("ptxsim"), pytest.raises(errors.SimError, match="different value"):
-        problem.solve_fused("triton")
-
-
-@needs_triton
-def test_compile_gate_passes_one_configuration_per_target():
-    result = subprocess.run(
-        [sys.executable, "-m", "tools.gates.triton"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0 and " 0 failures" in result.stdout, result.stdout + result.stderr
-
-
-@needs_triton
-def test_compile_gate_fires():
-    from marginkernels.backends.triton.configs import Config
-
-    gate = pytest.importorskip("tools.gates.triton")
-    kernels = ("statistics_kernel",)
-    for kind, config, complaint in (
-        ("half", Config(128, 256, 64, 4, 3, 1), "spills"),
-        ("half", Config(64, 64, 64, 4, 3, 9), "9 planned"),
-        ("half", Config(64, 64, 64, 4, 1, 1), "no asynchronous copy"),
-        ("half", Config(64, 64, 8, 4, 3, 1), "does not compile"),
-        ("fp32", Config(64, 64, 16, 4, 3, 1), None),
-    ):
-        case = gate.Case("sm_80", kind, config, "plain", kernels)
-        (row,) = gate.check(case)
-        if complaint is None:
-            assert not row.problems
-            # code without matrix instructions, where they are expected
-            row = row._replace(
-                problems=gate.problems_of(case._replace(kind="tf32"), row.kernel, row.facts)
-            )
-            complaint = "no matrix instruction"
-        assert any(complaint in problem for problem in row.problems), gate.describe(row)
-
-
-@needs_triton
-def test_new_sizes_and_margins_compile_nothing():
-    from marginkernels.backends.triton.configs import TABLE
-
-    gate = pytest.importorskip("tools.gates.triton")
-    config = TABLE["sm_90"]["half"][0]
-    for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
-        kernels = set()
-        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
-            with gate.aot.recorded_launches("sm_90") as launches:
-                gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
-            kernels.add(frozenset((launch.kernel, launch.key) for launch in launches))
-        assert len(kernels) == 1
-
-
-@needs_triton
-def test_launches_are_few():
-    gate = pytest.importorskip("tools.gates.triton")
-    with gate.aot.recorded_launches("sm_90") as launches:
-        gate.run_launchers(dtype=BF16, n=300, c=1000)
-    counts = Counter(launch.kernel for launch in launches)
-    assert counts == dict(
-        norm_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1, target_kernel=1,
-        gradient_kernel=1, project_kernel=2,
-    )  # fmt: skip
 
 
 @needs_triton

@@ -109,3 +109,11 @@ def random_problem(
     x = torch.randn(n, d, device=device) + lean * w[y]
     b = torch.randn(c, device=device) if bias else None
     return Problem(x.to(x_dtype), w.to(w_dtype), y, compute_dtype, b, settings)
+
+
+class MarginOfNorms(torch.nn.Module):
+    """Depends on both norms and is differentiable in them, as MagFace is in one."""
+
+    def forward(self, c, rows):
+        given = 0.0 if rows.row_margin is None else rows.row_margin
+        return c - 0.1 * torch.tanh(rows.x_norm) - 0.2 * torch.tanh(rows.w_norm) - given

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The Triton backend on CPU tensors: its own launchers, every launch executed by a simulator.
+"""Runs the Triton backend on CPU tensors: its own launchers, each launch executed by a simulator.
 
 ttsem        Triton's IR in numpy: finds accesses out of bounds and races between programs
 ptxsim       the PTX for sm_80: also finds races within a program and unfinished copies
@@ -8,7 +8,7 @@ interpreter  Triton's own, which needs TRITON_INTERPRET=1 from the start of the 
 """
 
 import contextlib
-import importlib
+import importlib.util
 import os
 
 import pytest
@@ -17,7 +17,12 @@ import torch
 from marginkernels import backends
 from marginkernels.backends import triton
 
+NAME = triton.TritonBackend.name
 SIMULATORS = ("ttsem", "ptxsim", "interpreter")
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
 
 
 def require(simulator: str) -> None:
@@ -68,7 +73,7 @@ def simulated(simulator: str, **settings):
 
     library = torch.library.Library("marginkernels", "IMPL")
     for name in ("head_fwd", "head_bwd"):
-        library.impl(f"{name}_triton", _without_autocast(launch, name), "CPU")
+        library.impl(f"{name}_{NAME}", _without_autocast(launch, name), "CPU")
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)
         stack.enter_context(backends.registered(SimulatedTriton()))

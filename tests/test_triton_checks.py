@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Tests the checks of the Triton kernels: simulators find planted faults, and the gate bad code."""
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from marginkernels import ArcFace
+from tests.support.problems import random_problem
+from tests.support.simulation import needs_triton, require, simulated
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def mutated(module, old, new, tmp_path):
+    """A kernel module with one piece of its text replaced."""
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1
+    path = tmp_path / "mutated_kernels.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutated_kernels", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+# all programs of a row tile write the same partials
+RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row"
+
+
+@pytest.mark.parametrize(
+    "kernel, old, new, complaint",
+    [
+        ("finish_rows", "cosine, mask=row < N)", "cosine)", "past the end"),
+        ("statistics", RACE[0], RACE[1], "both touch element"),
+        ("statistics", "d = tl.arange(0, BLOCK_D)", "d = 16 + tl.arange(0, BLOCK_D)", "the end"),
+    ],
+    ids=["missing mask", "race", "overrun"],
+)
+@needs_triton
+def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monkeypatch):
+    require("ttsem")
+    sanitize = importlib.import_module("ttsem.sanitize")
+    from marginkernels.backends.triton import launch, row_kernels, tile_kernels
+
+    module = tile_kernels if kernel == "statistics" else row_kernels
+    mutant = getattr(mutated(module, old, new, tmp_path), f"{kernel}_kernel")
+    monkeypatch.setattr(launch, f"{kernel}_kernel", mutant)
+    # one row tile, so that two programs share its classes
+    problem = random_problem(58, 300, 64, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ttsem"), pytest.raises(sanitize.KernelFault, match=complaint):
+        problem.solve_fused("triton")
+
+
+@needs_triton
+def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
+    errors = pytest.importorskip("ptxsim.errors", reason="ptxsim is not installed")
+    from marginkernels.backends.triton import launch, tile_kernels
+
+    mutant = mutated(tile_kernels, *RACE, tmp_path)
+    monkeypatch.setattr(launch, "statistics_kernel", mutant.statistics_kernel)
+    problem = random_problem(20, 150, 64, margin=ArcFace(0.3), scale=32.0)
+    with simulated("ptxsim"), pytest.raises(errors.SimError, match="different value"):
+        problem.solve_fused("triton")
+
+
+@needs_triton
+def test_compile_gate_passes_one_configuration_per_target():
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.gates.triton"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and " 0 failures" in result.stdout, result.stdout + result.stderr
+
+
+@needs_triton
+def test_compile_gate_fires():
+    from marginkernels.backends.triton.configs import Config
+
+    gate = pytest.importorskip("tools.gates.triton")
+    kernels = ("statistics_kernel",)
+    for kind, config, complaint in (
+        ("half", Config(128, 256, 64, 4, 3, 1), "spills"),
+        ("half", Config(64, 64, 64, 4, 3, 9), "9 planned"),
+        ("half", Config(64, 64, 64, 4, 1, 1), "no asynchronous copy"),
+        ("half", Config(64, 64, 8, 4, 3, 1), "does not compile"),
+        ("fp32", Config(64, 64, 16, 4, 3, 1), None),
+    ):
+        case = gate.Case("sm_80", kind, config, "plain", kernels)
+        (row,) = gate.check(case)
+        if complaint is None:
+            assert not row.problems
+            # code without matrix instructions, where they are expected
+            row = row._replace(
+                problems=gate.problems_of(case._replace(kind="tf32"), row.kernel, row.facts)
+            )
+            complaint = "no matrix instruction"
+        assert any(complaint in problem for problem in row.problems), gate.describe(row)
+
+
+@needs_triton
+def test_new_sizes_and_margins_compile_nothing():
+    from marginkernels.backends.triton.configs import TABLE
+
+    gate = pytest.importorskip("tools.gates.triton")
+    config = TABLE["sm_90"]["half"][0]
+    for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
+        kernels = set()
+        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
+            with gate.aot.recorded_launches("sm_90") as launches:
+                gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
+            kernels.add(frozenset((launch.kernel, launch.key) for launch in launches))
+        assert len(kernels) == 1
+
+
+@needs_triton
+def test_launches_are_few():
+    gate = pytest.importorskip("tools.gates.triton")
+    with gate.aot.recorded_launches("sm_90") as launches:
+        gate.run_launchers(dtype=BF16, n=300, c=1000)
+    counts = Counter(launch.kernel for launch in launches)
+    assert counts == dict(
+        norm_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1, target_kernel=1,
+        gradient_kernel=1, project_kernel=2,
+    )  # fmt: skip
