@@ -17,7 +17,8 @@ COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
     -o -name '*.cuh')
 
-.PHONY: test demo gallery study bench gpu compile-gate lint format sanitize sanitize-cuda clean FORCE
+.PHONY: test demo gallery study bench gpu docs compile-gate lint format sanitize sanitize-cuda clean \
+    FORCE
 
 # threads that spin while they wait starve a machine that others use too
 test: export OMP_WAIT_POLICY ?= passive
@@ -40,6 +41,11 @@ bench: build/extension
 # on a machine with a GPU, with TORCH a CUDA build: tests, benchmark and kernel times in one report
 gpu: build/extension
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+# the site, in build/site; its reference is read from the source, which is not imported
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/docs
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 # the Triton and, where nvcc is, the CUDA kernels in every configuration for every target
 compile-gate: $(VENV)/package
@@ -80,8 +86,12 @@ build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package
 	touch $@
 
 $(VENV)/package: pyproject.toml $(VENV)/torch
-	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[test,demo,dev]'
+	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[demo,dev]'
 	pip install -q --no-deps --ignore-requires-python $(TTSEM)
+	touch $@
+
+$(VENV)/docs: $(VENV)/package
+	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[docs]'
 	touch $@
 
 # first, because the package alone would bring the newest release

@@ -1,16 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The table of the losses is that of the code."""
+"""The pages agree with the code: links, names, commands, settings, and generated tables."""
 
+import importlib.util
 import re
+from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 import marginkernels as mk
 from tools.docs import losses as generator
 
+ROOT = Path(__file__).parents[1]
+GENERATED = ("docs/cuda_kernels.md", "docs/triton_kernels.md")
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+)
+WRITTEN = [page for page in PAGES if page not in GENERATED]
+# the site has them beside the pages of docs/
+FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+FOLDERS = "csrc|tests|tools|examples|benchmarks|marginkernels|docs"
 
-def test_the_table_is_up_to_date_and_complete():
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def anchors(page: str) -> set[str]:
+    """Returns the anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", text(page), re.M)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?://|<)([^)\s]+)\)", text(page)):
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        if page.startswith("docs/") and path in FROM_ROOT:
+            linked = ROOT / FROM_ROOT[path]
+        assert linked.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(linked.resolve().relative_to(ROOT))), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_files_modules_and_commands_that_pages_name_exist(page: str) -> None:
+    content = text(page)
+    for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w./]+\w", content):
+        assert (ROOT / path).exists(), f"{page}: {path}"
+    for module in re.findall(r"python -m (?!pytest|torch)([\w.]+\w)", content):
+        assert importlib.util.find_spec(module), f"{page}: {module}"
+    targets = re.findall(r"^([\w-]+):", text("Makefile"), re.M)
+    for target in re.findall(r"(?:`|\n)make ([a-z-]+)", content):
+        assert target in targets, f"{page}: make {target}"
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_code_that_claims_to_be_a_file_is_taken_from_it(page: str) -> None:
+    """The site puts the file in the place of the line with its name."""
+    blocks = re.findall(r'^``` {.* title="(.*?)" }\n(.*?)^```', text(page), re.M | re.S)
+    assert len(blocks) == text(page).count("--8<--")
+    for title, block in blocks:
+        assert re.fullmatch(rf'--8<-- "{title}(:\w+)?"\n', block), f"{page}: {title}"
+        assert (ROOT / title).exists(), f"{page}: {title}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(text(page) for page in PAGES if page.startswith("docs/api/"))
+    documented = set(re.findall(r"^::: marginkernels\.(\w+)$", pages, re.M))
+    assert set(mk.__all__) - {"__version__", "AMSoftmax"} <= documented
+    assert documented <= set(mk.__all__) | {"ops", "testing", "transforms"}
+
+
+def test_the_table_of_environment_variables_is_complete() -> None:
+    sources = [ROOT / "setup.py"]
+    for folder in ("marginkernels", "csrc"):
+        sources += [p for p in ROOT.glob(f"{folder}/**/*") if p.suffix in (".py", ".cpp", ".h")]
+    read = r"""(?:environ(?:\.get)?[\[(]|getenv\(|setting\()["']([A-Z_]+)"""
+    used = {name for path in sources for name in re.findall(read, path.read_text())}
+    listed = set(re.findall(r"^\| `([A-Z_]+)` \| ", text("docs/install.md"), re.M))
+    assert used and used <= listed
+    assert {name for name in listed if name.startswith("MARGINKERNELS_")} <= used
+
+
+def test_before_and_after_in_the_readme_are_the_same_loss() -> None:
+    code = re.search(r"^# before.*?^```", text("README.md"), re.M | re.S)[0].removesuffix("```")
+    before, after = code.split("# after")
+    torch.manual_seed(0)
+    scope = dict(torch=torch, F=F, ArcFace=mk.ArcFace, margin_cross_entropy=mk.margin_cross_entropy)
+    scope |= dict(x=torch.randn(8, 16), w=torch.randn(50, 16), y=torch.randint(50, (8,)))
+    losses = []
+    for part in (before, "# after" + after):
+        exec(part, scope)
+        losses.append(scope["loss"])
+    torch.testing.assert_close(*losses)
+
+
+def test_the_table_of_losses_is_up_to_date_and_complete() -> None:
     assert generator.PATH.read_text() == generator.document(), "run python -m tools.docs.losses"
     listed = {thing.__name__ for thing in generator.MARGINS}
     margins = {

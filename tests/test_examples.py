@@ -2,9 +2,14 @@
 # Copyright (c) 2026 The marginkernels authors
 """The short examples run, and show what they say."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -22,3 +27,24 @@ def test_quickstart_finds_the_people_in_new_photographs(capsys):
 def test_a_custom_margin_equals_the_dense_formula(capsys):
     differences = re.findall(r"difference (\S+)", printed("custom_margin", capsys))
     assert len(differences) == 2 and all(float(d) < 1e-5 for d in differences)
+
+
+def trained(ranks: int, steps: int, out: Path) -> dict[int, float]:
+    """Runs the distributed example, and returns the losses that it prints by their steps."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = [str(EXAMPLES / "distributed.py"), f"--steps={steps}", f"--out={out}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), *script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^step +(\d+): loss ([\d.]+)", done.stdout, re.M)
+    return {int(step): float(loss) for step, loss in lines}
+
+
+def test_the_distributed_example_goes_on_with_another_number_of_ranks(tmp_path):
+    in_one_go = trained(2, 60, tmp_path / "whole")
+    first = trained(2, 40, tmp_path / "parts")
+    second = trained(1, 60, tmp_path / "parts")
+    assert (list(first), list(second)) == ([20, 40], [60])
+    assert first[40] < 0.7 * first[20]
+    assert first | second == pytest.approx(in_one_go, rel=1e-2)

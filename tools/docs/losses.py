@@ -8,6 +8,7 @@ Run it after a change of either: ``python -m tools.docs.losses``.
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,34 +35,64 @@ scale c_j, unless the table says what becomes of them. With `normalize="weight"`
 with `"none"` also |w_j|. Angles are in radians. All compose with label smoothing, sample weights,
 `z_loss`, `focal_gamma` and `ignore_index`. What a loss remembers are buffers or parameters: saved
 with the head, and moved in training mode only.
+
+What happens beyond theta = pi - m differs between public implementations, and so does the gradient.
+`branch=` and `gradient=` name the rules in use, and the docstrings say who uses which.
+
+"""
+
+PICTURES = """
+`MarginSchedule` lets a margin grow from step to step.
+
+## Pictures
+
+`make gallery` draws these. The target logit against the angle for every margin:
+
+![Target logit against the angle for every margin](margins.png)
+
+Why a scale matters: the probability of the target against its angle, by scale and by margin:
+
+![Probability of the target against its angle](adacos.png)
+
+What a margin does to ten characters in two dimensions:
+
+![Embeddings of ten characters in two dimensions](circle.png)
 """
 
 
-def text_of(thing) -> str:
+def text_of(thing: Any) -> str:
+    """Returns the docstring in one line."""
     return " ".join(inspect.getdoc(thing).split())
 
 
-def first_paragraph(thing) -> tuple[str, str]:
-    """The formula and the name with its papers, which the first paragraph of a docstring holds."""
-    paragraph = " ".join(inspect.getdoc(thing).split("\n\n")[0].split()).rstrip(".")
-    formula, _, papers = paragraph.rpartition(": ")
-    papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers)
+def first_paragraph(thing: Any) -> tuple[str, str]:
+    """Returns the formula of a loss, and its name with the papers.
+
+    The first paragraph of a docstring holds both, formula first. Where it has no formula, the next
+    sentence has it: "The loss is ...".
+    """
+    paragraph, following = re.split(r"\n\n", inspect.getdoc(thing), maxsplit=1)
+    formula, _, papers = " ".join(paragraph.split()).rstrip(".").rpartition(": ")
+    if not formula:
+        formula = re.match(r"The loss is (.*?)\. ", " ".join(following.split()))[1]
+    papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers.removeprefix("Computes "))
     return formula, re.sub(r"arXiv:([\d.]+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", papers)
 
 
-def usual_values(thing) -> str:
+def usual_values(thing: Any) -> str:
+    """Returns the values that the docstring recommends, "" if it does not."""
     found = re.search(r"Usual values: (.*?)\.(?: |$)", text_of(thing))
     return re.sub(r":\w+:`(\w+)`|``(.*?)``", r"`\1\2`", found[1]) if found else ""
 
 
-def parameters(thing) -> dict[str, inspect.Parameter]:
-    """Those of the constructor, none where that is nn.Module's (*args, **kwargs)."""
+def parameters(thing: Any) -> dict[str, inspect.Parameter]:
+    """Lists the parameters of the constructor, none where that is nn.Module's (*args, **kwargs)."""
     own = "__init__" in vars(thing) or not inspect.isclass(thing)
     return dict(inspect.signature(thing).parameters) if own else {}
 
 
-def call(thing) -> str:
-    """The call with its defaults."""
+def call(thing: Any) -> str:
+    """Writes the call with its defaults."""
     parts = [
         name if p.default is p.empty else f"{name}={p.default!r}"
         for name, p in parameters(thing).items()
@@ -69,12 +100,13 @@ def call(thing) -> str:
     return f"`{thing.__name__}({', '.join(parts)})`"
 
 
-def instance(thing):
+def instance(thing: Any) -> Any:
+    """Constructs a loss with its defaults, and :data:`REQUIRED` where it has none."""
     return thing(**{n: REQUIRED[n] for n, p in parameters(thing).items() if p.default is p.empty})
 
 
-def other_classes(margin) -> str:
-    """The first sentence about the margin's transform."""
+def other_classes(margin: torch.nn.Module) -> str:
+    """Returns the first sentence about the margin's transform, "" if it has none."""
     if not hasattr(margin, "negatives"):
         return ""
     ones = torch.ones(1)
@@ -83,19 +115,22 @@ def other_classes(margin) -> str:
     return text_of(TRANSFORMS[transform.name].function).split(". ")[0]
 
 
-def remembers(module) -> str:
+def remembers(module: Any) -> str:
+    """Names the buffers and parameters of a module."""
     if not isinstance(module, torch.nn.Module):
         return ""
     names = [*dict(module.named_buffers()), *dict(module.named_parameters())]
     return ", ".join(f"`{name}`" for name in names)
 
 
-def normalize(thing) -> str:
+def normalize(thing: Any) -> str:
+    """Returns the ``normalize`` that the docstring asks for, by default "both"."""
     found = re.search(r'For ``normalize="(\w+)"``', text_of(thing))
     return f'`"{found[1]}"`' if found else '`"both"`'
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """Writes a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
@@ -103,6 +138,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def document() -> str:
+    """Writes the page."""
     margins = []
     for thing in MARGINS:
         module, (formula, papers) = instance(thing), first_paragraph(thing)
@@ -122,7 +158,7 @@ def document() -> str:
             table(header, margins),
             "\n## Scales, tables, and the loss without classes\n",
             table(["call", "what it is", "formula", "remembers"], others),
-            "\n`MarginSchedule` lets a margin grow from step to step.\n",
+            PICTURES,
         ]
     )
 
