@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The margin losses of insightface's arcface_torch, for :class:`insightface.PartialFC_V2`."""
+"""Has the margin losses of insightface's arcface_torch, for :class:`insightface.PartialFC_V2`."""
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,16 @@ from .. import arguments, margins, validation
 
 
 class MarginLoss(nn.Module):
-    """A margin of :mod:`marginkernels.margins` with a scale: what :class:`PartialFC_V2` fuses.
+    """Joins a margin of :mod:`marginkernels.margins` with a scale, for :class:`PartialFC_V2`.
 
     Args:
         margin: any margin, also one that insightface does not have.
-        s: scale: a number, a 0-d tensor or a module, as ``scale`` of
+        s: the scale, a number, a 0-d tensor or a module, as ``scale`` of
             :func:`marginkernels.margin_cross_entropy`.
     """
 
-    _given_s = None  # of a number
+    s: float | Tensor | nn.Module
+    _given_s: Tensor | None = None  # None for a number
 
     def __init__(self, margin: nn.Module, s: float | Tensor | nn.Module):
         super().__init__()
@@ -36,13 +38,15 @@ class MarginLoss(nn.Module):
 
     @property
     def fused(self) -> nn.Module:
-        """The margin."""
+        """The margin that :class:`PartialFC_V2` fuses with its linear layer."""
         return self.margin
 
     def extra_repr(self) -> str:
+        """Returns the scale as ``print`` shows it, where it is a number."""
         return f"s={self.s:g}" if arguments.is_number(self.s) else ""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Raises RuntimeError: a margin may need more than the cosines of a call."""
         raise RuntimeError(
             f"MarginLoss: {type(self.margin).__name__} may look at more than cosines: "
             "PartialFC_V2 computes it, a call does not"
@@ -50,15 +54,18 @@ class MarginLoss(nn.Module):
 
 
 class CosineMarginLoss(MarginLoss):
-    """One that insightface has: it can be called with the cosines too, and its ``numbers`` have
-    insightface's names. A new value, checked as that of the constructor, holds from the next step.
+    """Is the base of insightface's own losses, which can be called with the cosines too.
 
-    :class:`marginkernels.MarginSchedule` can move the m of ``fused``, which stays when ``s`` gets a
-    new value; one of the other numbers makes a new margin.
+    Its ``numbers`` have insightface's names. A new value is checked as in the constructor, and
+    holds from the next step.
+
+    :class:`marginkernels.MarginSchedule` can move the m of ``fused``. That margin stays when ``s``
+    gets a new value, while a new value of another number makes a new margin.
     """
 
     numbers: tuple[str, ...] = ("s",)
     gradient = "exact"
+    s: float
 
     def __init__(self, **values: float):
         nn.Module.__init__(self)
@@ -71,11 +78,11 @@ class CosineMarginLoss(MarginLoss):
         self.__dict__.update(values)
         self._made = made.train(self.training)
 
-    def make(self, **values: float) -> nn.Module:
-        """The margin with these numbers."""
+    def make(self, *args: Any, **values: Any) -> nn.Module:
+        """Makes the margin with these values of the numbers other than s."""
         raise NotImplementedError
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "s":
             self.__dict__["s"] = arguments.number("s", value, above=0)
         elif name in self.numbers:
@@ -85,12 +92,18 @@ class CosineMarginLoss(MarginLoss):
 
     @property
     def fused(self) -> nn.Module:
+        """The margin that :meth:`make` made last."""
         return self._made
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """s times the cosines ``logits`` (N, C) with the margin in the column of each row's label,
-        (N,) or (N, 1), -1 where there is none. For calls without :class:`PartialFC_V2`; a new
-        tensor, where insightface's overwrites ``logits``.
+        """Returns s times the cosines, with the margin in the column of each row's label.
+
+        It is for calls without :class:`PartialFC_V2`. The result is a new tensor, while
+        insightface's losses overwrite ``logits``.
+
+        Args:
+            logits: cosines (N, C).
+            labels: (N,) or (N, 1), -1 for a row without a label.
         """
         here = labels.reshape(-1, 1) >= 0
         column = labels.reshape(-1, 1).clamp_min(0)
@@ -103,9 +116,12 @@ class CosineMarginLoss(MarginLoss):
 
 
 def _m_of(kind: type[margins.Margin], name: str) -> property:
-    """The number ``name``: m of the margin made, which may have moved, where it is of this kind."""
+    """Makes the property ``name``: the m of a margin of this kind, which a schedule may have moved.
 
-    def read(loss: CosineMarginLoss) -> float:
+    Where the margin made is of another kind, the property is the number that was given.
+    """
+
+    def read(loss: CosineMarginLoss) -> Any:
         margin = getattr(loss.fused, "margin", loss.fused)  # inside of a filter
         return margin.m if isinstance(margin, kind) else loss.__dict__[name]
 
@@ -113,15 +129,17 @@ def _m_of(kind: type[margins.Margin], name: str) -> property:
 
 
 class CombinedMarginLoss(CosineMarginLoss):
-    """insightface's, which has two forms: for m3 > 0 CosFace with m3, whatever m1 and m2 are, and
-    for m1 = 1, m3 = 0 ArcFace with m2, without a branch past theta = pi - m2.
+    """Takes insightface's two forms of a combined margin.
 
+    For m3 > 0 it is CosFace with m3, whatever m1 and m2 are. For m1 = 1 and m3 = 0 it is ArcFace
+    with m2, cos(theta + m2) without a branch past theta = pi - m2. m2 is in radians.
     :class:`marginkernels.CombinedMargin` in :class:`MarginLoss` combines all three.
 
     Args:
         s: scale.
         m1, m2, m3: see above.
-        interclass_filtering_threshold: above 0, :class:`marginkernels.InterClassFilter` with it.
+        interclass_filtering_threshold: above 0, the threshold of a
+            :class:`marginkernels.InterClassFilter` around the margin.
         gradient: of ArcFace, "straight_through" as in insightface since December 2022, or "exact".
     """
 
@@ -142,11 +160,15 @@ class CombinedMarginLoss(CosineMarginLoss):
         values = zip(self.numbers, (s, m1, m2, m3, interclass_filtering_threshold), strict=True)
         super().__init__(**dict(values))
 
-    def make(self, m1, m2, m3, interclass_filtering_threshold) -> nn.Module:
+    def make(
+        self, m1: float, m2: float, m3: float, interclass_filtering_threshold: float
+    ) -> nn.Module:
+        """Makes CosFace or ArcFace, in a filter where there is a threshold."""
         for name, value in (("m1", m1), ("m2", m2)):
             arguments.number(name, value)
         arguments.number("m3", m3, least=0, most=2)
         arguments.number("interclass_filtering_threshold", interclass_filtering_threshold, most=1)
+        margin: nn.Module
         if m3 > 0:
             margin = margins.CosFace(m3)
             if (m1, m2) != (1, 0):
@@ -165,8 +187,9 @@ class CombinedMarginLoss(CosineMarginLoss):
 
 
 class ArcFace(CosineMarginLoss):
-    """cos(theta + margin), without a branch past theta = pi - margin; ``gradient`` as for
-    :class:`CombinedMarginLoss`.
+    """Takes cos(theta + margin), margin in radians, without a branch past theta = pi - margin.
+
+    ``gradient`` is that of :class:`CombinedMarginLoss`.
     """
 
     numbers = ("s", "margin")
@@ -176,12 +199,13 @@ class ArcFace(CosineMarginLoss):
         self.__dict__["gradient"] = gradient
         super().__init__(s=s, margin=margin)
 
-    def make(self, margin) -> nn.Module:
+    def make(self, margin: float) -> nn.Module:
+        """Makes :class:`marginkernels.ArcFace` without a branch."""
         return _arcface("margin", margin, self.gradient)
 
 
 class CosFace(CosineMarginLoss):
-    """cos(theta) - m."""
+    """Takes cos(theta) - m."""
 
     numbers = ("s", "m")
     m = _m_of(margins.CosFace, "m")
@@ -189,7 +213,8 @@ class CosFace(CosineMarginLoss):
     def __init__(self, s: float = 64.0, m: float = 0.40):
         super().__init__(s=s, m=m)
 
-    def make(self, m) -> nn.Module:
+    def make(self, m: float) -> nn.Module:
+        """Makes :class:`marginkernels.CosFace`."""
         return margins.CosFace(arguments.number("m", m, least=0, most=2))
 
 
