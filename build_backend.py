@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The PEP 517 backend: setuptools', with the target environment's torch in reach of setup.py.
+"""Is the PEP 517 backend of setuptools, with the target environment's torch in reach of setup.py.
 
-An isolated build runs the target's interpreter without the target's packages. They come last, so
-that the isolated environment's own setuptools and ninja win; the user's come after the target's,
-except where that is a virtual environment that does not see them.
+An isolated build runs the target's interpreter without the target's packages. This backend appends
+the target's packages to the path: they come last, so that the isolated environment's own setuptools
+and ninja win. The user's packages come after the target's, except where the target is a virtual
+environment that does not see them.
 """
 
 import site

@@ -2,11 +2,12 @@
 # Copyright (c) 2026 The marginkernels authors
 """Builds marginkernels._C against the torch that is installed; all else is in pyproject.toml.
 
-MARGINKERNELS_EXT=0          no extension, an install in pure Python
-MARGINKERNELS_CUDA=auto|0|1  CUDA kernels where torch is a CUDA build and there is an nvcc of its
-                             CUDA's major version; never; or always, failing with what is missing
-TORCH_CUDA_ARCH_LIST         for which GPUs, by default all that the kernels are tested for and nvcc
-                             knows
+MARGINKERNELS_EXT=0          builds no extension: an install in pure Python.
+MARGINKERNELS_CUDA=auto|0|1  builds CUDA kernels where torch is a CUDA build and there is an nvcc of
+                             its CUDA's major version; never; or always, failing with what is
+                             missing.
+TORCH_CUDA_ARCH_LIST         names the GPUs to build for, by default all that the kernels are tested
+                             for and nvcc knows.
 """
 
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -38,15 +40,15 @@ NO_TORCH = (
 
 
 def setting(name: str, *allowed: str) -> str:
-    """An environment variable's value, by default the first that is allowed."""
+    """Returns an environment variable's value, by default the first that is allowed."""
     value = os.environ.get(name, allowed[0])
     if value not in allowed:
         raise SystemExit(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
-def obstacles_to_cuda(torch_cuda: str | None, nvcc: Path | None, files: list) -> list[str]:
-    """Every reason why the CUDA sources cannot be compiled."""
+def obstacles_to_cuda(torch_cuda: str | None, nvcc: Path | None, files: list[str]) -> list[str]:
+    """Returns every reason why the CUDA sources cannot be compiled."""
     found = []
     if not files:
         found.append("there are no CUDA sources (csrc/cuda/*.cu)")
@@ -65,8 +67,10 @@ def obstacles_to_cuda(torch_cuda: str | None, nvcc: Path | None, files: list) ->
 
 
 def buildable(asked: str, known: set[tuple[int, int]]) -> tuple[str, list[str]]:
-    """Splits TORCH_CUDA_ARCH_LIST into what the kernels and an nvcc with ``known`` can be built
-    for, and what is left out. PTX, where it was asked for, goes to the last one that is left.
+    """Splits TORCH_CUDA_ARCH_LIST into architectures to build for, and those to leave out.
+
+    The kernels are built for architectures that they and an nvcc with ``known`` support. PTX, where
+    it was asked for, goes to the last of them.
     """
     kept, left_out, ptx = [], [], False
     for entry in asked.replace(" ", ";").split(";"):
@@ -84,18 +88,21 @@ def buildable(asked: str, known: set[tuple[int, int]]) -> tuple[str, list[str]]:
 
 
 def known_capabilities(nvcc: Path) -> set[tuple[int, int]]:
-    """Asks an nvcc for which capabilities it compiles; none if it does not say."""
+    """Asks an nvcc for which capabilities it compiles; returns none if it does not say."""
     numbers = re.findall(r"compute_(\d+)(\d)\b", output(nvcc, "--list-gpu-arch"))
     return {(int(major), int(minor)) for major, minor in numbers}
 
 
 def output(*command: str | Path) -> str:
+    """Returns what a command prints on its standard output."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def cuda_headers(site_packages: Path, nvcc: Path) -> list[str]:
-    """Folders of headers: torch's wheels bring the CUDA libraries', which a bare toolkit lacks, and
-    the toolkit has some that the wheels lack; where, nvcc knows, which may be a script elsewhere.
+    """Returns the folders of CUDA headers, those of torch's wheels first.
+
+    The wheels bring the headers of CUDA's libraries, which a bare toolkit lacks, and the toolkit
+    has some that the wheels lack. nvcc, which may be a script elsewhere, says where the toolkit is.
     """
     said = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
@@ -105,16 +112,17 @@ def cuda_headers(site_packages: Path, nvcc: Path) -> list[str]:
 
 
 def cuda_plan(
-    choice: str, torch_cuda: str | None, cuda_home: str | None, files: list
+    choice: str, torch_cuda: str | None, cuda_home: str | None, files: list[str]
 ) -> tuple[str, str]:
-    """For which architectures to compile the CUDA sources, "" for none, and a line that says what
-    is left out and why. Exits if CUDA is demanded and cannot be.
+    """Returns the architectures to compile the CUDA sources for, and what is left out and why.
+
+    No architectures are "". Exits if CUDA is demanded and cannot be compiled.
     """
     if choice == "0":
         return "", "MARGINKERNELS_CUDA=0"
     nvcc = None if cuda_home is None else Path(cuda_home, "bin", "nvcc")
     obstacles = obstacles_to_cuda(torch_cuda, nvcc, files)
-    if not obstacles:
+    if nvcc is not None and not obstacles:
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
         architectures, left_out = buildable(asked, known_capabilities(nvcc))
         if architectures:
@@ -127,14 +135,50 @@ def cuda_plan(
 
 
 class BuildWithoutTorch(build_ext):
-    """An sdist needs no torch, so that only the attempt to build is an error."""
+    """Makes only the attempt to build an error where there is no torch, which no sdist needs."""
 
     def run(self) -> None:
+        """Exits with the ways to give the build its torch."""
         raise SystemExit(NO_TORCH)
 
 
-def extension() -> dict:
-    """What setup() needs to build the extension."""
+def build_command(base: type, torch_version: str, notice: str, left_out: str) -> type:
+    """Makes a build command that records what the extension was built for.
+
+    Args:
+        base: ``torch.utils.cpp_extension.BuildExtension``.
+        notice: a line to print before the build, or "".
+        left_out: the CUDA kernels that are left out and why, for the record.
+    """
+
+    class Build(base):
+        def run(self) -> None:
+            self.force = True  # setuptools sees no change of torch or of headers; ninja does
+            own = self.distribution.get_version()
+            built_for = {"marginkernels": own, "torch": torch_version}
+            self.extensions[0].define_macros += [
+                (f"BUILT_FOR_{package.upper()}", f'"{version}"')
+                for package, version in built_for.items()
+            ]
+            if notice:
+                print(f"marginkernels: {notice}", file=sys.stderr)
+            super().run()
+            # backends read the record before they load the extension
+            record = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
+            record.write_text(json.dumps(built_for | {"left_out": left_out}))
+
+    return Build
+
+
+def cuda_options(torch_file: str, cuda_home: str, architectures: str) -> dict[str, Any]:
+    """Returns the settings of an extension with CUDA kernels, and tells torch the architectures."""
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    headers = cuda_headers(Path(torch_file).parents[1], Path(cuda_home, "bin", "nvcc"))
+    return {"include_dirs": headers, "define_macros": [("MARGINKERNELS_CUDA", None)]}
+
+
+def extension() -> dict[str, Any]:
+    """Returns the arguments by which setup() builds the extension; none without an extension."""
     if setting("MARGINKERNELS_EXT", "1", "0") == "0":
         return {}
     choice = setting("MARGINKERNELS_CUDA", "auto", "0", "1")
@@ -149,42 +193,23 @@ def extension() -> dict:
         module = Extension(NAME, files + cuda_files)
         return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithoutTorch}}
 
-    architectures, left_out = cuda_plan(
-        choice, torch.version.cuda, cpp_extension.CUDA_HOME, cuda_files
-    )
-
-    class Build(cpp_extension.BuildExtension):
-        def run(self) -> None:
-            self.force = True  # setuptools sees no change of torch or of headers; ninja does
-            own = self.distribution.get_version()
-            built_for = {"marginkernels": own, "torch": str(torch.__version__)}
-            self.extensions[0].define_macros += [
-                (f"BUILT_FOR_{package.upper()}", f'"{version}"')
-                for package, version in built_for.items()
-            ]
-            if left_out and torch.version.cuda:
-                kernels = (
-                    f"CUDA kernels for {architectures}" if architectures else "no CUDA kernels"
-                )
-                print(f"marginkernels: {kernels}, {left_out}", file=sys.stderr)
-            super().run()
-            # read before the extension is loaded
-            record = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
-            record.write_text(json.dumps(built_for | {"left_out": left_out}))
-
+    torch_cuda, home = torch.version.cuda, cpp_extension.CUDA_HOME
+    architectures, left_out = cuda_plan(choice, torch_cuda, home, cuda_files)
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
-    if architectures:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-        nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
-        headers = cuda_headers(Path(torch.__file__).parents[1], nvcc)
-        files += cuda_files
-        macros = [("MARGINKERNELS_CUDA", None)]
-        options = dict(include_dirs=headers, extra_compile_args=flags, define_macros=macros)
-        module = cpp_extension.CUDAExtension(NAME, files, **options)
+    if architectures and home is not None:
+        options = cuda_options(torch.__file__, home, architectures)
+        module = cpp_extension.CUDAExtension(
+            NAME, files + cuda_files, extra_compile_args=flags, **options
+        )
         module.libraries.remove("cudart")  # torch has loaded its own
     else:
         module = cpp_extension.CppExtension(NAME, files, extra_compile_args=flags)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    notice = ""
+    if left_out and torch_cuda:
+        kernels = f"CUDA kernels for {architectures}" if architectures else "no CUDA kernels"
+        notice = f"{kernels}, {left_out}"
+    build = build_command(cpp_extension.BuildExtension, str(torch.__version__), notice, left_out)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
 
 
 if __name__ == "__main__":
