@@ -93,3 +93,40 @@ _DEFINITIONS = (
     Definition("arc_negative", _arc_negative, 2, True, lambda constants: constants[0].abs()),
 )
 TRANSFORMS = {definition.name: definition for definition in _DEFINITIONS}
+
+
+def checked(
+    backend: str,
+    name: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+    *,
+    rows: int,
+    has_bias: bool,
+) -> Transform:
+    """Bundles a transform with the operands that it takes, for a backend that was given them.
+
+    Raises:
+        ValueError: the name is unknown, or the operands are not the transform's.
+    """
+    if name not in TRANSFORMS:
+        raise ValueError(
+            f"transform: the {backend} backend knows {', '.join(TRANSFORMS)}, got {name!r}"
+        )
+    definition = TRANSFORMS[name]
+    given = 0 if constants is None else constants.numel()
+    if given != definition.constants:
+        raise ValueError(
+            f"constants: expected {definition.constants} for the transform {name!r}, got {given}"
+        )
+    if name != IDENTITY.name and has_bias:
+        raise ValueError(f"bias: expected none with the transform {name!r}")
+    if row_parameter is not None and row_parameter.numel() != rows:
+        raise ValueError(f"row_parameter: expected (N,) = {rows}, got {tuple(row_parameter.shape)}")
+    if row_parameter is None and definition.per_row:
+        raise ValueError(f"row_parameter: expected (N,) for the transform {name!r}, got none")
+    return Transform(
+        name,
+        row_parameter if definition.per_row else None,
+        constants if definition.constants else None,
+    )

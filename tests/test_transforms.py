@@ -15,6 +15,7 @@ from marginkernels import ops
 from marginkernels.backends import native
 from marginkernels.transforms import TRANSFORMS
 from tests.support import sweeps
+from tests.support.simulation import needs_triton
 from tests.support.sweeps import CONSTANTS, WRONG, cosines, operands, sweep, value_and_slope
 
 F64 = torch.float64
@@ -33,6 +34,13 @@ def test_the_extension_knows_the_transforms_of_python():
     for name, definition in TRANSFORMS.items():
         assert known[name]["constants"] == definition.constants
         assert known[name]["per_row"] == definition.per_row
+
+
+@needs_triton
+def test_triton_knows_the_transforms_of_python():
+    from marginkernels.backends.triton.transforms import FUNCTORS
+
+    assert list(FUNCTORS) == list(TRANSFORMS)
 
 
 @pytest.mark.parametrize(("name", "constants"), CASES)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, transforms
 from ..numerics import least_norm
 from ..transforms import TRANSFORMS, Transform
 from .base import Backend
@@ -136,7 +136,9 @@ def head_fwd(
     constants: Tensor | None,  # (K,)
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
-    checked = _checked_transform(transform, row_parameter, constants)
+    checked = transforms.checked(
+        "reference", transform, row_parameter, constants, rows=len(x), has_bias=bias is not None
+    )
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
@@ -211,7 +213,9 @@ def head_bwd(
     constants: Tensor | None,  # (K,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw (C, D), dbias (C,), dscale ()
     """Computes the backward op; see :mod:`marginkernels.ops`."""
-    checked = _checked_transform(transform, row_parameter, constants)
+    checked = transforms.checked(
+        "reference", transform, row_parameter, constants, rows=len(x), has_bias=bias is not None
+    )
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
@@ -258,19 +262,6 @@ def _by_class(
     """Adds up what flows through |w_y|, by class (C,)."""
     radial = torch.zeros_like(w_inv)
     return radial.index_add_(0, y.clamp_min(0), torch.where(y >= 0, grad_w_norm, 0.0))
-
-
-def _checked_transform(
-    name: str,
-    row_parameter: Tensor | None,  # (N,)
-    constants: Tensor | None,  # (K,)
-) -> Transform:
-    """Bundles a transform with its operands, or raises ValueError for an unknown name."""
-    if name not in TRANSFORMS:
-        raise ValueError(
-            f"transform: the reference backend knows {', '.join(TRANSFORMS)}, got {name!r}"
-        )
-    return Transform(name, row_parameter, constants)
 
 
 def _finite(maximum: Tensor) -> Tensor:

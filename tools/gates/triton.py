@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from marginkernels.backends.triton import configs, launch, transforms
+from marginkernels.backends.triton import configs, launch
 from marginkernels.backends.triton.configs import Config
+from marginkernels.transforms import TRANSFORMS
 
 from . import aot, triton_table
 from .machine_code import Facts, facts
@@ -45,7 +46,7 @@ TILE_VARIANTS: dict[str, dict] = {
     "saved tiles": dict(save_tiles=True, want_max=True),
     **{
         name: dict(transform=name, **EXTRAS)
-        for name in transforms.FUNCTORS
+        for name in TRANSFORMS
         if name != "identity"
     },
 }  # fmt: skip
@@ -101,14 +102,14 @@ def run_launchers(
     extras=False, save_tiles=False, transform="identity", n=ROWS, c=CLASSES, config=None,
 ) -> None:  # fmt: skip
     """One forward and one backward call on operands without content."""
-    functor = transforms.FUNCTORS[transform]
+    definition = TRANSFORMS[transform]
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
     y, scale, b = torch.zeros(n, dtype=torch.int64), torch.ones(()), torch.zeros(c)
     shared = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
         transform=transform, config=config,
-        row_parameter=torch.zeros(n) if functor.per_row else None,
-        constants=torch.zeros(functor.constants) if functor.constants else None,
+        row_parameter=torch.zeros(n) if definition.per_row else None,
+        constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip
     b = b if bias else None
     lse, _, _, _, _, x_inv, w_inv, tiles = launch.head_fwd(

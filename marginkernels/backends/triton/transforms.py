@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The negative transforms, twins of marginkernels/transforms.py, which has the papers.
+"""Computes the negative transforms: twins of marginkernels/transforms.py, which has the papers.
 
-The tile kernels take one as a constant that is compiled in. Each gets a tile of cosines c
-(BLOCK_N, BLOCK_C), the rows' parameter (BLOCK_N, 1) and the constants of the loss, and returns
-(value, slope): the logit is scale value, and slope = d value / d c. A cosine of -inf is a class
-left out, and its value is -inf too; its slope is nobody's business.
+A tile kernel is compiled with one of them. A transform gets a tile of cosines c (BLOCK_N, BLOCK_C),
+the parameter of each row (BLOCK_N, 1) and the constants of the loss. It returns (value, slope): the
+logit is scale value, and slope = d value / d c. A cosine of -inf is a class left out: its value is
+-inf too, and its slope is unspecified and must not be used.
 """
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -17,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-# bound of 1 / sin(theta) in the slope of an angle
-MOST_PER_SINE = tl.constexpr(1e4)
-TWO_OVER_PI = tl.constexpr(0.636619772)
+from ... import numerics
+from ... import transforms as definitions
+
+MOST_PER_SINE = tl.constexpr(1 / numerics.LEAST_SINE)
+TWO_OVER_PI = tl.constexpr(definitions.TWO_OVER_PI)
 
 
 @triton.jit
@@ -64,27 +64,19 @@ def _arc_negative(c, parameter, constants):
     return tl.where(c == float("-inf"), c, t * c + t - 1.0), t
 
 
-class Functor(NamedTuple):
-    """A transform as the tile kernels take it, and what the launchers have to know of it."""
-
-    apply: JITFunction | None  # None: the identity, which costs no instruction
-    constants: int
-    per_row: bool  # whether it takes a parameter of the row
-    steepest: Callable[[Tensor | None], Tensor | float]  # max |slope| over cosines, by constants
-
-
-FUNCTORS = {
-    "identity": Functor(None, 0, False, lambda _: 1.0),
-    "airface": Functor(_airface, 0, False, lambda _: 2 / math.pi * MOST_PER_SINE.value),
-    "interclass_filter": Functor(_interclass_filter, 1, False, lambda _: 1.0),
-    "mv_softmax": Functor(_mv_softmax, 1, True, lambda k: (1 + k[0]).abs().clamp_min(1)),
-    "curricular": Functor(_curricular, 1, True, lambda k: 2 + k[0].abs()),
-    "arc_negative": Functor(_arc_negative, 2, True, lambda k: k[0].abs()),
+# compiled into the tile kernels; None: the identity, which costs no instruction
+FUNCTORS: dict[str, JITFunction | None] = {
+    "identity": None,
+    "airface": _airface,
+    "interclass_filter": _interclass_filter,
+    "mv_softmax": _mv_softmax,
+    "curricular": _curricular,
+    "arc_negative": _arc_negative,
 }
 
 
 class Transform(NamedTuple):
-    """One of :data:`FUNCTORS` with its operands."""
+    """Holds one of :data:`FUNCTORS` with its operands."""
 
     apply: JITFunction | None
     operands: tuple[Tensor | None, Tensor | None]  # row parameter (N,), constants (K,)
@@ -99,28 +91,17 @@ class Transform(NamedTuple):
         rows: int,
         has_bias: bool,
     ) -> "Transform":
-        """Raises ValueError where the operands are not the transform's."""
-        if name not in FUNCTORS:
-            raise ValueError(
-                f"transform: the triton backend knows {', '.join(FUNCTORS)}, got {name!r}"
-            )
-        functor = FUNCTORS[name]
-        given = 0 if constants is None else constants.numel()
-        if given != functor.constants:
-            raise ValueError(
-                f"constants: expected {functor.constants} for the transform {name!r}, got {given}"
-            )
-        if functor.apply is not None and has_bias:
-            raise ValueError(f"bias: expected none with the transform {name!r}")
-        if row_parameter is not None and row_parameter.numel() != rows:
-            raise ValueError(
-                f"row_parameter: expected (N,) = {rows}, got {tuple(row_parameter.shape)}"
-            )
-        if row_parameter is None and functor.per_row:
-            raise ValueError(f"row_parameter: expected (N,) for the transform {name!r}, got none")
-        if not functor.constants:
-            constants = None
-        if not functor.per_row:
-            row_parameter = None
-        operands = tuple(t if t is None else t.contiguous() for t in (row_parameter, constants))
-        return cls(functor.apply, operands, functor.steepest(constants))
+        """Checks the operands, and returns them with the functor of this name.
+
+        Raises:
+            ValueError: the operands are not the transform's.
+        """
+        _, row_parameter, constants = definitions.checked(
+            "triton", name, row_parameter, constants, rows=rows, has_bias=has_bias
+        )
+        steepest = definitions.TRANSFORMS[name].steepest_slope(constants)
+        operands = (
+            None if row_parameter is None else row_parameter.contiguous(),
+            None if constants is None else constants.contiguous(),
+        )
+        return cls(FUNCTORS[name], operands, steepest)
