@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The toy of the ArcFace paper: ten classes, two dimensions, so that the embedding can be seen."""
+"""Trains the toy of the ArcFace paper: ten classes in two dimensions, where one can see them."""
 
 from typing import NamedTuple
 
@@ -18,14 +18,14 @@ BATCH_SIZE, STEPS, SHOWN = 100, 400, 800
 
 
 class Toy(NamedTuple):
-    """A trained head and what it has made of images, augmented as in training."""
+    """Holds the weights of a trained head, and embeddings of augmented images."""
 
     embeddings: Tensor  # (SHOWN, 2)
     labels: Tensor  # (SHOWN,)
     weight: Tensor  # (10, 2)
 
     def degrees(self) -> Tensor:
-        """Angle between each embedding and its class, (SHOWN,)."""
+        """Returns the angle between each embedding and its class, (SHOWN,)."""
         cosine = F.cosine_similarity(self.embeddings, self.weight[self.labels])
         return cosine.clamp(-1, 1).acos().rad2deg()
 
@@ -38,7 +38,7 @@ HEADS = {
 
 
 def backbone() -> nn.Module:
-    """(M, 1, 32, 32) -> (M, 2)."""
+    """Builds a small CNN, (M, 1, 32, 32) -> (M, 2)."""
     return nn.Sequential(
         nn.PixelUnshuffle(2),
         *model.conv(4, 16),
@@ -52,17 +52,17 @@ def backbone() -> nn.Module:
 
 
 def glyphs() -> Tensor:
-    """The ten characters in eight faces, (10, 8, 32, 32)."""
+    """Loads the ten characters in eight faces, (10, 8, 32, 32)."""
     characters, _, images = data.load()
     return images[[characters.index(glyph) for glyph in GLYPHS]]
 
 
 def train() -> dict[str, Toy]:
-    """A network and a head of each kind, from the same initial weights and on the same batches."""
+    """Trains a network with each head, from the same initial weights and on the same batches."""
     faces = glyphs()
     images = faces.flatten(0, 1)[:, None]
     labels = torch.arange(len(GLYPHS)).repeat_interleave(faces.shape[1])
-    # several times, because an epoch has to fill some batches
+    # repeated, because an epoch has to fill some batches
     images, labels = images.repeat(10, 1, 1, 1), labels.repeat(10)
     toys = {}
     for name, settings in HEADS.items():

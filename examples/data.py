@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Han characters as identities, typefaces as their photographs: loading, splitting, augmenting."""
+"""Loads, splits and augments the data: Han characters as identities, typefaces as photographs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor
 
 DATA = Path(__file__).parent / "hanzi" / "hanzi.npz"
 
-# trained on print, verified on handwriting. Whole designs are held out, with all of their weights:
-# the bold of a design seen in training would be no unseen typeface
+# Training sees print, verification handwriting. Whole designs are held out, with all their weights:
+# the bold face of a design that training has seen would not be unseen.
 TRAIN_DESIGNS = ("Noto Sans", "Noto Serif")
 GALLERY_DESIGN = "WenKai"
 PROBE_DESIGN = "Seto"
@@ -22,7 +22,7 @@ TEST_CHARACTERS = 2000
 
 
 class Split(NamedTuple):
-    """Training and verification share neither a character nor a typeface design."""
+    """Holds images for training and for verification, which share no character and no design."""
 
     images: Tensor  # (M, 1, 32, 32) uint8, 1 is ink
     labels: Tensor  # (M,) int64 in [0, num_classes)
@@ -32,7 +32,7 @@ class Split(NamedTuple):
 
 
 def load(path: Path = DATA) -> tuple[list[str], list[str], Tensor]:
-    """Characters, face names and their images (characters, faces, 32, 32), uint8 of 0 and 1."""
+    """Returns characters, names of faces and bits (characters, faces, 32, 32) in uint8."""
     with np.load(path) as file:
         bits = np.unpackbits(file["bitmaps"], axis=-1)
         characters, faces = file["characters"].tolist(), file["faces"].tolist()
@@ -60,12 +60,12 @@ def split(faces: list[str], images: Tensor) -> Split:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """(M, 1, 32, 32) bits as floats in channels_last, ink 1 and paper -1."""
+    """Turns bits (M, 1, 32, 32) into floats in channels_last, ink 1 and paper -1."""
     return images.float().mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Another hand and camera: a random affine map and grain for each image of (M, 1, 32, 32)."""
+    """Imitates another hand and camera: a random affine map and grain for each (1, 32, 32)."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(images), generator=generator)
@@ -94,9 +94,10 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields ``steps`` augmented batches (inputs, labels), each epoch in a new order.
 
-    ``together`` neighbours are always drawn together: all images of a character with their number.
+    ``together`` neighbours are always drawn together. With the number of images of a character, a
+    batch holds whole characters.
     """
-    batches_per_epoch = len(labels) // batch_size  # the few left over are others in each epoch
+    batches_per_epoch = len(labels) // batch_size  # each epoch leaves out a few others
     for step in range(steps):
         at = step % batches_per_epoch
         if at == 0:

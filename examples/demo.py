@@ -36,7 +36,7 @@ CHECKPOINTS = 10
 
 
 class Trained(NamedTuple):
-    """The network, the head with the class weights, and the pictures' and table's material."""
+    """Holds a trained network and head, and what pictures and table show of them."""
 
     backbone: nn.Module
     head: MarginSoftmaxHead
@@ -45,6 +45,7 @@ class Trained(NamedTuple):
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--head", choices=HEADS, default="fused", help="trained with")
     parser.add_argument("--backend", choices=("auto", *backend_report()), default="auto",
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, split: data.Split, pairs: evaluate.Pairs) -> Trained:
+    """Trains network and head, and judges the network before, during and after."""
     torch.manual_seed(args.seed)
     backbone = model.backbone().to(memory_format=torch.channels_last)
     head = HEADS[args.head](
@@ -94,7 +96,7 @@ def train(args: argparse.Namespace, split: data.Split, pairs: evaluate.Pairs) ->
 
 
 def head_operands(trained: Trained, split: data.Split) -> measure.Operands:
-    """One more training batch, embedded, and the trained class weights."""
+    """Embeds one more training batch, for a step of the trained head."""
     images, labels = next(
         data.batches(split.images, split.labels, BATCH_SIZE, 1, torch.Generator().manual_seed(0))
     )
@@ -105,6 +107,7 @@ def head_operands(trained: Trained, split: data.Split) -> measure.Operands:
 
 
 def print_table(args: argparse.Namespace, trained: Trained, operands: measure.Operands) -> None:
+    """Prints what training has reached, and time and memory of both heads."""
     milliseconds, mebibytes = measure.milliseconds(operands), measure.peak_mib(operands)
     (ten_fold_0, all_0), (ten_fold, all_pairs) = trained.results.before, trained.results.after
     (n, d), c = operands.x.shape, len(operands.w)

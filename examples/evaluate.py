@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Verification and identification of unseen characters, as face recognition measures it.
+"""Verifies and identifies unseen characters, as face recognition measures it.
 
-Every comparison is between two designs: one image is of the gallery design, the other of the probe
+Every comparison is between two designs: one image has the gallery design, the other the probe
 design.
 """
 
@@ -22,7 +22,7 @@ FAR_GRID = torch.logspace(-5, 0, 101, dtype=torch.float64)
 
 
 class Pairs(NamedTuple):
-    """The 6,000 pairs of the 10-fold protocol; the folds share no character."""
+    """Holds the 6,000 pairs of the 10-fold protocol; the folds share no character."""
 
     gallery_face: Tensor  # (10, 600) int64
     probe_face: Tensor  # (10, 600)
@@ -32,6 +32,8 @@ class Pairs(NamedTuple):
 
 
 class TenFold(NamedTuple):
+    """Holds what the 10-fold protocol finds."""
+
     accuracy: float  # mean over the folds, each judged by the threshold best on the other nine
     deviation: float  # standard deviation over the folds
     threshold: float  # mean of the ten
@@ -39,23 +41,23 @@ class TenFold(NamedTuple):
 
 
 class AllPairs(NamedTuple):
-    """Over all pairs of gallery and probe images: thousands genuine, millions impostor."""
+    """Holds what all pairs of gallery and probe show: thousands genuine, millions impostor."""
 
     auc: float
     roc: Tensor  # (101,) true accept rates at FAR_GRID
-    tar: float  # the one at a false accept rate of 1e-3
+    tar: float  # the true accept rate at a false accept rate of 1e-3
     rank1: float  # fraction of probes whose nearest gallery image is of their own character
 
 
 def draw_pairs(split: Split) -> Pairs:
-    """The same pairs in every run; no pair occurs twice."""
+    """Draws the pairs, the same in every run; no pair occurs twice."""
     generator = torch.Generator().manual_seed(0)
     gallery_faces, characters = split.gallery.shape[:2]
     probe_faces = split.probe.shape[0]
     folds = torch.randperm(characters, generator=generator).view(FOLDS, -1)
     size = folds.shape[1]
-    # a pair within a fold is one number, of the digits gallery face, probe face, character and
-    # offset from it to the other character, which is 0 for a genuine pair
+    # A pair within a fold is one number. Its digits are gallery face, probe face, character, and
+    # the offset from it to the other character, which is 0 for a genuine pair.
     genuine = torch.arange(gallery_faces * probe_faces * size) * size
     impostor = torch.arange(gallery_faces * probe_faces * size * size)
     impostor = impostor[impostor % size != 0]
@@ -77,7 +79,7 @@ def draw_pairs(split: Split) -> Pairs:
 
 @torch.inference_mode()
 def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """Unit embeddings (faces, characters, D) of images (faces, characters, 32, 32)."""
+    """Returns unit embeddings (faces, characters, D) of images (faces, characters, 32, 32)."""
     training = model.training
     model.eval()
     parts = [run(model, to_input(part[:, None])) for part in images.flatten(0, 1).split(1000)]
@@ -86,7 +88,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def ten_fold(gallery: Tensor, probe: Tensor, pairs: Pairs) -> TenFold:
-    """Accuracy on the 6,000 pairs; embeddings are (faces, characters, D)."""
+    """Judges the 6,000 pairs; embeddings are (faces, characters, D)."""
     left = gallery[pairs.gallery_face, pairs.gallery_character]
     right = probe[pairs.probe_face, pairs.probe_character]
     cosine = (left * right).sum(-1)
@@ -100,7 +102,7 @@ def ten_fold(gallery: Tensor, probe: Tensor, pairs: Pairs) -> TenFold:
 
 
 def all_pairs(gallery: Tensor, probe: Tensor) -> AllPairs:
-    """Every gallery image against every probe image; embeddings are (faces, characters, D)."""
+    """Compares each gallery image with each probe image; embeddings are (faces, characters, D)."""
     scores = torch.einsum("gid,pjd->gpij", gallery, probe)
     own = torch.eye(scores.shape[-1], dtype=torch.bool).expand_as(scores)
     genuine, impostor = scores[own], scores[~own].sort().values
@@ -116,10 +118,11 @@ def all_pairs(gallery: Tensor, probe: Tensor) -> AllPairs:
 
 
 def embed_both(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Embeddings of the gallery and of the probe images."""
+    """Embeds the gallery and the probe images."""
     return embed(model, split.gallery), embed(model, split.probe)
 
 
 def judge(model: nn.Module, split: Split, pairs: Pairs) -> tuple[TenFold, AllPairs]:
+    """Judges a network by both protocols."""
     gallery, probe = embed_both(model, split)
     return ten_fold(gallery, probe, pairs), all_pairs(gallery, probe)

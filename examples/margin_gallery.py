@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Pictures of the losses: docs/margins.png, docs/adacos.png and docs/circle.png.
+"""Draws the losses: docs/margins.png, docs/adacos.png and docs/circle.png.
 
 python examples/margin_gallery.py   # a minute or two; the library computes every curve
 """
@@ -35,7 +35,7 @@ plt.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.ri
 
 
 def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
-    """What stands in place of the target's cosine at each angle."""
+    """Returns what takes the place of the target's cosine, at each angle."""
     ones = torch.ones_like(THETA)
     rows = mk.Rows(torch.zeros(len(THETA), dtype=torch.int64), x_norm * ones, ones, None)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
 
 
 def others(margin: nn.Module) -> Tensor:
-    """What stands in place of another class's cosine at each angle, for one angle to the target."""
+    """Returns what takes the place of another class's cosine, for one angle to the target."""
     ones = torch.ones(1, dtype=torch.float64)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
     c = ones * math.cos(SEEN_FROM) if margin.needs_target_first else None
@@ -53,25 +53,26 @@ def others(margin: nn.Module) -> Tensor:
 
 
 def curricular_face(t: float) -> mk.CurricularFace:
-    """As it is when the average of the target cosines has come to t."""
+    """Returns the margin once the average of the target cosines has come to t."""
     margin = mk.CurricularFace()
     margin.t.fill_(t)
     return margin
 
 
 def ada_face() -> mk.AdaFace:
-    """As it is when the norms have come to 20 on average, with a standard deviation of 2."""
+    """Returns the margin once norms have the mean 20 and the standard deviation 2."""
     margin = mk.AdaFace()
     margin.batch_std.fill_(2)
     return margin
 
 
 def annealed(margin: type, m: int, weight: float) -> nn.Module:
+    """Returns the margin once its annealing has come to the weight lambda."""
     return margin(m, base=0, low=weight)
 
 
 def panels() -> dict[str, dict[str, Tensor]]:
-    """Curves by panel and label; the labels of other classes' curves begin with "others"."""
+    """Computes curves by panel and label. Labels of other classes' curves begin with "others"."""
     arcs = {branch: target(mk.ArcFace(branch=branch)) for branch in
             ("none", "easy", "keep", "hard", "continuous", "monotone")}  # fmt: skip
     return {
@@ -134,6 +135,7 @@ def panels() -> dict[str, dict[str, Tensor]]:
 
 
 def draw_margins(path: Path) -> None:
+    """Draws one panel for each margin."""
     figure, axes = plt.subplots(4, 4, figsize=(14, 12.4), layout="constrained", sharex=True)
     for panel, (title, curves) in zip(axes.flat, panels().items(), strict=True):
         draw_curves(panel, curves)
@@ -152,7 +154,7 @@ def draw_margins(path: Path) -> None:
 
 
 def draw_curves(axes: Axes, curves: dict[str, Tensor]) -> None:
-    """Each where it differs from the first, and broad if a later one lies on it."""
+    """Draws each curve where it differs from the first, and broad if a later one lies on it."""
     axes.plot(THETA.rad2deg(), THETA.cos(), color=PLAIN, linewidth=6)
     first, *rest = curves.values()
     shown = [first, *(c.masked_fill((c - first).abs() < 1e-9, math.nan) for c in rest)]
@@ -168,19 +170,19 @@ def draw_curves(axes: Axes, curves: dict[str, Tensor]) -> None:
 
 
 def broken_at_jumps(curve: Tensor) -> Tensor:
-    """With a gap where one branch ends elsewhere than the next begins."""
+    """Leaves a gap where one branch ends elsewhere than the next begins."""
     steps = curve.diff().abs()
     gaps = steps > 8 * steps.nanmedian().clamp_min(1e-3)
     return curve.masked_fill(torch.cat([gaps, gaps.new_zeros(1)]), math.nan)
 
 
 def probability(margin: nn.Module, scale: float, num_classes: int) -> Tensor:
-    """P of the target at each angle, with all other classes at 90 degrees."""
+    """Returns the target's probability at each angle, with all other classes at 90 degrees."""
     return torch.sigmoid(scale * target(margin) - math.log(num_classes - 1))
 
 
 def draw_adacos(path: Path) -> None:
-    """The curves with which the AdaCos paper argues: what scale and margin do to P(theta)."""
+    """Draws what scale and margin do to the target's probability, as the AdaCos paper does."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", sharey=True)
     classes, scale = 100_000, 32.0
     left, middle, right = axes
@@ -204,6 +206,7 @@ def draw_adacos(path: Path) -> None:
 
 
 def curve(axes: Axes, p: Tensor, label: str, bold: bool = False) -> None:
+    """Draws one curve of probabilities."""
     color = COLORS[len(axes.get_lines()) % len(COLORS)]
     axes.plot(THETA.rad2deg(), p, label=label, color=color, linewidth=3 if bold else 1.6)
     axes.set(xlim=(0, 180), xticks=range(0, 181, 45), xlabel="angle, degrees", ylim=(0, 1.02))
@@ -212,7 +215,7 @@ def curve(axes: Axes, p: Tensor, label: str, bold: bool = False) -> None:
 
 
 def draw_circle(path: Path) -> None:
-    """Embeddings of Softmax as they are; the others on the circle, where alone they count."""
+    """Draws the embeddings of Softmax as they are, those of normalised heads on the circle."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 5.4), layout="constrained")
     toys, ink = circle.train(), circle.glyphs()[:, 0]
     for panel, (name, toy) in zip(axes, toys.items(), strict=True):
@@ -225,6 +228,7 @@ def draw_circle(path: Path) -> None:
 
 
 def draw_toy(axes: Axes, toy: circle.Toy, ink: Tensor, is_normalised: bool) -> None:
+    """Draws embeddings, class weights and characters."""
     generator = torch.Generator().manual_seed(0)
     points = toy.embeddings
     if is_normalised:  # a ring instead of a line, to see how many there are
@@ -245,7 +249,7 @@ def draw_toy(axes: Axes, toy: circle.Toy, ink: Tensor, is_normalised: bool) -> N
 
 
 def save(figure: Figure, path: Path) -> None:
-    """With a palette, which halves the file."""
+    """Saves a picture with a palette, which halves the file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     plt.close(figure)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Time and memory of the head alone, fused and plain, on the same embeddings and weights."""
+"""Measures time and memory of the head alone, fused and plain, on the same operands."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ROUNDS = 30
 
 
 class Operands(NamedTuple):
-    """What a head gets in one step."""
+    """Holds what a head gets in one step."""
 
     x: Tensor  # (N, D) embeddings
     w: Tensor  # (C, D) class weights
@@ -34,7 +34,7 @@ class Operands(NamedTuple):
 
 
 def step(head: str, operands: Operands) -> None:
-    """Forward and backward of the head, as in training: gradients for embeddings and weights."""
+    """Runs the head forward and backward, with gradients for embeddings and weights."""
     x, w, y, margin, scale, backend = operands
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     settings = {"margin": ArcFace(margin), "scale": scale}
@@ -46,7 +46,7 @@ def step(head: str, operands: Operands) -> None:
 
 
 def milliseconds(operands: Operands) -> dict[str, float]:
-    """Median time of a step of each head; they take turns, so that both meet the same machine."""
+    """Returns the median time of a step of each head. They take turns on the same machine."""
     times = {head: [] for head in HEADS}
     for _ in range(ROUNDS):
         for head in HEADS:
@@ -57,7 +57,7 @@ def milliseconds(operands: Operands) -> dict[str, float]:
 
 
 def peak_mib(operands: Operands) -> dict[str, float]:
-    """Peak memory of a step of each head beyond x, w and their gradients, in MiB.
+    """Returns the peak memory of a step of each head beyond x, w and their gradients, in MiB.
 
     Each head runs in a fresh process, where nothing freed earlier can hide what it needs, and large
     blocks go back to the system when freed. The process resets the kernel's record of its peak
@@ -81,12 +81,13 @@ def peak_mib(operands: Operands) -> dict[str, float]:
 
 
 def resident_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
+    """Returns a field of the kernel's record of this process: VmRSS is now, VmHWM the peak."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def peak_in_this_process(head: str, operands: Operands) -> float:
-    # a few rows and classes first: code is loaded and threads are started before the count begins
+    """Measures one head; see :func:`peak_mib`."""
+    # a few rows and classes load the code and start the threads before the count begins
     step(head, operands._replace(x=operands.x[:8], w=operands.w[:64], y=operands.y[:8] % 64))
     before = resident_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

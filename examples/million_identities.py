@@ -2,9 +2,9 @@
 # Copyright (c) 2026 The marginkernels authors
 """Trains a classifier of a million identities, and lets plain PyTorch try the same.
 
-Identities are synthetic: random centres, seen through noise. A small network embeds the views, the
-head has one row of 512 numbers per identity. Both heads take the same steps, each in its turn, and
-the plain one may use half as much memory again as this one did.
+Identities are synthetic: random centres, seen through noise. A small network embeds the views, and
+the head has one row of 512 numbers for each identity. Both heads take the same steps, one after the
+other, and the plain head may use half as much memory again as this one did.
 
     python examples/million_identities.py                                     # a million, 20 steps
     python examples/million_identities.py --classes 10000 --steps 300 --repeat 0
@@ -37,7 +37,7 @@ from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
 from marginkernels.distributed.shard import local
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
-NOISE = 0.5  # standard deviation of a view around its centre, whose own is 1
+NOISE = 0.5  # standard deviation of a view around its centre; that of the centres is 1
 MARGIN, SCALE = 0.5, 64.0
 BACKBONE_RATE, HEAD_RATE = 0.003, 0.05
 HEADROOM = 1.5  # of address space, for the plain head
@@ -46,7 +46,6 @@ INIT_BLOCK = 4096  # classes whose weights are drawn from one generator
 PLOT = Path(__file__).parents[1] / "docs" / "million.png"
 PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
 PLOT_LIMIT = 14.0  # GiB of address space, for either head
-BLUE, GREY, RED = "#1864ab", "#868e96", "#c92a2a"
 
 DEVICE, PEAK, LIMITED = torch.device("cpu"), "peak RSS", "address space (RLIMIT_AS)"
 if torch.cuda.is_available():
@@ -58,20 +57,20 @@ say = functools.partial(print, flush=True)
 
 
 class Run(NamedTuple):
-    """What became of the steps of one head."""
+    """Holds what the steps of one head took and came to."""
 
     losses: list[float]
     seconds: float  # of a step: the median, without the first
-    processor_seconds: float  # likewise, of all threads together
+    processor_seconds: float  # the same of all threads together
     peaks: list[int]  # bytes resident, or allocated on the GPU, of each rank
     reserved: int  # bytes of address space, or reserved on the GPU, at most, of all ranks together
 
 
 class Identities:
-    """Views of identities whose centres are computed when looked at: a million take no memory.
+    """Draws views of identities. Their centres are computed when needed, and take no memory.
 
-    The centre of identity j are random Fourier features of the number j, cos(2 pi (a_k j + b_k)):
-    as good as independent from one identity to the next.
+    The centre of identity j consists of random Fourier features of the number j,
+    cos(2 pi (a_k j + b_k)), which are as good as independent from one identity to the next.
     """
 
     def __init__(self, num_classes: int, seed: int):
@@ -80,12 +79,12 @@ class Identities:
         self.a, self.b = torch.rand(2, VIEW_SIZE, generator=generator, dtype=torch.float64)
 
     def centres(self, labels: Tensor) -> Tensor:
-        """(N, 128), each number of variance 1."""
+        """Returns the centres (N, 128), each number of variance 1."""
         turns = labels[:, None] * self.a + self.b
         return (math.sqrt(2) * torch.cos(2 * math.pi * turns)).float()
 
     def batch(self, index: int, size: int) -> tuple[Tensor, Tensor]:
-        """Views (size, 128) and labels (size,), the same for the same index."""
+        """Returns views (size, 128) and labels (size,), the same for the same index."""
         generator = torch.Generator().manual_seed(self.seed + 1 + index)
         labels = torch.randint(self.num_classes, (size,), generator=generator)
         noise = torch.randn(size, VIEW_SIZE, generator=generator)
@@ -93,6 +92,7 @@ class Identities:
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,6 +112,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
+    """Builds a head, whose classes the ranks of a group split."""
     settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend, device=DEVICE)
     if dist.is_initialized():
         settings["process_group"] = dist.group.WORLD
@@ -121,7 +122,7 @@ def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
 
 
 def initialise(weight: Tensor, start: int, seed: int) -> None:
-    """The rows of the classes from ``start`` on: N(0, 0.01^2), the same whoever holds them."""
+    """Fills the rows of the classes from ``start`` on: N(0, 0.01^2), the same on any split."""
     stop = start + len(weight)
     for first in range(start // INIT_BLOCK * INIT_BLOCK, stop, INIT_BLOCK):
         generator = torch.Generator().manual_seed((seed << 32) + first)
@@ -131,8 +132,9 @@ def initialise(weight: Tensor, start: int, seed: int) -> None:
 
 
 def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], None]) -> Run:
-    """Takes the steps with a head, and measures them; under torchrun, with the ranks' parts of the
-    head and of each batch.
+    """Takes the steps with a head, and measures them.
+
+    Under torchrun each rank has its part of the head and of each batch.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
@@ -175,14 +177,14 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
 
 
 def peak_and_reserved() -> tuple[int, int]:
-    """See :class:`Run`."""
+    """Returns the peak and the reserved bytes that :class:`Run` describes."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return tuple(1024 * measure.resident_kib(field) for field in ("VmHWM", "VmPeak"))
 
 
 def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run | str:
-    """:func:`train` in a fresh process with so many bytes, or why it came to nothing."""
+    """Trains in a fresh process with so many bytes, or returns why that was not enough."""
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--child", kind, "--limit", str(limit),
@@ -191,7 +193,7 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
         command += [f"--{name}", str(getattr(args, name))]
     distributed = ("RANK", "WORLD", "LOCAL", "MASTER", "GROUP", "ROLE", "TORCHELASTIC")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(distributed)}
-    environment["OMP_WAIT_POLICY"] = "passive"  # waiting is no work
+    environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait are not counted as busy
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads() * int(os.getenv("WORLD_SIZE", 1)))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
@@ -205,6 +207,7 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
 
 
 def child(args: argparse.Namespace) -> None:
+    """Trains within the limit, and prints the :class:`Run` as JSON."""
     if DEVICE.type == "cuda":
         memory = torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.limit / memory))
@@ -215,10 +218,12 @@ def child(args: argparse.Namespace) -> None:
 
 
 def gib(nbytes: float) -> str:
+    """Writes bytes in GiB."""
     return f"{nbytes / 2**30:.2f} GiB"
 
 
 def print_summary(args: argparse.Namespace, fused: Run) -> None:
+    """Prints what this head took and came to."""
     floor = gib(12 * args.classes * EMBEDDING_SIZE)
     say(f"""
 {args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}; weights, their gradient and \
@@ -229,6 +234,7 @@ this head      loss {fused.losses[0]:.3f} -> {fused.losses[-1]:.3f} in {len(fuse
 
 
 def print_plain(fused: Run, plain: Run | str, limit: int) -> None:
+    """Prints what the plain head did with the limit."""
     allowed = f"in {gib(limit)} of {LIMITED}, {HEADROOM:g} times what this head's processes had"
     if isinstance(plain, str):
         say(f"plain PyTorch  does not run {allowed}:\n               {plain}")
@@ -242,54 +248,32 @@ def print_plain(fused: Run, plain: Run | str, limit: int) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    """docs/million.png: time and memory of a step against classes, each run in its own process."""
-    results = {kind: {} for kind in HEADS}
-    for classes in PLOT_CLASSES:
-        for kind in HEADS:
-            shape = argparse.Namespace(**(vars(args) | {"classes": classes}))
-            steps = min(30, 3 + 300_000 // classes)
-            run = in_child(kind, shape, steps, int(PLOT_LIMIT * 2**30))
-            results[kind][classes] = run
-            text = (
-                run
-                if isinstance(run, str)
-                else (
-                    f"{run.seconds:.3f} s, {run.processor_seconds:.3f} s of processors, "
-                    f"{gib(run.peaks[0])}"
-                )
-            )
-            say(f"{classes:>9,} {kind:>6}  {text}")
-    draw(args, results)
+    """Draws docs/million.png: time and memory of a step, each run in a process of its own."""
+    import plots
 
-
-def draw(args: argparse.Namespace, results: dict[str, dict[int, Run | str]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for kind, label, color in (("fused", "marginkernels", BLUE), ("torch", "plain PyTorch", GREY)):
-        runs = {c: run for c, run in results[kind].items() if isinstance(run, Run)}
-        style = dict(color=color, marker="o", markersize=4, linewidth=2, label=label)
-        left.plot(list(runs), [run.processor_seconds for run in runs.values()], **style)
-        right.plot(list(runs), [run.peaks[0] / 2**30 for run in runs.values()], **style)
-        stopped = [c for c in results[kind] if c not in runs]
-        if stopped:
-            label = f"{label}, stopped at {PLOT_LIMIT:g} GiB"
-            right.plot(stopped, [PLOT_LIMIT] * len(stopped), "x", color=RED, label=label)
-    floor = [12 * c * EMBEDDING_SIZE / 2**30 for c in PLOT_CLASSES]
-    right.plot(PLOT_CLASSES, floor, ":", color="black", label="weights, gradient, momentum")
-    left.set(xscale="log", yscale="log", xlabel="identities", ylabel="processor seconds")
-    left.set_title(f"A training step, batch {args.batch}, all threads together")
-    right.set(xscale="log", yscale="log", xlabel="identities", ylabel="GiB")
-    right.set_title("Peak resident memory of the process")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.savefig(PLOT, dpi=130)
+    heads = []
+    for kind, label in (("fused", "marginkernels"), ("torch", "plain PyTorch")):
+        runs = {classes: plotted_run(kind, args, classes) for classes in PLOT_CLASSES}
+        done = {classes: run for classes, run in runs.items() if isinstance(run, Run)}
+        seconds = {classes: run.processor_seconds for classes, run in done.items()}
+        peaks = {classes: run.peaks[0] for classes, run in done.items()}
+        heads.append(plots.Growth(label, seconds, peaks, [c for c in runs if c not in done]))
+    floor = {classes: 12 * classes * EMBEDDING_SIZE for classes in PLOT_CLASSES}
+    title = f"A training step, batch {args.batch}, all threads together"
+    plots.draw_growth(PLOT, heads, floor, PLOT_LIMIT, title)
     say(f"wrote {PLOT}")
+
+
+def plotted_run(kind: str, args: argparse.Namespace, classes: int) -> Run | str:
+    """Takes a few steps with so many classes, and prints what they took."""
+    shape = argparse.Namespace(**(vars(args) | {"classes": classes}))
+    run = in_child(kind, shape, min(30, 3 + 300_000 // classes), int(PLOT_LIMIT * 2**30))
+    text = run
+    if isinstance(run, Run):
+        processors = f"{run.processor_seconds:.3f} s of processors"
+        text = f"{run.seconds:.3f} s, {processors}, {gib(run.peaks[0])}"
+    say(f"{classes:>9,} {kind:>6}  {text}")
+    return run
 
 
 def main() -> None:

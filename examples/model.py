@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The backbone of the demo: a small residual CNN, 32 x 32 pixels to an embedding."""
+"""Defines the backbone of the demo: a small residual CNN, 32 x 32 pixels to an embedding."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ EMBEDDING_SIZE = 128
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
+    """Puts two 3 x 3 convolutions around a shortcut."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -20,10 +20,12 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns a map of the same shape."""
         return (x + self.body(x)).relu()
 
 
 def conv(inputs: int, outputs: int, size: int = 3) -> list[nn.Module]:
+    """Lists a convolution, its normalisation and its activation."""
     return [
         nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -32,7 +34,7 @@ def conv(inputs: int, outputs: int, size: int = 3) -> list[nn.Module]:
 
 
 def backbone() -> nn.Sequential:
-    """(M, 1, 32, 32) -> (M, 128)."""
+    """Builds the network, (M, 1, 32, 32) -> (M, 128)."""
     return nn.Sequential(
         # unshuffle and pool, no strides: the backward of a strided convolution is slow on CPUs
         nn.PixelUnshuffle(2),
@@ -51,7 +53,7 @@ def backbone() -> nn.Sequential:
 
 
 def run(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The embeddings (M, 128) in fp32; the model computes in bf16 where the processor can."""
+    """Returns embeddings (M, 128) in fp32, computed in bf16 where the processor can."""
     mkldnn = torch.backends.mkldnn.is_available()
     bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

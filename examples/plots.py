@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The pictures of the demo: sample pairs, training curve, ROC, and all three in one."""
+"""Draws the pictures of the demo and of the example of a million identities."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
 
 
 class History(NamedTuple):
-    """What the training curve shows."""
+    """Holds what the training curve shows."""
 
     losses: list[float]  # one per step
     checkpoints: list[int]  # steps after which the accuracy was measured
@@ -33,7 +33,7 @@ class History(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All that the pictures and the table show."""
+    """Holds all that the pictures and the table show."""
 
     history: History
     before: tuple[TenFold, AllPairs]
@@ -41,7 +41,7 @@ class Results(NamedTuple):
 
 
 def write(folder: Path, split: Split, pairs: Pairs, results: Results) -> list[Path]:
-    """pairs.png, training.png, roc.png and summary.png."""
+    """Writes pairs.png, training.png, roc.png, and summary.png with all three."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in ("pairs", "training", "roc", "summary")]
 
@@ -68,7 +68,7 @@ def write(folder: Path, split: Split, pairs: Pairs, results: Results) -> list[Pa
 
 
 def draw_samples(axes: Axes, split: Split, pairs: Pairs, result: TenFold) -> None:
-    """Rows of pairs: random and hardest ones of the same and of different characters."""
+    """Draws rows of pairs, random and hardest, of the same and of different characters."""
     genuine, impostor = (torch.nonzero(pairs.same == same) for same in (True, False))
     rows = {
         "same,\nrandom": shuffled(genuine),
@@ -92,12 +92,12 @@ def draw_samples(axes: Axes, split: Split, pairs: Pairs, result: TenFold) -> Non
 
 
 def shuffled(indices: Tensor) -> Tensor:
-    """(M, 2) indices (fold, pair) in a random order, the same in each run."""
+    """Returns indices (M, 2) of (fold, pair) in a random order, the same in each run."""
     return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
 
 
 def hardest(indices: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
-    """Indices (fold, pair), lowest key first, one per pair of characters whatever the typefaces."""
+    """Returns indices (fold, pair), lowest key first, one for each pair of characters."""
     fold, pair = indices[key[tuple(indices.T)].argsort()].T
     characters = zip(
         pairs.gallery_character[fold, pair].tolist(),
@@ -119,7 +119,7 @@ def draw_pair(
     column: int,
     top: float,
 ) -> None:
-    """One pair, gallery image on the left, and below it its cosine."""
+    """Draws a pair, gallery image on the left, with its cosine below."""
     left = split.gallery[pairs.gallery_face[at], pairs.gallery_character[at]]
     right = split.probe[pairs.probe_face[at], pairs.probe_character[at]]
     image = 1 - torch.cat([left, torch.zeros(32, 2), right], 1).numpy()
@@ -134,7 +134,7 @@ def draw_pair(
 
 
 def draw_training(axes: np.ndarray, results: Results) -> None:
-    """Loss above, verification accuracy below, against the step."""
+    """Draws the loss above and the verification accuracy below, against the step."""
     upper, lower = axes
     history = results.history
     losses = np.array(history.losses)
@@ -151,7 +151,7 @@ def draw_training(axes: np.ndarray, results: Results) -> None:
 
 
 def draw_roc(axes: Axes, results: Results) -> None:
-    """True against false accept rate, the latter on a log scale, before and after training."""
+    """Draws the true against the false accept rate, before and after training."""
     for name, (_, all_pairs), color in (
         ("untrained", results.before, BEFORE),
         ("trained", results.after, ACCENT),
@@ -163,3 +163,41 @@ def draw_roc(axes: Axes, results: Results) -> None:
     axes.set(xlabel="false accept rate", ylabel="true accept rate", title="Verification ROC")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+
+
+class Growth(NamedTuple):
+    """Holds time and memory of a step for one head, by the number of classes."""
+
+    label: str
+    processor_seconds: dict[int, float]
+    peaks: dict[int, int]  # bytes
+    stopped: list[int]  # numbers of classes at which the head ran out of memory
+
+
+def draw_growth(
+    path: Path, heads: list[Growth], floor: dict[int, int], limit: float, title: str
+) -> None:
+    """Draws time and memory of a step against the number of classes.
+
+    Args:
+        floor: bytes that no head can do without, by the number of classes.
+        limit: GiB that the heads may use.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for head, color in zip(heads, (ACCENT, BEFORE), strict=True):
+        style = dict(color=color, marker="o", markersize=4, linewidth=2, label=head.label)
+        left.plot(list(head.processor_seconds), list(head.processor_seconds.values()), **style)
+        right.plot(list(head.peaks), [peak / 2**30 for peak in head.peaks.values()], **style)
+        if head.stopped:
+            label = f"{head.label}, stopped at {limit:g} GiB"
+            right.plot(head.stopped, [limit] * len(head.stopped), "x", color=WRONG, label=label)
+    label = "weights, gradient, momentum"
+    right.plot(list(floor), [b / 2**30 for b in floor.values()], ":", color="black", label=label)
+    left.set(xscale="log", yscale="log", xlabel="identities", ylabel="processor seconds")
+    left.set_title(title)
+    right.set(xscale="log", yscale="log", xlabel="identities", ylabel="GiB")
+    right.set_title("Peak resident memory of the process")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)

@@ -7,8 +7,8 @@
     python examples/study.py --steps 40 --seeds 1    # a quick look
 
 Each run is kept in examples/out/study as it ends: an interrupted study goes on where it was. A loss
-with other settings is trained anew; after a change of network, data or training remove that folder.
-The tables go to docs/study.md, those of a part of the study to examples/out/study.
+with other settings is trained anew. After a change of network, data or training remove that folder.
+The tables of the whole study go to docs/study.md, those of a part to examples/out/study.
 """
 
 import argparse
@@ -41,15 +41,15 @@ from marginkernels import (
 
 OUT = Path(__file__).parent / "out" / "study"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "study.md"
-READING = "## Reading\n"  # what follows it in the document is written by hand, and kept
+READING = "## Reading\n"  # the text below this heading is written by hand, and kept
 
 EPOCHS, SEEDS, BATCH_SIZE = 22, 3, 256
 METRICS = ("accuracy", "tar", "rank1")
 
 TRIPLET, TRIPLET_START = "N-Softmax, then triplet", "N-Softmax"
-# large batches of whole characters, because the hardest negatives in small ones are easy
+# large batches of whole characters, because the hardest negatives in small batches are easy
 TRIPLET_BATCH_SIZE, TRIPLET_RATE = 1024, 0.1 * training.BACKBONE_RATE
-TRIPLET_SHARE = 4  # sees a fourth of the images that a whole training sees
+TRIPLET_SHARE = 4  # the triplets see a fourth of the images that a whole training sees
 
 # differences between runs of one seed, which the reading is about
 COMPARED = (
@@ -66,16 +66,16 @@ COMPARED = (
 INTRODUCTION = """\
 # A study of the losses
 
-Written by `python examples/study.py`: the demo's network and data, the same {steps} steps of
-{batch_size} images, initial weights and batches for every loss; mean and standard deviation over
-{seeds}. Verification is of 2,000 characters and two handwritten designs that training never
-saw; all numbers are in percent.
+`make study` writes this page, in four hours of one core; an interrupted study goes on where it
+stopped. Every loss has the demo's network and data, and the same {steps} steps of {batch_size}
+images, initial weights and batches. The tables show mean and standard deviation over {seeds}, in
+percent. Verification is of 2,000 characters and two handwritten designs that training never saw.
 
 Learning rates, weight decay and clipping are those of the demo, and so is its ArcFace, whose scale
 is half and whose margin two fifths of what its authors use for faces. They were not chosen for any
-other loss, and there are no characters apart from those below that they could have been chosen on:
-the comparison leans towards ArcFace and its kin, by how much it cannot say. The losses with a scale
-of 64 in their papers have the same share of scale and margin; N-Softmax has that scale too.
+other loss, and there are no other characters on which they could have been. So the comparison leans
+towards ArcFace and its kin; by how much, it cannot say. The losses with a scale of 64 in their
+papers have the same share of scale and margin, and N-Softmax has that scale too.
 Softmax, SphereFace and AdaCos have the settings of their papers. AdaFace's averages of the norms
 move faster than published, because a short training has no time for 0.01. The triplet loss
 (hardest positive and negative in the batch, squared distances, margin 0.2) goes on from the network
@@ -84,14 +84,14 @@ of {start}, with {triplet_steps} steps of {triplet_batch_size} images at a tenth
 
 
 def criterion(name: str, num_classes: int) -> nn.Module:
-    """A fresh criterion, (embeddings, labels) -> loss."""
+    """Builds a fresh criterion, (embeddings, labels) -> loss."""
     if name == TRIPLET:
         return TripletLoss()
     return MarginSoftmaxHead(model.EMBEDDING_SIZE, num_classes, **head_settings(num_classes)[name])
 
 
 def head_settings(num_classes: int) -> dict[str, dict]:
-    """What is peculiar to the head of each loss, by its name."""
+    """Returns the settings of each loss's head, by its name."""
     scale = 32.0
     return {
         "Softmax": dict(margin=NSoftmax(), scale=1.0, normalize="none", bias=True),
@@ -112,6 +112,7 @@ LOSSES = (*head_settings(3), TRIPLET)
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, help=f"batches per run, instead of {EPOCHS} epochs")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each loss")
@@ -121,7 +122,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Study:
-    """Runs and remembers: results.jsonl has a line per run, and each run leaves its network."""
+    """Runs and remembers: results.jsonl has a line for each run, beside the run's network."""
 
     def __init__(self, steps: int | None):
         _, faces, images = data.load()
@@ -136,18 +137,20 @@ class Study:
 
     @staticmethod
     def key(record: dict) -> tuple:
-        """What tells runs apart."""
+        """Returns what tells runs apart."""
         return tuple(record[name] for name in ("loss", "settings", "steps", "seed"))
 
     def plan(self, name: str, seed: int) -> dict:
-        """A record before its results."""
+        """Returns the record of a run, without its results."""
         settings = " ".join(repr(criterion(name, self.split.num_classes)).split())
         return dict(loss=name, settings=settings, steps=self.steps, seed=seed)
 
     def result(self, name: str, seed: int) -> dict | None:
+        """Returns the record of a run that has ended."""
         return self.records.get(self.key(self.plan(name, seed)))
 
     def network(self, name: str, seed: int) -> Path:
+        """Names the file of a run's network."""
         letters = "".join(c if c.isalnum() else "-" for c in name.lower())
         return OUT / f"{letters}-{self.steps}-{seed}.pt"
 
@@ -184,7 +187,7 @@ class Study:
         self.records[self.key(record)] = record
 
     def tables(self, seeds: int) -> str:
-        """Of the losses, and of differences between them, as far as there are runs of the seeds."""
+        """Writes tables of the losses and of their differences, as far as their runs have ended."""
         metrics = {
             (name, seed): [record[metric] for metric in METRICS]
             for name in LOSSES
@@ -204,7 +207,7 @@ class Study:
 
 
 def table(heading: str, rows: dict[str, list[list[float]]]) -> str:
-    """Mean and deviation of each metric; the rows hold the METRICS of their runs."""
+    """Writes mean and deviation of each metric; the rows hold the METRICS of their runs."""
     lines = [
         f"| {heading} | 10-fold accuracy | TAR at FAR 1e-3 | rank-1 | runs |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -217,12 +220,13 @@ def table(heading: str, rows: dict[str, list[list[float]]]) -> str:
 
 
 def spread(fractions: Sequence[float]) -> str:
-    """Mean and standard deviation in percent."""
+    """Writes mean and standard deviation in percent."""
     mean = f"{100 * statistics.mean(fractions):.2f}"
     return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
 
 
 def write(path: Path, study: Study, seeds: int, tables: str) -> None:
+    """Writes the page; what stands below the heading of the reading stays."""
     introduction = INTRODUCTION.format(
         steps=f"{study.steps:,}", batch_size=BATCH_SIZE, start=TRIPLET_START,
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
@@ -236,7 +240,7 @@ def write(path: Path, study: Study, seeds: int, tables: str) -> None:
 def main() -> None:
     args = arguments()
     study = Study(args.steps)
-    for seed in range(args.seeds):  # all losses with one seed first: a table that can be read early
+    for seed in range(args.seeds):  # one seed of every loss first, for an early table
         for name in args.only:
             study.run(name, seed)
     tables = study.tables(args.seeds)

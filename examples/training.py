@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The training loop that the demo, the study and the gallery share."""
+"""Trains: the loop that the demo, the study and the gallery share."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ WARM_UP = 100  # steps, at most a tenth of all
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rates: a short linear warm-up, then half a cosine down to 0."""
+    """Returns the factor of the learning rates: a short linear warm-up, then half a cosine to 0."""
     warm_up = min(WARM_UP, steps // 10)
     return min(1, (step + 1) / (warm_up + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 

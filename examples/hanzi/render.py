@@ -6,9 +6,9 @@ On Debian 12: apt-get install fonts-noto-cjk fonts-lxgw-wenkai fonts-seto
               pip install numpy pillow fonttools
               python examples/hanzi/render.py
 
-All of the CJK block is rendered and cleaned, because fonts claim characters that they draw blank
-and some characters share a glyph; of what is left, the characters of JIS X 0208, those in everyday
-use, are kept.
+The whole CJK block is rendered and cleaned, because fonts claim characters that they draw blank,
+and some characters share a glyph. The rest is reduced to JIS X 0208, the characters in everyday
+use.
 """
 
 from collections import defaultdict
@@ -39,12 +39,12 @@ OUTPUT = Path(__file__).parent / "hanzi.npz"
 
 
 def claimed(path: Path) -> set[int]:
-    """The code points of the CJK block that a font says it has."""
+    """Returns the code points of the CJK block that a font claims to have."""
     return set(TTFont(path, fontNumber=0).getBestCmap()) & set(CJK_BLOCK)
 
 
 def render(path: Path, code_points: list[int]) -> np.ndarray:
-    """(characters, 128) uint8: 32 x 32 bits per character."""
+    """Renders characters as (characters, 128) uint8, 32 x 32 bits each."""
     font = ImageFont.truetype(path, EM * SUPERSAMPLING, layout_engine=ImageFont.Layout.BASIC)
     side = SIZE * SUPERSAMPLING
     bitmaps = []
@@ -57,7 +57,7 @@ def render(path: Path, code_points: list[int]) -> np.ndarray:
 
 
 def unusable(bitmaps: np.ndarray) -> dict[str, np.ndarray]:
-    """For (characters, faces, 128) the reasons to drop a character: a mask (characters,) each."""
+    """Returns the reasons to drop characters of (characters, faces, 128), each with its mask."""
     owners = defaultdict(list)
     for character, face in np.ndindex(bitmaps.shape[:2]):
         owners[bitmaps[character, face].tobytes()].append(character)
@@ -76,6 +76,7 @@ def unusable(bitmaps: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def in_jis_x_0208(code_point: int) -> bool:
+    """Says whether a character is in everyday use."""
     return len(chr(code_point).encode("euc_jp", errors="ignore")) == 2
 
 
