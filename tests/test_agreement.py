@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Errors of one rank, and settings that differ between ranks, are raised on all ranks at once."""
+"""Raises errors of one rank, and settings that differ between ranks, on all ranks at once."""
 
 import warnings
 
@@ -23,7 +23,7 @@ from tests.support.sharding import F64, my_shard
 
 
 def raised_by(function):
-    """The type and text of its error."""
+    """Returns the type and text of the error that a function raises, None for no error."""
     try:
         function()
     except Exception as error:
@@ -74,7 +74,7 @@ C, N, D = 11, 6, 8
 
 
 def call(shard=None, **changed):
-    """A training step of this rank, with some arguments changed."""
+    """Makes a training step of this rank, with some arguments changed."""
     torch.manual_seed(0)
     shard = shard or my_shard(C)
     arguments = dict(
@@ -92,7 +92,7 @@ def call(shard=None, **changed):
 
 PROMISES = [{}, dict(even_batches=True), dict(max_local_batch=N)]
 
-# what rank 1 has instead of rank 0's, and the name in the error of both
+# rank 1's value in place of rank 0's, and the name in the error of both
 DIFFERENCES = {
     "label_smoothing": (0.1, "label_smoothing"),
     "z_loss": (0.1, "z_loss"),
@@ -181,7 +181,7 @@ def with_one_bad_argument(promise):
     }
     head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
     raised["k too large"] = raised_by(lambda: head.topk(torch.randn(N, D), 12 if bad else 2))
-    assert call(shard).isfinite()  # the group is as it was
+    assert call(shard).isfinite()  # the group can still be used
     return raised
 
 
@@ -207,14 +207,14 @@ def statistics_of_one_rank():
 
 
 def test_one_rank_alone_may_ask_for_statistics():
-    """As it does where rank 0 writes the log."""
+    """Covers trainers in which only rank 0 writes the log."""
     first, second = workers.run(2, statistics_of_one_rank)
     assert torch.equal(first, second)
 
 
 def unfused_rows_of_other_widths():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not fused
+        warnings.simplefilter("ignore")  # it warns that the loss is not fused
         head = PartialFC_V2(lambda logits, labels: logits, D, C)
     return raised_by(lambda: head(torch.randn(N, D + dist.get_rank()), torch.arange(N)))
 

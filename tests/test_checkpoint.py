@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Checkpoints between world sizes and heads, and heads that get new classes."""
+"""Moves checkpoints between world sizes and kinds of heads."""
 
 import os
 
@@ -31,7 +31,10 @@ WRAPPERS = {
 
 
 def make(kind, seed, wrapper="DDP", **settings):
-    """A model and an optimizer. The wrapper is for the backbone, those of groups only in one."""
+    """Makes a model and an optimizer. The wrapper is put around the backbone.
+
+    Wrappers that need a group are left out where there is none.
+    """
     torch.manual_seed(seed)
     group = dist.group.WORLD if dist.is_initialized() else None
     settings = dict(margin=CosFace(0.3), scale=8.0, process_group=group) | settings
@@ -43,7 +46,7 @@ def make(kind, seed, wrapper="DDP", **settings):
 
 
 def step(model, optimizer, seed, num_classes=C):
-    """On this rank's part of the batch of a seed; returns the loss."""
+    """Trains on this rank's part of the batch of a seed, and returns the loss."""
     generator = torch.Generator().manual_seed(seed)
     views = torch.randn(N, 3, generator=generator)
     labels = torch.randint(num_classes, (N,), generator=generator)
@@ -66,7 +69,7 @@ def plain(name):
 
 
 def state(model, optimizer):
-    """Everything that is to be the same, whatever the number of ranks."""
+    """Collects everything that has to be the same, whatever the number of ranks."""
     names = {p: plain(name) for name, p in model.named_parameters()}
     found = {plain(name): whole(t.detach()).clone() for name, t in model.state_dict().items()}
     for p, values in optimizer.state.items():
@@ -112,7 +115,7 @@ def test_state_moves_between_world_sizes(before, after, kind, settings, tmp_path
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
-    if "sample_rate" in settings:  # a sample is drawn by each rank, from one state
+    if "sample_rate" in settings:  # each rank draws a sample, from one state
         assert saved["head.sampler._extra_state"][1] == 3
     else:
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
@@ -204,7 +207,7 @@ def load_and_train_with(head, path, stepped):
     ],
 )
 def test_classes_move_between_heads_and_world_sizes(head, before, other, after, tmp_path):
-    """insightface's split has other parts than a DTensor's: 3, 2, 2 of 7 classes, not 3, 3, 1."""
+    """Loads into insightface's split, which has 3, 2, 2 of 7 classes where DTensor has 3, 3, 1."""
     path = str(tmp_path / "saved")
     saved, loss = run(before, train_and_save_with, head, path)
     for stepped in (False, True):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Files of checkpoints: interrupted and simultaneous saves, changed bytes, forged ones, paths."""
+"""Tests checkpoint files: interrupted and simultaneous saves, changed and forged bytes, paths."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ from tests.support import workers
 
 
 def saved(path, **settings):
-    """A model and an optimizer after a step, saved."""
+    """Saves, and returns, a model and an optimizer after a step."""
     model, optimizer = make("adamw", 0, **settings)
     step(model, optimizer, 0)
     save_checkpoint(path, model, optimizer)
@@ -36,7 +36,7 @@ def same(one, other):
 
 
 def save_and_die(folder, victims):
-    """Ranks are killed when their part of the second checkpoint has been written."""
+    """Kills ranks when they have written their part of the second checkpoint."""
     model, optimizer = saved(f"{folder}/first")
     found = state(model, optimizer)
     if dist.get_rank() == 0:
@@ -56,7 +56,7 @@ def test_an_interrupted_save_leaves_the_one_before(victims, tmp_path):
     assert second == (False, None) and not first[0]
     assert not (tmp_path / "second").exists()
     leftovers = list(tmp_path.glob("second.*.partial"))
-    assert len(leftovers) == (0 in victims)  # a rank that lives on removes them
+    assert len(leftovers) == (0 in victims)  # a rank that lives on removes the directory
     model, optimizer = make("adamw", 99)
     for path in [tmp_path / "second", *leftovers]:
         with pytest.raises((FileNotFoundError, ValueError), match="path: expected a checkpoint"):
@@ -70,7 +70,7 @@ def test_an_interrupted_save_leaves_the_one_before(victims, tmp_path):
 
 
 def save_slowly(path, seed, go):
-    """A save that is about to write when the other does: ``go`` is how many have to be there."""
+    """Saves when ``go`` saves are about to write."""
     model, optimizer = make("adamw", seed)
     step(model, optimizer, seed)
     make_folder = files.new_folder
@@ -182,7 +182,7 @@ def flip(path, position):
 
 
 def positions(path, number=12):
-    """Some bytes of a file, by no pattern that its contents have."""
+    """Returns places in a file, in no pattern that its contents have."""
     size = os.path.getsize(path)
     return [size * i // number for i in range(number)]
 
@@ -289,7 +289,7 @@ def test_loading_runs_no_code(part, tmp_path):
 
 
 def with_storage_that_fails(path):
-    """One rank's, at writing and at checking; then it works again."""
+    """Lets one rank's storage fail at writing and at checking, and then work again."""
     model, optimizer = make("adamw", 0)
     step(model, optimizer, 0)
     before = state(model, optimizer)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Checkpoints of every optimizer: saving changes nothing, loading restores all or nothing."""
+"""Saves every optimizer, which changes nothing, and loads all of its state or nothing."""
 
 import copy
 import warnings
@@ -121,7 +121,7 @@ def test_lbfgs_is_refused_by_name(tmp_path):
 
 
 def saved_partly(path, part, in_optimizer):
-    """After two steps in which a part was frozen, inside the optimizer or not."""
+    """Saves after two steps in which a part was frozen, inside the optimizer or not."""
     model, _ = make("Adam")
     model[part].requires_grad_(False)
     parameters = [p for p in model.parameters() if in_optimizer or p.requires_grad]
@@ -136,7 +136,7 @@ def saved_partly(path, part, in_optimizer):
 @pytest.mark.parametrize("in_optimizer", [False, True])
 @pytest.mark.parametrize("part", ["backbone", "head"])
 def test_frozen_then_resumed(part, in_optimizer, tmp_path):
-    """In the optimizer, yet frozen, a parameter has a gradient in this test: it has a state."""
+    """Resumes with a part that was frozen, and freezes a part that was trained."""
     _, optimizer = saved_partly(tmp_path / "saved", part, False)
     model, resumed = make("Adam", seed=1)
     step(model, resumed, 9)
@@ -148,7 +148,7 @@ def test_frozen_then_resumed(part, in_optimizer, tmp_path):
     assert resumed.param_groups[0]["lr"] == 0.05
     step(model, resumed, 3)
     assert {int(s["step"]) for s in resumed.state.values()} == {1, 3}
-    # the opposite
+    # the opposite: freeze a part that was trained
     save_checkpoint(tmp_path / "all", model, resumed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The drop-in for insightface's Partial FC against its formulas, on the dense logits."""
+"""Compares the drop-in for insightface's Partial FC with its formulas on the dense logits."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ C, D, F64 = 11, 6, torch.float64
 
 
 def in_place_arcface(logits, labels):
-    """As insightface does it: angles under no_grad, in place; both tensors are overwritten."""
+    """Takes angles under no_grad and overwrites both tensors, as insightface does."""
     rows = torch.where(labels[:, 0] != -1)[0]
     with torch.no_grad():
         logits.arccos_()
@@ -42,8 +42,8 @@ def straight_through(phi):
     return lambda c: phi(c.detach()) + (c - c.detach())
 
 
-# name: what makes the margin loss, what becomes of the target's cosine, and from which cosine on
-# another class is filtered
+# for each name: a function that makes the margin loss, the function of the target's cosine, and the
+# cosine from which on another class is filtered
 LOSSES = {
     "ArcFace": (ArcFace, straight_through(arc), 2.0),
     "ArcFace exact": (lambda: ArcFace(gradient="exact"), arc, 2.0),
@@ -69,13 +69,13 @@ def make(name, **settings):
 
 
 def batch(n, seed=0):
-    generator = torch.Generator().manual_seed(1000 + seed)  # not the numbers of any weights
+    generator = torch.Generator().manual_seed(1000 + seed)  # other numbers than the weights'
     x = torch.randn(n, D, dtype=F64, generator=generator)
     return x.requires_grad_(), torch.randint(C, (n,), generator=generator)
 
 
 def dense(name, x, w, y, sampled=None):
-    """Losses of the rows, from the formulas. ``sampled``: the classes of the step."""
+    """Computes the rows' losses by the formulas, on the classes ``sampled`` or on all."""
     cosine = F.normalize(x) @ F.normalize(w).T
     _, phi, threshold = LOSSES[name]
     target = phi(cosine.gather(1, y[:, None]))
@@ -107,7 +107,7 @@ def test_one_process_without_a_group(name):
 
 
 def sharded_step(name, sizes, settings):
-    """Of each rank: what it holds, its loss and gradients, for uneven batches."""
+    """Returns which classes this rank holds, its loss and its gradients, for uneven batches."""
     rank = torch.distributed.get_rank()
     head = make(name, **settings)
     x, y = batch(sizes[rank], seed=rank)
@@ -119,7 +119,7 @@ def sharded_step(name, sizes, settings):
 
 
 def sample_of(held, y, seed=3):
-    """The sampled classes of a rank, by insightface's rule."""
+    """Returns the sampled classes of a rank, by insightface's rule."""
     start, count, num_sample = held
     here = [int(j) - start for j in y.unique() if start <= j < start + count]
     if len(here) > num_sample:
@@ -139,7 +139,7 @@ def test_two_ranks(name, sample_rate):
     sizes = (5, 8)
     ranks = workers.run(2, sharded_step, name, sizes, dict(sample_rate=sample_rate))
     held, weights, losses, dx, dw = zip(*ranks, strict=True)
-    assert [h[:2] for h in held] == [(0, 6), (6, 5)]  # the first C % W have one more
+    assert [h[:2] for h in held] == [(0, 6), (6, 5)]  # the first C % W ranks have one class more
     assert not torch.equal(weights[0][:5], weights[1])  # though all ranks were seeded alike
     x = torch.cat([batch(n, rank)[0].detach() for rank, n in enumerate(sizes)]).requires_grad_()
     y = torch.cat([batch(n, rank)[1] for rank, n in enumerate(sizes)])
@@ -185,7 +185,7 @@ def test_the_loss_is_capped_on_request_and_the_gradient_is_not():
 
 
 class Trainer:
-    """The loop of arcface_torch's train_v2.py, in miniature."""
+    """Is the loop of arcface_torch's train_v2.py in miniature."""
 
     def __init__(self, margin_loss, sample_rate=1.0):
         torch.manual_seed(2048)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The drop-in for insightface's Partial FC in use: numbers that change, odd labels, late groups."""
+"""Uses the drop-in for insightface's Partial FC: numbers that change, odd labels, late groups."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ from marginkernels.compat.insightface import (
 from marginkernels.distributed import shard as distributed
 from tests.support import workers
 
-# what makes the loss, the numbers assigned one after another, and what makes the loss with them
+# functions that make the loss, and the loss with the numbers that are assigned one after another
 REASSIGNED = {
     "ArcFace": (ArcFace, dict(margin=0.3, s=32.0), lambda: ArcFace(32.0, 0.3)),
     "CosFace": (CosFace, dict(m=0.2, s=16), lambda: CosFace(16.0, 0.2)),
@@ -180,7 +180,7 @@ def test_a_head_starts_afresh_after_meta():
     torch.testing.assert_close(head.state_dict(), fresh, rtol=0, atol=0)
 
 
-# what one rank gives instead of its embeddings or labels, and what is said of it
+# the embeddings and labels that one rank gives instead of its own, and the error
 ONE_RANKS_OWN = {
     "range": (
         lambda x, y: (x, y + C),
@@ -221,7 +221,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(name):
 
 
 class Raises(torch.nn.Module):
-    """A user's margin or margin loss with an error in it."""
+    """Stands for a user's margin or margin loss with an error in it."""
 
     def __init__(self, error):
         super().__init__()
@@ -231,14 +231,14 @@ class Raises(torch.nn.Module):
         raise self.error
 
 
-# the second is of a class that cannot be made from a text alone
+# the second error is of a class that cannot be made from a text alone
 @pytest.mark.parametrize(
     "error", [ValueError("y: no x: "), UnicodeDecodeError("y: ", b"x", 0, 1, "y: ")], ids=type
 )
 @pytest.mark.parametrize("fused", [True, False])
 def test_errors_of_the_users_own_are_left_alone(error, fused):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not fused
+        warnings.simplefilter("ignore")  # it warns that the loss is not fused
         loss = MarginLoss(Raises(error), 8.0) if fused else Raises(error)
         head = PartialFC_V2(loss, D, C).double()
     with pytest.raises(type(error)) as raised:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""A head with its classes split over processes equals the head that has them all."""
+"""Compares a head with its classes split over processes with the head that has them all."""
 
 import copy
 import unittest.mock
@@ -46,7 +46,7 @@ def sharded_problem(world, n, c, d, dtypes=(F32, F32, None), **settings):
 @pytest.mark.parametrize("dtypes", [(F32, F32, None), (BF16, F32, None)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_losses_and_gradients_within_the_budget(world, dtypes, backend, device, request):
-    """Classes that do not divide; a rank without rows; ignored rows."""
+    """Covers classes that do not divide, a rank without rows, and ignored rows."""
     if device != "cpu":
         pytest.skip("these processes exchange over gloo, on the CPU")
     problem = sharded_problem(world, 24, 61, 40, dtypes, margin=ArcFace(0.3), scale=24.0)
@@ -58,7 +58,7 @@ def test_losses_and_gradients_within_the_budget(world, dtypes, backend, device, 
 
 
 def test_gradients_that_cancel_are_exchanged_wide():
-    """Features go in their own type. Their gradients, of 3e5 before they cancel, do not."""
+    """Sends features in their own type, and their gradients, 3e5 before they cancel, in fp32."""
     results = workers.run(2, half_rows_along_their_classes)
     dx = torch.cat([part for part, _, _ in results])
     x, w = 3 * torch.eye(4, 6), torch.eye(6)
@@ -72,7 +72,7 @@ def test_gradients_that_cancel_are_exchanged_wide():
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_loss_and_setting(world):
-    """Row losses, statistics, gradients of everything learnable and state, over several steps."""
+    """Compares row losses, statistics, all gradients and the state over several steps."""
     workers.run(world, compare_losses)
 
 
@@ -81,7 +81,7 @@ PROMISES = [{}, {"even_batches": True}, {"max_local_batch": 12}]
 
 @pytest.mark.parametrize("promise", PROMISES, ids=["sizes gathered", "even", "at most"])
 def test_few_classes_and_few_rows(promise):
-    """Ranks without classes, without rows, or no rows anywhere."""
+    """Covers ranks without classes, ranks without rows, and batches without rows."""
     for c in (1, 2, 7):
         for n in (0, 10):
             workers.run(5, compare_edges, c, n, promise)
@@ -108,7 +108,7 @@ def trained(value):
     ],
 )
 def test_the_collectives_of_a_step(settings, gathers, sums, sums_backward):
-    """Features and labels are gathered, sweeps merged; dx is reduced."""
+    """Expects gathers of features and labels, a gather for each merge, and one reduction of dx."""
     for promise in PROMISES:
         for forward, backward in workers.run(2, count_collectives, settings, promise):
             forward_sums = {"allreduce_": sums} if sums else {}
@@ -118,7 +118,7 @@ def test_the_collectives_of_a_step(settings, gathers, sums, sums_backward):
 
 
 def refused(function, *words):
-    """The error of every rank, which holds the words."""
+    """Returns the error of this rank, after a look for the words in it."""
     try:
         function()
     except (ValueError, TypeError, RuntimeError) as error:
@@ -129,7 +129,7 @@ def refused(function, *words):
 
 
 def twice_differentiated(call, x):
-    """A second derivative by name of what it is asked for, which a cut graph would give as None."""
+    """Asks for a second derivative, which a graph that was cut would return as None."""
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
     return torch.autograd.grad(dx.sum(), leaf, allow_unused=True)
@@ -151,7 +151,7 @@ def refusals():
     if rank == 1:
         wrong[2], infinite[3], bad_w[4, 2] = C, torch.inf, torch.nan
     only = torch.ones(6) if rank == 0 else None
-    same = [  # by all ranks, in the same words
+    same = [  # raised by all ranks in the same words
         refused(lambda: call(y=wrong), "y: expected labels", f"got {C} in row 2"),
         refused(lambda: call(infinite), "x: expected finite rows"),
         refused(lambda: call(w=bad_w), "w: expected finite rows"),
@@ -185,7 +185,7 @@ def refusals():
     gap = ClassShard(shard.start, shard.stop - rank, C, dist.group.WORLD)
     assert call(w=w[gap.start : gap.stop], y=torch.full_like(y, C - 1), shard=gap).isnan()
     with unittest.mock.patch("marginkernels.validation.checks_values", lambda _: False):
-        assert call(y=wrong).isnan() and call().isfinite()  # as on a GPU by default
+        assert call(y=wrong).isnan() and call().isfinite()  # unchecked, as on a GPU
     return same
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Training with classes split over processes: DDP, optimizers, meshes, and what goes wrong."""
+"""Trains with classes split over processes: DDP, optimizers, meshes, and misuse."""
 
 import copy
 import time
@@ -35,7 +35,7 @@ def make_head(**settings):
 
 
 def sharded_head(**settings):
-    """A head over all processes, and one of the same weights by itself."""
+    """Makes a head over all processes, and one with the same weights in each process."""
     head = make_head(process_group=dist.group.WORLD, **settings)
     whole = make_head(**copy.deepcopy(settings))
     whole.load_state_dict(head.full_state_dict())
@@ -54,7 +54,7 @@ def batches(steps, n=16):
 
 
 def train(optimizer, settings, steps=20):
-    """A backbone under DDP and a sharded head, beside one process that has all rows and classes."""
+    """Trains a DDP backbone with a sharded head beside one process with all rows and classes."""
     head, whole = sharded_head(**settings)
     backbone = make_backbone()
     alone = copy.deepcopy(backbone)
@@ -82,14 +82,14 @@ def train(optimizer, settings, steps=20):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("world", [2, 3])
 def test_twenty_steps_equal_those_of_one_process(world, optimizer):
-    """The backbone under DDP; the last rank has no rows; a scale and a bias to learn."""
+    """Covers a backbone under DDP, a last rank without rows, and a scale and bias that learn."""
     scale = torch.nn.Parameter(torch.tensor(8.0))
     workers.run(world, train, optimizer, dict(scale=scale, bias=True))
     workers.run(world, train, optimizer, dict(margin=CurricularFace(0.2, alpha=0.1)))
 
 
 def gradient_of_features(grad_scale):
-    """MagFace's gradient also flows through the norms of the rows, and through no sweep."""
+    """Covers ArcFace, and MagFace, whose gradient also flows through the rows' norms."""
     factor = dist.get_world_size() if grad_scale == "ddp" else 1
     for margin in (ArcFace(0.2), MagFace(1.5, 4.0)):
         head, whole = sharded_head(margin=margin, grad_scale=grad_scale)
@@ -130,7 +130,7 @@ def clip_and_scale():
         torch.testing.assert_close(
             head.weight.grad.full_tensor(), whole.weight.grad, rtol=1e-4, atol=1e-6
         )
-    # an infinity in one shard, or in the backbone: no rank steps, and all lower their scale
+    # with an infinity in one shard, or in the backbone, no rank steps, and all lower their scale
     parameters = [*ddp.parameters(), *head.parameters()]
     for poisoned in (head.weight, parameters[0], None):
         optimizer = OPTIMIZERS["SGD"](parameters)
@@ -148,7 +148,7 @@ def clip_and_scale():
 
 
 def scale_plain_shards():
-    """As compat's, which are plain parameters of the rank alone."""
+    """Scales gradients of plain parameters that each rank has of its own, as compat's are."""
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([p], lr=1.0)
     scaler = GradScaler("cpu", init_scale=4.0, process_group=dist.group.WORLD)
@@ -163,7 +163,7 @@ def full(t):
 
 
 def test_clipping_and_loss_scaling():
-    """Whole and sharded parameters in one optimizer; 13 classes on 3 ranks, and on 5."""
+    """Steps whole and sharded parameters in one optimizer, with 13 classes on 3 ranks and on 5."""
     for world in (3, 5):
         workers.run(world, clip_and_scale)
     workers.run(3, scale_plain_shards)
@@ -179,7 +179,7 @@ class Temperature(torch.nn.Module):
 
 
 def frozen(frozen_rank):
-    """One rank trains neither backbone nor head: its features need no gradient."""
+    """Lets one rank train neither backbone nor head: its features need no gradient."""
     rank, gradients = dist.get_rank(), []
     for scale in (torch.nn.Parameter(torch.tensor(8.0)), Temperature()):
         for promise in ({}, {"even_batches": True}):
@@ -198,7 +198,7 @@ def test_a_frozen_rank_hangs_nobody():
 
 
 def on_a_mesh():
-    """Two replicas of a head that is split in two; the replicas average their gradients."""
+    """Trains two replicas of a head that is split in two; replicas average their gradients."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     with pytest.raises(ValueError, match=r"device_mesh: expected one dimension"):
         make_head(device_mesh=mesh)
@@ -238,7 +238,7 @@ def inside_ddp():
     for wrapped in (model, model.head):
         with pytest.raises(ValueError, match=r"head\.weight|weight, bias.*Wrap the backbone alone"):
             DistributedDataParallel(wrapped)
-    # the remedy of the message
+    # the remedy that the message names
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, ["head.weight", "head.bias"]
     )
@@ -252,11 +252,11 @@ def test_ddp_refuses_a_model_with_a_sharded_head():
 
 
 def draws_of_two_runs():
-    """This rank's next margins, in a run and in another that goes on from its state."""
+    """Draws this rank's next margins, in a run and in another that goes on from its state."""
     head, resumed = (make_head(process_group=dist.group.WORLD, margin=ElasticFace(seed=s))
                      for s in (5, 9))  # fmt: skip
     head(torch.randn(4, D), torch.randint(0, C, (4,)))
-    state = [head.full_state_dict()]  # that of the first rank, as in a checkpoint
+    state = [head.full_state_dict()]  # the first rank's state, as in a checkpoint
     dist.broadcast_object_list(state)
     resumed.load_state_dict(state[0])
     return [each.margin.draw(torch.empty(6, D)) for each in (head, resumed)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Heads that get new classes, and the states of every optimizer."""
+"""Adds classes to heads and to the states of every optimizer."""
 
 import copy
 
@@ -76,7 +76,7 @@ def test_what_extend_refuses():
 
 
 def check_optimizer(name):
-    """Steps, new classes, more steps: states keep what they hold, and grow by first values."""
+    """Steps, adds classes and steps on: states keep their values and grow by first values."""
     kind, settings = OPTIMIZERS[name]
     group = dist.group.WORLD if dist.is_initialized() else None
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_every_optimizer_goes_on(name):
     check_optimizer(name)
 
 
-# what torch's others do to DTensors it refuses itself
+# torch's other optimizers refuse DTensors themselves
 @pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "NAdam", "ASGD", "Adagrad", "Muon"])
 def test_optimizers_of_shards_go_on(name):
     workers.run(3, check_optimizer, name)
@@ -162,7 +162,7 @@ def lbfgs(head):
 
 
 def of_blocks(head):
-    """As optimizers have it that quantise their state."""
+    """Makes an optimizer with a state of blocks, as optimizers have that quantise it."""
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     optimizer.state[head.weight]["absmax"] = torch.ones(11)
     return optimizer
@@ -224,7 +224,7 @@ def on_one_bad_rank():
     for _ in range(2):
         with pytest.raises(ValueError, match=r"weight: expected it as the head .*fully_shard"):
             foreign.extend(2)
-        foreign(torch.randn(4, D), torch.zeros(4, dtype=torch.int64))  # leaves it gathered
+        foreign(torch.randn(4, D), torch.zeros(4, dtype=torch.int64))  # leaves the weight gathered
 
 
 def test_one_bad_rank_and_foreign_shards():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Heads made on the meta device, and what ``reset_parameters`` gives them after ``to_empty``."""
+"""Makes heads on the meta device, and resets them after ``to_empty``."""
 
 import math
 
@@ -33,7 +33,7 @@ GIVEN = {
 
 
 def emptied(head):
-    """On the CPU, with the memory as it was: here NaN, and numbers that no counter has."""
+    """Moves a head to memory with any content: here NaN, and numbers that no counter has."""
     head = head.to_empty(device="cpu")
     for t in (*head.parameters(), *head.buffers()):
         t.data.fill_(math.nan if t.is_floating_point() else -(2**40))
@@ -42,7 +42,7 @@ def emptied(head):
 
 @pytest.mark.parametrize("name", [*STATEFUL, *GIVEN])
 def test_what_is_remembered_or_given_is_restored(name):
-    """The head alone on meta, or with all that has no value of the user's."""
+    """Puts the head alone on meta, or everything that has no value of the user's."""
     make = (STATEFUL | GIVEN)[name]
     expected = state_of(MarginSoftmaxHead(8, C, **make()))
     heads = [MarginSoftmaxHead(8, C, **make(), device="meta")]
@@ -57,7 +57,7 @@ def test_what_is_remembered_or_given_is_restored(name):
             0.01, rel=0.2
         )
         assert all(head(x, y).isfinite() for x, y in batches())
-        head.reset_parameters()  # after training too
+        head.reset_parameters()  # restores the state after training too
         assert same({k: v for k, v in expected.items() if "extra" not in k}, state_of(head))
 
 
@@ -99,7 +99,7 @@ def test_what_took_the_place_of_the_given_is_restored(kind):
 
 
 def whole_again():
-    """The margin of a head that fully_shard split, trained and put together, after a reset."""
+    """Returns the margin of a head that fully_shard split and put together, after a reset."""
     margin = ArcFace(torch.nn.Parameter(torch.linspace(0.1, 0.4, C)))
     head = MarginSoftmaxHead(8, C, margin=margin, scale=16.0)
     fully_shard(head, mesh=dist.init_device_mesh("cpu", (2,)))

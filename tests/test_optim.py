@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Optimizers, clipping, loss scaling and averages of whole and sharded parameters together."""
+"""Tests optimizers, clipping, loss scaling and averages of whole and sharded parameters."""
 
 import copy
 import os
@@ -36,7 +36,7 @@ OPTIMIZERS = {
 
 
 def make(mesh=None):
-    """A backbone, whole or, on a mesh, in FSDP2's shards, and a head split over all processes."""
+    """Makes a backbone, in FSDP2's shards on a mesh, and a head split over all processes."""
     torch.manual_seed(0)
     backbone = torch.nn.Linear(3, D)
     if mesh is not None:
@@ -125,7 +125,7 @@ def clip(on_a_mesh):
 
 @pytest.mark.parametrize("on_a_mesh", [False, True])
 def test_clipping(on_a_mesh):
-    """Also of FSDP2's shards on a mesh of two dimensions, beside the head's on one."""
+    """Clips FSDP2's shards on a mesh of two dimensions too, beside the head's on one."""
     workers.run(4, clip, on_a_mesh)
 
 
@@ -172,7 +172,7 @@ def test_gradients_that_are_yet_to_be_reduced_are_refused():
 
 
 def scale_on_a_mesh():
-    """An infinity in one shard of whatever parameter stops all ranks."""
+    """Stops all ranks by an infinity in one shard of whatever parameter."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     model = make(mesh)
     names = [name for name, _ in model.named_parameters()]
@@ -259,7 +259,7 @@ def prepare(port):
 
 
 def test_under_accelerate():
-    """The backbone and the optimizer are prepared; the head is not, as it is not DDP's."""
+    """Prepares the backbone and the optimizer, but not the head, which DDP must not wrap."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pool = workers.Pool(2)  # it sets the environment of a launcher
     try:

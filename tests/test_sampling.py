@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Partial FC: a step on a sample of the classes is a step of a smaller head."""
+"""Compares a Partial FC step on a sample of the classes with a step of a smaller head."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_positives_are_kept_and_negatives_uniform():
 
 
 def test_sizes_depend_on_shapes_and_nothing_waits():
-    """On the meta device there is nothing to wait for: reading a value is an error."""
+    """Runs on the meta device, where the read of a value, for which the host waits, is an error."""
     w, bias = torch.empty(100, D, device="meta"), torch.empty(100, device="meta")
     label = torch.empty(64, dtype=torch.int64, device="meta")
     index = sample_classes(label, 100, 70)
@@ -57,7 +57,7 @@ def test_sizes_depend_on_shapes_and_nothing_waits():
 
 
 def dense(x, w, y, parts, logq):
-    """The loss on the classes that each (start, stop) of ``parts`` contributes, ArcFace(0.2)."""
+    """Computes ArcFace(0.2) on the classes that each (start, stop) of ``parts`` contributes."""
     index = torch.cat([start + sample for start, _, sample in parts])
     cosine = F.normalize(x) @ F.normalize(w)[index].T
     place = torch.searchsorted(index, y)
@@ -84,7 +84,7 @@ SETTINGS = dict(margin=ArcFace(0.2, branch="none"), scale=16.0)
 
 @pytest.mark.parametrize("logq", [False, True])
 def test_a_sampled_loss_is_that_of_the_sample(logq):
-    """Also the gradient: of all of w, 0 in the rows that are not in the sample."""
+    """Compares the gradient of all of w too, which is 0 in rows outside the sample."""
     x, w, y = problem()
     settings = dict(SETTINGS, sample_rate=0.4, logq=logq)
     got = solve(lambda x, w: margin_cross_entropy(x, w, y, generator=generator(), **settings), x, w)
@@ -158,7 +158,7 @@ def test_the_state_of_the_sample_is_saved_and_evaluation_uses_all_classes():
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("what", ["sampled", "seeded"])
 def test_states_load_where_nothing_is_drawn_and_from_there(what, checkpoint, tmp_path):
-    """One that lacks it goes on from the seed that it was made with; all else is loaded."""
+    """Loads a state without random numbers, which then go on from the head's own seed."""
 
     def make(draws):
         torch.manual_seed(5)
@@ -189,7 +189,7 @@ def test_states_load_where_nothing_is_drawn_and_from_there(what, checkpoint, tmp
 
 
 def samples():
-    torch.manual_seed(0)  # as careless trainers do on all ranks
+    torch.manual_seed(0)  # the same on all ranks, as careless trainers do
     head = make_head(process_group=dist.group.WORLD)
     index = [sample_classes(torch.tensor([-1]), 20, 10, head.sampler("cpu")) for _ in range(2)]
     return index, head.sampler.get_extra_state()

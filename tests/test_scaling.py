@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""docs/scaling.md is generated, from formulas that small runs agree with; the example of a million
+"""Compares the formulas behind docs/scaling.md with small runs, and runs the example of a million
 identities, with fewer, alone and under torchrun.
 """
 
@@ -22,7 +22,7 @@ from tools.docs import scaling
 ROOT = Path(__file__).parents[1]
 
 
-# fp32, whose w is read as it is; and bf16, whose w is rounded into a buffer
+# in fp32 w is read as it is, and in bf16 it is rounded into a buffer
 SETUPS = [
     dict(classes=500, gpus=2, rows=32, features=64, itemsize=4),
     dict(classes=500, gpus=2, rows=32, features=64, itemsize=2, optimizer_numbers=2),
@@ -34,7 +34,7 @@ def test_the_page_is_up_to_date():
 
 
 def peak_bytes(function):
-    """The most that torch's allocator had handed out at once while the function ran."""
+    """Returns the most bytes that torch's allocator had handed out at once during the function."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -45,7 +45,7 @@ def peak_bytes(function):
 
 
 def multiply_outside_torch(patch):
-    """bf16 GEMMs to fp32, which take no memory on a GPU, and on a CPU no memory of torch's."""
+    """Computes bf16 GEMMs by numpy, because on a GPU they take none of torch's memory."""
     from marginkernels.backends.triton import gemm
 
     def wide(t):
@@ -58,7 +58,7 @@ def multiply_outside_torch(patch):
 
 
 def measure(setup):
-    """Of one rank: bytes that last, that a step takes besides, and those of its collectives."""
+    """Returns the bytes of a rank that last, that a step takes besides, and that it exchanges."""
     s = scaling.Setup(**setup)
     x_type = {4: torch.float32, 2: torch.bfloat16}[s.itemsize]
     with simulation.simulated("ttsem"), pytest.MonkeyPatch.context() as patch:
@@ -113,7 +113,7 @@ def test_the_formulas_know_the_launcher():
 
 
 def test_the_example_alone_and_under_torchrun(monkeypatch):
-    """The losses of both heads, and of this one split over two processes, are the same."""
+    """Expects the same losses of both heads, and of the fused one split over two processes."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     settings = ["--classes=3001", "--batch=31", "--steps=6", "--repeat=2", "--plain-steps=2"]
     script = str(ROOT / "examples" / "million_identities.py")

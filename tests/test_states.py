@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What losses remember moves in training, rests in evaluation and is saved; schedules, scales."""
+"""Moves the state of losses in training, keeps it in evaluation, saves it; schedules, scales."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def test_state_moves_rests_and_is_saved(make):
 
 @EACH
 def test_backward_after_the_next_forward(make):
-    """Accumulated losses: state that moves in between must not reach into the first one's graph."""
+    """Accumulates losses: a state that moves in between must not reach the first one's graph."""
     together, apart = head_of(make()), head_of(make())
     (together(*batches()[0]) + together(*batches()[1])).backward()
     for x, y in batches()[:2]:
@@ -133,7 +133,7 @@ def test_a_call_that_fails_spoils_no_state(make):
 
 @pytest.mark.parametrize("make", [CurricularFace, AdaFace, lambda: AdaCos(C)])
 def test_averages_stay_wide_when_a_head_is_cast(make):
-    """Their small steps would be rounded away."""
+    """Keeps averages in fp32, because bf16 would round their small steps away."""
     module = make().bfloat16()
     assert module.state_dict() and all(b.dtype == torch.float32 for b in module.buffers())
     assert all(b.dtype == F64 for b in module.double().buffers())
@@ -165,7 +165,7 @@ def test_elastic_plus_deals_large_margins_to_small_cosines():
 
 
 def adacos_step(x, w, y, s):
-    """The paper's formula, in fp64 and without logarithms."""
+    """Computes the paper's formula, in fp64 and without logarithms."""
     c = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
     target = torch.nn.functional.one_hot(y, len(w)).bool()
     b = torch.exp(s * c).masked_fill(target, 0).sum(1).mean()

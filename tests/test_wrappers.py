@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Heads that other modules wrap, shard, or ought to."""
+"""Tests heads that other modules wrap or shard, or should."""
 
 import copy
 import warnings
@@ -35,8 +35,10 @@ def batch():
 
 
 def parts_of_a_sharded_weight(whole):
-    """Inside the forward of the module that fully_shard was given all is there; outside it is not,
-    and the head says so.
+    """Calls a head that fully_shard has split.
+
+    Inside the forward of the module that fully_shard was given, the whole weight is there. Outside
+    of it the head raises an error.
     """
     torch.manual_seed(1)
     model, plain, (x, y) = Model(bias=True), Model(bias=True), batch()
@@ -69,7 +71,7 @@ def test_a_part_of_a_head_is_not_taken_for_all_of_it(whole):
 
 
 def told(make, steps=2, call=None):
-    """The warnings of some training steps of what ``make`` gives, and of an evaluation before."""
+    """Returns the warnings of an evaluation and some training steps of the module made."""
     model, (x, y) = make(), batch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -81,7 +83,7 @@ def told(make, steps=2, call=None):
 
 
 class TwoWrapped(nn.Module):
-    """Backbone and head in a DistributedDataParallel each."""
+    """Wraps backbone and head in a DistributedDataParallel each."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +138,7 @@ def warnings_of_set_ups():
 
 
 def trained_with_a_table(original_parameters):
-    """Two steps of a head with a learnable table of margins, and one forward without gradient."""
+    """Trains a head with a learnable table of margins, and calls it once without gradient."""
     head = MarginSoftmaxHead(D, C, margin=CosFace(nn.Parameter(torch.full((C,), 0.2))), scale=8.0)
     model = FullyShardedDataParallel(
         head, device_id=torch.device("cpu"), use_orig_params=original_parameters

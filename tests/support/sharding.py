@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Problems cut into the rows and classes of each rank; what processes run, by test."""
+"""Cuts problems into the rows and classes of each rank, and holds functions for processes."""
 
 import collections
 import contextlib
@@ -32,8 +32,9 @@ N = 40  # rows of losses.operands
 
 
 def my_rows(n, even=False):
-    """This rank's part of n rows: as many for each, or for the first W - 1 more and more, and none
-    for the last.
+    """Returns this rank's part of n rows.
+
+    Parts are even, or grow from rank to rank up to the last rank, which has none.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if even:
@@ -47,12 +48,12 @@ def my_shard(c, **settings):
 
 
 def cut(t, part):
-    """The part of a tensor, or of None."""
+    """Returns the part of a tensor, and None for None."""
     return t if t is None else t[part]
 
 
 def solve_part(problem, backend, simulator, settings):
-    """Losses of all rows, and the gradients of this rank's rows and classes."""
+    """Returns the losses of all rows, and the gradients of this rank's rows and classes."""
     shard = my_shard(len(problem.w))
     rows, classes = my_rows(len(problem.x)), slice(shard.start, shard.stop)
     part = replace(
@@ -78,7 +79,7 @@ def learnable(value):
 
 
 class MarginOfNorms(torch.nn.Module):
-    """Differentiable in both norms, with a parameter."""
+    """Is a margin with a parameter that is differentiable in both norms."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +90,7 @@ class MarginOfNorms(torch.nn.Module):
 
 
 def with_settings(make, **settings):
-    """A function that makes them anew."""
+    """Returns a function that makes margin and settings anew."""
 
     def make_all():
         made = {k: v() if callable(v) else v for k, v in settings.items()}
@@ -152,9 +153,11 @@ SETTINGS = {
 
 
 def solve_step(x, w, y, settings, modules, shard):
-    """Losses of all rows and statistics; the gradients, of an uneven sum of the losses, of this
-    rank's rows and classes and of all that is learnable; the state that is left. ``settings`` with
-    a shard, or by itself what has it all.
+    """Makes one step and returns its losses, gradients and state.
+
+    ``settings`` hold a shard, or the step has all rows and classes. Returned are the losses of all
+    rows with their statistics, gradients of an uneven sum of the losses, and the state after the
+    step. The gradients are by this rank's rows and classes and by everything learnable.
     """
     rows, classes = my_rows(len(x)), slice(shard.start, shard.stop)
     parts = dict(x=rows, w=classes, bias=classes, sample_weight=rows, row_margin=rows)
@@ -185,7 +188,7 @@ def same(a, b):
 
 
 def compare_losses(**shard_settings):
-    """Every step of each loss equals that of a process that has it all; fp64, to rounding."""
+    """Compares each step of each loss with that of a process that has all; fp64, to rounding."""
     batches = [operands(seed=seed) for seed in range(2)]
     shard = my_shard(C, **shard_settings)
     for name, make in SETTINGS.items():
@@ -207,7 +210,7 @@ def compare_losses(**shard_settings):
 
 @dataclass
 class ShardedProblem(Problem):
-    """Solved by ``world`` processes."""
+    """Is a problem that ``world`` processes solve."""
 
     world: int = 2
     simulator: str | None = None
@@ -221,7 +224,7 @@ class ShardedProblem(Problem):
 
 
 def compare_edges(c, n, promise, cuts=None):
-    """Loss and gradients of the mean, with few classes and rows; each rank's part may be empty."""
+    """Compares the mean loss and its gradients for few classes and rows; parts may be empty."""
     even = "even_batches" in promise
     x, w = torch.randn(n, 8, dtype=F64), torch.randn(c, 8, dtype=F64)
     y, shard = torch.randint(0, c, (n,)), my_shard(c, **promise)
@@ -247,7 +250,7 @@ def compare_edges(c, n, promise, cuts=None):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them by the name of the operator, and notes the types of what they exchange."""
+    """Counts collectives by the name of the operator, and notes the types of their tensors."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +266,7 @@ class Collectives(TorchDispatchMode):
 
 
 def half_rows_along_their_classes():
-    """dx of un-normalised fp16 rows, and the types of features and dx on their way."""
+    """Returns dx of un-normalised fp16 rows, and the types of features and dx on their way."""
     w = torch.eye(6, dtype=torch.float16)
     x, shard = 3 * w[:4], my_shard(len(w))
     own = x[my_rows(4, even=True)].requires_grad_()
@@ -278,7 +281,7 @@ def half_rows_along_their_classes():
 
 
 def count_collectives(settings, promise):
-    """How often each collective runs, forward and backward."""
+    """Returns how often each collective runs, forward and backward."""
     c = 13
     shard = my_shard(c, **promise)
     if settings.get("bias"):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Groups of processes over gloo. They fork from a server that has imported torch, in no time."""
+"""Runs functions in groups of processes over gloo.
+
+The processes fork from a server that has imported torch, so that they start in no time.
+"""
 
 import atexit
 import datetime
@@ -22,10 +25,13 @@ _pools = {}
 
 
 def run(world_size, function, *args):
-    """The results, by rank, of function(*args) in each of ``world_size`` processes with gloo as
-    their default group; the traceback of any that fails.
+    """Runs function(*args) in ``world_size`` processes and returns the results by rank.
 
-    The function is one of a module: processes import it. They live on for the next call.
+    gloo is the default group of the processes. They import the function, which has to be one of a
+    module, and live on for the next call.
+
+    Raises:
+        RuntimeError: a process failed; the text has its traceback.
     """
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
@@ -33,13 +39,13 @@ def run(world_size, function, *args):
     try:
         return pool.run(function, *args)
     except BaseException:
-        pool.kill()  # a rank may be waiting for one that failed
+        pool.kill()  # a rank may be waiting for another that failed
         del _pools[world_size]
         raise
 
 
 class Pool:
-    """Processes of one group; for tests that end some of them, one of their own."""
+    """Holds the processes of one group. Tests that end processes have a pool of their own."""
 
     def __init__(self, world_size, timeout=TIMEOUT):
         self.directory = tempfile.TemporaryDirectory()
@@ -58,7 +64,11 @@ class Pool:
         atexit.register(self.kill)
 
     def run(self, function, *args):
-        """The results by rank; RuntimeError with the traceback of one that failed."""
+        """Runs the function in each process and returns the results by rank.
+
+        Raises:
+            RuntimeError: a process failed; the text has its traceback.
+        """
         self.start(function, *args)
         results = self.outcomes()
         for rank, (succeeded, result) in enumerate(results):
@@ -71,7 +81,10 @@ class Pool:
             pipe.send_bytes(pickle.dumps((function, args)))
 
     def outcomes(self):
-        """(whether it succeeded, its result or traceback) of each rank; of one that ended, None."""
+        """Returns for each rank whether it succeeded, and its result or traceback.
+
+        A process that ended has None.
+        """
         return [self._outcome(pipe) for pipe in self.pipes]
 
     def _outcome(self, pipe):
