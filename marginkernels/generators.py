@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 
 _STATE = "_extra_state"  # torch's name in a state dict for what get_extra_state returns
-_HOLDERS = ("sampler", "generators")  # the attributes of heads and margins that hold generators
+_HOLDERS = ("sampler", "generators")  # attributes by which heads and margins hold generators
 
 
 class StepGenerators(nn.Module):
@@ -58,7 +58,7 @@ class StepGenerators(nn.Module):
         self.seed, self.step = state.tolist()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # saved where nothing was drawn: the own seed is as good a start
+        # a state that was saved where nothing was drawn lacks this one: the own seed is as good
         state_dict.setdefault(prefix + _STATE, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -97,7 +97,10 @@ def random_seed() -> int:
 
 
 def rank_generator(device: torch.device, rank: int) -> torch.Generator:
-    """Makes a generator by torch's default one, such that ranks with one seed draw other rows."""
+    """Makes a generator from torch's default one and the rank.
+
+    So ranks that were seeded alike do not draw the same rows.
+    """
     return torch.Generator(device).manual_seed(mixed(random_seed(), rank))
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Has the margin losses of insightface's arcface_torch, for :class:`insightface.PartialFC_V2`."""
+"""Defines the margin losses of insightface's arcface_torch, for :class:`insightface.PartialFC_V2`."""
 
 import math
 import warnings
@@ -54,7 +54,7 @@ class MarginLoss(nn.Module):
 
 
 class CosineMarginLoss(MarginLoss):
-    """Is the base of insightface's own losses, which can be called with the cosines too.
+    """Serves as the base of insightface's own losses, which can be called with the cosines too.
 
     Its ``numbers`` have insightface's names. A new value is checked as in the constructor, and
     holds from the next step.
@@ -205,7 +205,7 @@ class ArcFace(CosineMarginLoss):
 
 
 class CosFace(CosineMarginLoss):
-    """Takes cos(theta) - m."""
+    """Takes cos(theta) - m as the target's cosine."""
 
     numbers = ("s", "m")
     m = _m_of(margins.CosFace, "m")

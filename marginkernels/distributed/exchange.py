@@ -77,16 +77,15 @@ def opened(
 
 
 class Exchange(ABC):
-    """Brings together what one call needs of all ranks. A call uses these methods in this order.
+    """Brings together what one call needs from all ranks.
 
-    ``n`` rows are this rank's, ``N`` those of all ranks. All ranks make, and use, an exchange in
-    the same order. :class:`Whole` is the one of a single process, :class:`Sharded` that of a group.
+    A loss calls these methods in this order, with :meth:`candidates` for ``topk`` alone. All ranks
+    make, and use, an exchange in the same order. This rank has n rows, and all ranks together have
+    N. :class:`Whole` serves a single process, :class:`Sharded` a rank of a group.
     """
 
-    check: str
-    """What becomes of a w out of range: "raise" an error, "mark" lse by NaN, or "" nothing."""
-    wants_stats: bool
-    """Whether this rank, or any other, wants statistics."""
+    check: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
+    wants_stats: bool  # whether any rank wants statistics
 
     @abstractmethod
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:

@@ -89,6 +89,7 @@ def _check(
 
 
 def _check_parameter(head: Head, name: str) -> None:
+    """Raises ValueError for a parameter that is not as the head made it."""
     if name not in head._parameters:
         raise ValueError(
             f"{name}: expected a parameter of the head, got one that torch.nn.utils parametrises "
@@ -104,6 +105,7 @@ def _check_parameter(head: Head, name: str) -> None:
 
 
 def _check_optimizer(head: Head, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError or TypeError for an optimizer whose state cannot grow."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -149,6 +151,7 @@ def _parameters(head: Head) -> list[str]:
 
 
 def _fill(grown: Grown, init: Tensor | None, shard: ClassShard | None) -> None:
+    """Fills the new rows held here from ``init``, or at random."""
     if init is not None:
         grown.fresh.copy_(init[grown.which])
         return

@@ -64,6 +64,7 @@ def _by_layout(parameters: list[Any]) -> list[list[Any]]:
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Returns the gradients, after a check that none is yet to be reduced."""
     gradients = [p.grad for p in _listed(parameters) if p.grad is not None]
     for gradient in gradients:
         if any(placement.is_partial() for placement in getattr(gradient, "placements", ())):

@@ -125,6 +125,7 @@ class State:
         return self._targets
 
     def _model_targets(self, index: Index) -> None:
+        """Finds the targets among the model's tensors, which have to be those of the checkpoint."""
         saved = index.grouped("model")
         for problem, differing in (
             ("has no", self._in_model.keys() - saved.keys()),
@@ -148,6 +149,7 @@ class State:
                     )
 
     def _optimizer_targets(self, index: Index) -> None:
+        """Finds, or makes, the targets of the optimizer's state of each parameter."""
         if not index.under("optimizer", "param_groups"):
             raise ValueError(f"optimizer: expected None, as {index.folder} has no optimizer's")
         saved = index.grouped("optimizer", "state")
@@ -313,5 +315,5 @@ def _name(model: nn.Module, name: str) -> str:
 
 
 def _python(value: Any) -> Any:
-    """Returns a number of numpy's, which loading does not take, as Python's."""
+    """Turns a number of numpy's, which loading does not take, into one of Python's."""
     return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
