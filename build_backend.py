@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Serves as the PEP 517 backend of setuptools, with the target environment's torch in reach of setup.py.
+"""Serves as the PEP 517 backend: setuptools', with the target's torch in reach of setup.py.
 
 An isolated build runs the target's interpreter without the target's packages. This backend appends
 the target's packages to the path: they come last, so that the isolated environment's own setuptools

@@ -73,7 +73,7 @@ class TripletLoss(nn.Module):
         return total / count.clamp_min(1)
 
     def _block(self, unit: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Returns the sum of losses of the anchors in ``rows``, and the number of their triplets."""
+        """Returns the sum of the anchors' losses in ``rows``, and the number of their triplets."""
         distance = 2 - 2 * (unit[rows] @ unit.T)  # (B, N)
         kept = labels != self.ignore_index
         same = labels[rows, None] == labels

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Defines the margin losses of insightface's arcface_torch, for :class:`insightface.PartialFC_V2`."""
+"""Defines insightface's margin losses (arcface_torch) for :class:`insightface.PartialFC_V2`."""
 
 import math
 import warnings
