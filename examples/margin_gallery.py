@@ -46,7 +46,7 @@ def others(margin: nn.Module) -> Tensor:
     """Returns what takes the place of another class's cosine, for one angle to the target."""
     ones = torch.ones(1, dtype=torch.float64)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
-    c = ones * math.cos(SEEN_FROM) if margin.needs_target_first else None
+    c = ones * math.cos(SEEN_FROM) if margin.needs_target_cosine else None
     with torch.no_grad():
         name, *operands = margin.double().eval().negatives(c, rows)
         return TRANSFORMS[name].function(THETA.cos()[None], *operands)[0][0]

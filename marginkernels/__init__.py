@@ -3,6 +3,7 @@
 """Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
 
 from .backends import backend_notes, backend_report
+from .device_checks import set_device_checks
 from .distributed import (
     ClassShard,
     GradScaler,
@@ -30,16 +31,17 @@ from .margins import (
     Margin,
     MVSoftmax,
     NSoftmax,
+    ParametricMargin,
     Rows,
     SphereFace,
     X2Softmax,
     margins_from_counts,
 )
 from .modules import MarginSoftmaxHead
-from .scales import AdaCos
+from .sampling import PartialFC
+from .scales import AdaCos, AdaptiveScale
 from .schedules import MarginSchedule
 from .triplet import TripletLoss
-from .validation import set_device_checks
 from .version import __version__
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "AdaCos",
     "AdaFace",
     "AdaMSoftmax",
+    "AdaptiveScale",
     "AirFace",
     "ArcFace",
     "ArcNegFace",
@@ -66,6 +69,8 @@ __all__ = [
     "MarginSchedule",
     "MarginSoftmaxHead",
     "NSoftmax",
+    "ParametricMargin",
+    "PartialFC",
     "Rows",
     "Sharding",
     "SphereFace",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The arguments of one call: checked before anything is computed, and described to other ranks."""
+"""Checks the arguments of one call, and describes them to other ranks."""
 
 import numbers
 from typing import NamedTuple
@@ -8,47 +8,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, loss, numerics, ops, validation
+from . import backends, numerics, ops, validation
+from .distributed.shard import ClassShard
+from .margins import MarginHooks
+from .norms import row_norm
+from .sampling import Sampling
+from .scales import AdaptiveScale, observer_of
+from .settings import Settings
+
+# put together here: torch.compile(dynamic=True) cannot put a float into a string
+_GREAT_SCALE = f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more"
 
 
-class Settings(NamedTuple):
-    """The settings of a call as they were given."""
+class Operands(NamedTuple):
+    """Holds the tensors of a call as they were given."""
 
-    normalize: str
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    focal_gamma: float
-    compute_dtype: torch.dtype | None
-    save_tiles: str | bool
-    backend: str
-    sample_rate: float
-    logq: bool
+    x: Tensor  # (n, D)
+    w: Tensor  # (C, D)
+    y: Tensor  # (n,)
+    bias: Tensor | None  # (C,)
+    sample_weight: Tensor | None  # (n,)
+    row_margin: Tensor | None  # (n,)
 
 
-class CheckedCall(NamedTuple):
-    """A call that has passed all checks."""
+class Call(NamedTuple):
+    """Holds a call that has passed all checks: n rows and C classes of this rank."""
 
+    settings: Settings
     x: Tensor  # (n, D), wide where its gradients have to be added up before they are rounded
+    w: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
     label: Tensor  # (n,), y after the check of all values
     x_norm: Tensor  # (n,), norms of this rank's rows
+    sample_weight: Tensor | None  # (n,)
+    row_margin: Tensor | None  # (n,)
+    margin: MarginHooks
     scale: float | Tensor
-    observer: nn.Module | None  # the scale's module, where it wants to observe
+    observer: AdaptiveScale | None  # the scale's module, where it wants to observe
     learns_scale: bool  # whether it may be trained
+    sampling: Sampling | None
+    x_dtype: torch.dtype  # of x as given
     compute_dtype: torch.dtype
+    stats_dtype: torch.dtype
     backend: str
     tile_obstacles: list[str]
+    num_classes: int  # of all ranks
 
 
 def check(
-    settings: Settings, x, w, y, margin, scale, bias, shard, sampler, generator, sample_weight,
-    row_margin,
-) -> CheckedCall:  # fmt: skip
+    settings: Settings,
+    operands: Operands,
+    margin: nn.Module,
+    scale: float | Tensor | nn.Module,
+    shard: ClassShard | None,
+    sampling: Sampling | None,
+) -> Call:
     """Raises whatever is wrong with the arguments of a call, before anything is exchanged."""
-    validation.check_settings(*settings[:8])
-    validation.check_operands(x, w, y, bias, sample_weight, row_margin, shard)
-    scale, observer, learns_scale = _called(scale)
+    validation.check_settings(settings)
+    validation.check_operands(operands, shard)
+    x, w, y, bias, sample_weight, row_margin = operands
+    observer = observer_of(scale)
+    learns_scale = isinstance(scale, nn.Parameter)
+    if isinstance(scale, nn.Module):
+        learns_scale = any(True for _ in scale.parameters())
+        scale = scale()
+    learns_scale |= isinstance(scale, Tensor) and scale.requires_grad
     compute_dtype = resolve_compute_dtype(x, w, settings.compute_dtype)
     stats_dtype = ops.statistics_dtype(compute_dtype)
     validation.check_scale(scale)
@@ -56,42 +80,36 @@ def check(
         stats_dtype, scale=scale, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
     )
     num_classes = w.shape[0] if shard is None else shard.total
-    validation.check_margin(margin, row_margin, num_classes, w.device)
-    validation.check_cosines(margin, observer, settings.normalize, bias is not None)
-    validation.check_sampling(
-        settings.sample_rate, settings.logq, sampler, generator, settings.label_smoothing, margin,
-        observer,
-    )  # fmt: skip
+    hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
+    validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
+    validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
     backend = backends.select(settings.backend, x.device, compute_dtype)
-    obstacles = _tile_obstacles(settings, bias, margin, scale, compute_dtype, backend)
+    obstacles = _tile_obstacles(settings, bias, hooks, scale, sampling, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
+    x_dtype = x.dtype
     if settings.normalize != "both":  # gradients of logits and norms may cancel
         x = x.to(stats_dtype)
-    x_norm = loss.row_norm(x, compute_dtype)
-    label = validation.check_values(
-        y, num_classes, settings.ignore_index, x_norm, scale, bias, settings.label_smoothing,
-        margin, row_margin, sample_weight,
+    call = Call(
+        settings, x, w, bias, y, row_norm(x, compute_dtype), sample_weight, row_margin, hooks,
+        scale, observer, learns_scale, sampling, x_dtype, compute_dtype, stats_dtype, backend,
+        obstacles, num_classes,
     )  # fmt: skip
-    return CheckedCall(
-        x, label, x_norm, scale, observer, learns_scale, compute_dtype, backend, obstacles
-    )
+    return call._replace(label=validation.check_values(call))
 
 
 def agreed(
-    settings: Settings, call: CheckedCall, margin, scale, bias, shard, sampler, **rows_given
-) -> dict:
+    call: Call, margin: nn.Module, scale: float | Tensor | nn.Module, shard: ClassShard
+) -> dict[str, object]:
     """Lists what changes what ranks exchange or compute, and so has to be the same on all."""
-    names = (
-        "normalize", "reduction", "ignore_index", "label_smoothing", "z_loss", "focal_gamma",
-        "sample_rate", "logq",
-    )  # fmt: skip
     training, described = margin.training, scale
     if isinstance(scale, nn.Module):
         training, described = (margin.training, scale.training), _described(scale)
     elif isinstance(scale, Tensor):
         described = type(scale).__name__
-    given = dict(bias=bias, sampler=sampler)
+    # compute_dtype is compared as resolved; ranks may differ in how they compute
+    own = ("compute_dtype", "save_tiles", "backend")
+    given = dict(sample_weight=call.sample_weight, row_margin=call.row_margin)
     return {
         "shard": f"{shard.total} classes with grad_scale={shard.grad_scale!r}",
         "margin": _described(margin),
@@ -100,10 +118,11 @@ def agreed(
         "learnable scale": call.learns_scale,
         "compute_dtype": call.compute_dtype,
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        **{name: getattr(settings, name) for name in names},
-        **{name: "None" if value is None else "given" for name, value in given.items()},
+        **{name: value for name, value in call.settings._asdict().items() if name not in own},
+        "bias": "None" if call.bias is None else "given",
+        "sampling": "None" if call.sampling is None else call.sampling.described(),
         # the numbers of rows are gathered as they are
-        **{name: v if v is None else f"given in {v.dtype}" for name, v in rows_given.items()},
+        **{name: v if v is None else f"given in {v.dtype}" for name, v in given.items()},
     }
 
 
@@ -119,20 +138,11 @@ def _described(module: nn.Module) -> str:
     return " of ".join(parts)
 
 
-def _called(
-    scale: float | Tensor | nn.Module,
-) -> tuple[float | Tensor, nn.Module | None, bool]:
-    """The scale now, its module where that wants to observe, and whether it may be trained."""
-    module, learns = None, isinstance(scale, nn.Parameter)
-    if isinstance(scale, nn.Module):
-        module = scale if getattr(scale, "adapts", False) else None
-        learns = any(True for _ in scale.parameters())
-        scale = scale()
-    return scale, module, learns or (isinstance(scale, Tensor) and scale.requires_grad)
-
-
 def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """``asked``, or for None autocast's type where that is on, else x's; float64 if x or w is."""
+    """Returns ``asked``, or for None autocast's type where that is on, else x's.
+
+    It is float64 if x or w is.
+    """
     if torch.float64 in (x.dtype, w.dtype):
         if asked not in (None, torch.float64):
             raise ValueError(f"compute_dtype: expected float64 for float64 x or w, got {asked}")
@@ -144,18 +154,25 @@ def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> to
     return x.dtype
 
 
-def _tile_obstacles(settings: Settings, bias, margin, scale, compute_dtype, backend) -> list[str]:
+def _tile_obstacles(
+    settings: Settings,
+    bias: Tensor | None,
+    margin: MarginHooks,
+    scale: float | Tensor,
+    sampling: Sampling | None,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> list[str]:
     """Lists what forbids to keep exponentials."""
     is_number = not isinstance(scale, Tensor)
     obstacles = {
         f"normalize={settings.normalize!r}": settings.normalize != "both",
         "a bias": bias is not None,
-        "logq": settings.logq,
+        "logq": sampling is not None and sampling.logq,
         "label_smoothing": settings.label_smoothing > 0,
-        f"{type(margin).__name__}, which transforms the negatives": hasattr(margin, "negatives"),
+        f"{margin.name}, which transforms the negatives": margin.transforms_negatives,
         "a scale that is no number": not is_number,
-        f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more": is_number
-        and scale >= numerics.OFFSET_SCALE_LIMIT,
+        _GREAT_SCALE: is_number and scale >= numerics.OFFSET_SCALE_LIMIT,
         f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),
         f"backend {backend!r}": not backends.get(backend).keeps_tiles,
     }

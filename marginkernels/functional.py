@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""``margin_cross_entropy``: validation, the call of the sweep, and the loss of :mod:`.loss`."""
-
-from collections.abc import Callable
+"""Tells the story of one call of :func:`margin_cross_entropy`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, loss, ops, sampling
-from .autograd import HeadFunction
-from .call import Settings, agreed, check
-from .distributed.exchange import opened
-from .distributed.shard import ClassShard
+from . import loss
+from .call import Call, Operands, agreed, check
+from .distributed.exchange import Exchange, opened
+from .distributed.shard import ClassShard, global_rank
 from .loss import HeadStats
 from .margins import Rows
-from .results import SweepResult
-from .transforms import IDENTITY, Transform
-
-_AUTO_TILES_BYTES = 256 << 20
+from .norms import row_norm
+from .sampling import Sampling
+from .settings import Settings
+from .sweep import Batch, Sweep
 
 
 def margin_cross_entropy(
@@ -42,10 +38,7 @@ def margin_cross_entropy(
     backend: str = "auto",
     return_stats: bool = False,
     shard: ClassShard | None = None,
-    sample_rate: float = 1.0,
-    logq: bool = False,
-    generator: torch.Generator | None = None,
-    sampler: Callable[[Tensor], Tensor] | None = None,
+    sampling: Sampling | None = None,
 ) -> Tensor | tuple[Tensor, HeadStats]:
     r"""Normalised linear layer, margin and softmax cross-entropy, without the (N, C) logits.
 
@@ -97,16 +90,7 @@ def margin_cross_entropy(
             row_margin are this rank's rows, y and a margin's table count the classes of all ranks,
             the loss is that of all ranks' rows and the same on each ("none": of all rows, rank
             after rank); dx is times the number of ranks unless the shard says otherwise.
-        sample_rate: the share of the classes (of each rank) that a step is computed on, in (0, 1]:
-            Partial FC (arXiv:2203.15565). The rows' own classes and as many others at random as
-            make it max(int(rate C), min(N, C)); all other classes have gradient 0.
-        logq: adds -log(pi) to the logits of the classes sampled at random, pi = (n - P) / (C - P)
-            for n sampled of C (on the rank), P of them the rows' own: the sum over the sample then
-            estimates that over all.
-        generator: of the sample, on x's device; None: torch's default one.
-        sampler: chooses the classes instead: a function of the rows' classes (N,), -1 for those
-            that ``w`` does not hold, to the sorted indices of a row of ``w`` at least, the rows'
-            own among them. On a GPU a bad sample gives the loss NaN, as a bad label does.
+        sampling: :class:`PartialFC`, a step on a sample of the classes, or None for all.
 
     Returns:
         The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
@@ -120,168 +104,40 @@ def margin_cross_entropy(
     """
     settings = Settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-        save_tiles, backend, sample_rate, logq,
+        save_tiles, backend,
     )  # fmt: skip
-    rows_given = dict(sample_weight=sample_weight, row_margin=row_margin)
+    operands = Operands(x, w, y, bias, sample_weight, row_margin)
     exchange, call = opened(
         shard, x, w,
-        lambda: check(
-            settings, x, w, y, margin, scale, bias, shard, sampler, generator, **rows_given,
-        ),
-        lambda call: agreed(settings, call, margin, scale, bias, shard, sampler, **rows_given),
+        lambda: check(settings, operands, margin, scale, shard, sampling),
+        lambda call: agreed(call, margin, scale, shard),
         return_stats,
     )  # fmt: skip
-    scale, observer, compute_dtype, backend = (
-        call.scale, call.observer, call.compute_dtype, call.backend,
-    )  # fmt: skip
-    num_classes = w.shape[0] if shard is None else shard.total
-    stats_dtype = ops.statistics_dtype(compute_dtype)
 
-    noise = None if shard is None else _noise(margin, x)
-    x, label = exchange.features(call.x, x.dtype), exchange.rows(call.label, fill=ignore_index)
-    x_norm = exchange.of_own_rows(call.x_norm, loss.row_norm, x, compute_dtype)
+    batch = _gathered(exchange, call)
+    sweep = Sweep(exchange, call, batch)
+    scale, result = sweep(sweep.adaptive_scale())
+
+    target = loss.target_of(call, batch, result)
+    stats = loss.statistics(target, result, scale) if return_stats else None
+    t = loss.margined(call.margin, target.cosine, target.rows)
+    row_loss = loss.row_losses(call, batch, target, result, target.logit(scale, t))
+    value = loss.reduced(row_loss, batch, reduction)
+    return value if stats is None else (value, stats._replace(row_loss=row_loss.detach()))
+
+
+def _gathered(exchange: Exchange, call: Call) -> Batch:
+    """Gathers the rows of all ranks."""
+    noise = call.margin.draw(call.x, global_rank()) if call.margin.training else None
+    x = exchange.features(call.x, sent_as=call.x_dtype)
+    class_id = exchange.rows(call.label, fill=call.settings.ignore_index)
+    x_norm = exchange.of_own_rows(call.x_norm, row_norm, x, call.compute_dtype)
     sample_weight, row_margin, noise = (
         None if given is None else exchange.rows(given)
-        for given in (sample_weight, row_margin, noise)
+        for given in (call.sample_weight, call.row_margin, noise)
     )
-    kept = label != ignore_index
-    valid = kept & (label >= 0) & (label < num_classes)  # on a GPU labels are not checked
-    rows = Rows(torch.where(valid, label, 0), x_norm, None, row_margin, valid, noise)
-    label = exchange.held(torch.where(valid, label, -1))
-    bias = None if bias is None else bias.to(stats_dtype)
-    uniform = None
-    if sampler is None and sample_rate < 1:
-        uniform = sampling.uniform(w.shape[0], sample_rate, generator)
-    w, bias, label, sample_ok = _swept_classes(
-        exchange, w, bias, label, sampler, uniform, logq, stats_dtype
-    )
-    keep_tiles = _keep_tiles(save_tiles, call.tile_obstacles, x, w, compute_dtype, backend)
-
-    def sweep(
-        scale: Tensor, transform: Transform, save_tiles: bool, want_sum: bool, want_max: bool
-    ) -> SweepResult:
-        settings = ops.SweepSettings(
-            backend, normalize == "both", normalize != "none", compute_dtype, save_tiles, want_sum,
-            want_max, transform.name, exchange.check,
-        )  # fmt: skip
-        result = SweepResult(*HeadFunction.apply(
-            x, w, bias, scale, label, transform.row_parameter, transform.constants, settings
-        ))  # fmt: skip
-        if sample_ok is not None:
-            result = result._replace(lse=torch.where(sample_ok, result.lse, torch.nan))
-        if bias is not None:
-            bias_y = torch.where(label >= 0, bias[label.clamp_min(0)], 0)
-            result = result._replace(bias_y=bias_y)
-        return exchange.merge(label, result)
-
-    if observer is not None and not observer.delayed:
-        with torch.no_grad():
-            result = sweep(_scale_tensor(scale, x, stats_dtype), IDENTITY, False, False, False)
-        observer.observe(result.lse, result.target_cosine, valid)
-        scale = observer()
-    scale = _scale_tensor(scale, x, stats_dtype)
-    transform = _transform(margin, x, w, label, rows, compute_dtype, exchange)
-    lse, d, w_norm, logit_sum, logit_max, bias_y = sweep(
-        exchange.scale(scale, call.learns_scale), transform, keep_tiles, label_smoothing > 0,
-        exchange.wants_stats,
-    )  # fmt: skip
-    if observer is not None and observer.delayed:
-        observer.observe(lse.detach(), d.detach(), valid)
-
-    found = w_norm.detach() > 0  # a rank holds the row's class
-    rows = rows._replace(w_norm=torch.where(found, w_norm, 1.0))
-    norms = loss.unnormalised_norms(normalize, rows)
-    c = d if norms is None else d / norms
-    bias_y = 0.0 if bias_y is None else bias_y
-    if return_stats:  # now, because a margin may overwrite the cosines
-        cosine = torch.where(found, c, 0.0).detach()
-        correct = (found & (scale * d + bias_y > logit_max)).detach()
-    t = loss.margined(margin, c, rows)
-    z_y = scale * (t if norms is None else norms * t) + bias_y
-    row_loss = loss.row_losses(
-        z_y, lse, logit_sum, num_classes, label_smoothing, focal_gamma, z_loss
-    )
-    if hasattr(margin, "regularizer"):
-        row_loss = row_loss + margin.regularizer(rows)
-    # a label that no rank holds must not pass for a loss; its row has no gradient
-    row_loss = torch.where(found, row_loss, torch.where(kept, torch.nan, 0.0))
-    result = loss.reduced(row_loss, kept, sample_weight, reduction)
-    return (result, HeadStats(cosine, correct, row_loss.detach())) if return_stats else result
-
-
-def _swept_classes(
-    exchange, w, bias, label, sampler, uniform, logq, dtype
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Weights and bias of the classes that the sweep is over, the rows' labels among them, and
-    whether the user's sample can be used, a bool () on the device, or None where there is none.
-    """
-    valid = None
-    if sampler is not None:
-        w, bias, label, valid = sampling.chosen(exchange, sampler, w, bias, label, logq, dtype)
-    elif uniform is not None:
-        w, bias, label = sampling.sampled(w, bias, label, uniform(label), logq, dtype)
-    if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
-        w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
-    return w, bias, label, valid
-
-
-def _noise(margin: nn.Module, x: Tensor) -> Tensor | None:
-    """What a margin draws for each row, where it does; by the row's own rank."""
-    return margin.draw(x) if hasattr(margin, "draw") and margin.training else None
-
-
-def _keep_tiles(
-    save_tiles: str | bool, obstacles: list[str], x: Tensor, w: Tensor, compute_dtype, backend
-) -> bool:
-    """Whether forward saves its exponentials."""
-    if save_tiles is False or obstacles:
-        return False
-    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
-        return False  # no backward will read them
-    if save_tiles == "auto" and torch.compiler.is_exporting():
-        return False  # the graph is for batches of any size
-    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0])
-    nbytes = height * width * compute_dtype.itemsize
-    return save_tiles is True or nbytes <= _AUTO_TILES_BYTES
-
-
-def _scale_tensor(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(scale, Tensor):
-        # times one: torch.tensor(scale) and torch.full would compile a graph for each value
-        scale = torch.ones((), dtype=dtype, device=x.device) * scale
-    return scale.to(x.device, dtype)
-
-
-@torch.no_grad()
-def _transform(
-    margin: nn.Module, x: Tensor, w: Tensor, label: Tensor, rows: Rows, compute_dtype, exchange
-) -> Transform:
-    """What the margin makes of the negatives, its operands in the statistics dtype."""
-    if not hasattr(margin, "negatives"):
-        return IDENTITY
-    needs_c = getattr(margin, "needs_target_first", True)
-    c = None
-    if needs_c:
-        c = exchange.total(_target_cosine(x, w, label, rows.x_norm, compute_dtype))
-    name, row_parameter, constants = margin.negatives(c, rows)
-    dtype = ops.statistics_dtype(compute_dtype)
-    if row_parameter is not None:
-        if row_parameter.shape != rows.label.shape:
-            raise ValueError(
-                f"margin: expected {type(margin).__name__} to return a row_parameter "
-                f"{tuple(rows.label.shape)}, got {tuple(row_parameter.shape)}"
-            )
-        row_parameter = row_parameter.to(dtype)
-    if constants is not None:
-        # a constant may be a buffer, which moves before backward has read it
-        constants = ops.snapshot(constants.to(x.device, dtype))
-    return Transform(name, row_parameter, constants)
-
-
-def _target_cosine(x: Tensor, w: Tensor, label: Tensor, x_norm: Tensor, compute_dtype) -> Tensor:
-    """c of each row and its class, (N,), of the rounded operands as in the sweep; 0 where the class
-    is not here.
-    """
-    w_y = w[label.clamp_min(0)]
-    dot = (ops.rounded(x, compute_dtype) * ops.rounded(w_y, compute_dtype)).sum(1)
-    return torch.where(label >= 0, dot / (x_norm * loss.row_norm(w_y, compute_dtype)), 0)
+    kept = class_id != call.settings.ignore_index
+    valid = kept & (class_id >= 0) & (class_id < call.num_classes)  # a GPU does not check labels
+    rows = Rows(torch.where(valid, class_id, 0), x_norm, None, row_margin, valid, noise)
+    local_class = exchange.held(torch.where(valid, class_id, -1))
+    return Batch(x, rows, kept, local_class, sample_weight)

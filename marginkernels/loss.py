@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The loss on N numbers: from target logits and the sums over the other classes to one number."""
+"""Computes the loss on N numbers: from the results of a sweep to one number."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import numerics, ops
-from .margins import Rows
+from .call import Call
+from .margins import MarginHooks, Rows
+from .results import SweepResult
+from .sweep import Batch
 
 
 class HeadStats(NamedTuple):
-    """Detached statistics of the rows, (N,); those of ignored rows are 0 / False.
+    """Holds detached statistics of the rows, (N,); they are 0 / False for ignored rows.
 
-    Of a sharded head, those of the whole batch, rank after rank.
+    A sharded head has those of the whole batch, rank after rank.
     """
 
     target_cosine: Tensor  # cosine to the target class, without margin
@@ -23,61 +25,85 @@ class HeadStats(NamedTuple):
     row_loss: Tensor  # loss of the row, before weights and reduction
 
 
-def row_norm(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """|x_i| of the rows as rounded, (N,), with a gradient of 0 at zero rows."""
-    rounded = ops.rounded(x, compute_dtype)
-    return (rounded * rounded).sum(1).clamp_min(numerics.least_norm(compute_dtype) ** 2).sqrt()
+class Target(NamedTuple):
+    """Holds what is known of each row's own class, (N,) each."""
+
+    rows: Rows
+    found: Tensor  # bool, whether a rank holds the class
+    cosine: Tensor
+    norms: Tensor | None  # the norms that the target's logit keeps; None where all are normalised
+    bias: Tensor | float
+
+    def logit(self, scale: Tensor, t: Tensor) -> Tensor:
+        """Returns the target's logit, (N,), with t in place of the cosine."""
+        return scale * (t if self.norms is None else self.norms * t) + self.bias
 
 
-def unnormalised_norms(normalize: str, rows: Rows) -> Tensor | None:
-    """The norms that a row's target logit keeps, (N,), or None where both sides are normalised."""
-    if normalize == "both":
-        return None
-    return rows.x_norm if normalize == "weight" else rows.x_norm * rows.w_norm
+def target_of(call: Call, batch: Batch, result: SweepResult) -> Target:
+    """Returns the target of each row, from the result of the sweep."""
+    found = result.w_norm.detach() > 0
+    rows = batch.rows._replace(w_norm=torch.where(found, result.w_norm, 1.0))
+    cosine, norms = result.target_cosine, None
+    if call.settings.normalize != "both":
+        norms = rows.x_norm
+        if call.settings.normalize == "none":
+            norms = rows.x_norm * rows.w_norm
+        cosine = cosine / norms
+    bias = 0.0 if result.bias_y is None else result.bias_y
+    return Target(rows, found, cosine, norms, bias)
 
 
-def margined(margin: nn.Module, c: Tensor, rows: Rows) -> Tensor:
+def statistics(target: Target, result: SweepResult, scale: Tensor) -> HeadStats:
+    """Returns the statistics but for the rows' losses, before a margin overwrites the cosines."""
+    cosine = torch.where(target.found, target.cosine, 0.0).detach()
+    z_y = scale * result.target_cosine + target.bias
+    correct = (target.found & (z_y > result.logit_max)).detach()
+    return HeadStats(cosine, correct, cosine)
+
+
+def margined(margin: MarginHooks, c: Tensor, rows: Rows) -> Tensor:
     """Calls the margin on the cosines c (N,), and checks and casts what it returns."""
     t = margin(c, rows)
     if not isinstance(t, Tensor) or t.shape != c.shape:
         came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(
-            f"margin: expected {type(margin).__name__} to return a tensor {tuple(c.shape)} "
+            f"margin: expected {margin.name} to return a tensor {tuple(c.shape)} "
             f"for the rows' cosines, got {came}"
         )
     return t.to(c.dtype)
 
 
 def row_losses(
-    z_y: Tensor,
-    lse: Tensor,
-    logit_sum: Tensor,
-    num_classes: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    z_loss: float,
+    call: Call, batch: Batch, target: Target, result: SweepResult, z_y: Tensor
 ) -> Tensor:
-    """The loss of each row, (N,), from its target logit and the sums over the other classes."""
-    loss = nll = -F.logsigmoid(z_y - lse)
-    if label_smoothing > 0:
-        loss = loss + label_smoothing / num_classes * ((num_classes - 1) * z_y - logit_sum)
-    if focal_gamma > 0:
-        loss = loss * _focal_factor(nll, focal_gamma)
-    if z_loss > 0:
-        loss = loss + z_loss * (z_y + nll) ** 2  # the log-sum-exp over all classes
-    return loss
+    """Computes the loss of each row, (N,), from its target's logit and the sums over the others."""
+    s = call.settings
+    loss = nll = -F.logsigmoid(z_y - result.lse)
+    if s.label_smoothing > 0:
+        others = call.num_classes - 1
+        share = s.label_smoothing / call.num_classes
+        loss = loss + share * (others * z_y - result.logit_sum)
+    if s.focal_gamma > 0:
+        loss = loss * _focal_factor(nll, s.focal_gamma)
+    if s.z_loss > 0:
+        loss = loss + s.z_loss * (z_y + nll) ** 2  # the log-sum-exp over all classes
+    regularizer = call.margin.regularizer(target.rows)
+    if regularizer is not None:
+        loss = loss + regularizer
+    # a label that no rank holds must not pass for a loss; its row has no gradient
+    return torch.where(target.found, loss, torch.where(batch.kept, torch.nan, 0.0))
 
 
 def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
-    """(1 - p)^gamma from nll = -log p, with a bounded slope at p = 1."""
+    """Returns (1 - p)^gamma from nll = -log p, with a bounded slope at p = 1."""
     return (-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny) ** gamma
 
 
-def reduced(row_loss: Tensor, kept: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    """The losses of the kept rows, weighted, and their mean or sum where that is asked for."""
-    weight = kept.to(row_loss.dtype)
-    if sample_weight is not None:
-        weight = weight * sample_weight.to(row_loss.dtype)
+def reduced(row_loss: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Weights the losses of the kept rows, and returns their mean or sum where asked for."""
+    weight = batch.kept.to(row_loss.dtype)
+    if batch.sample_weight is not None:
+        weight = weight * batch.sample_weight.to(row_loss.dtype)
     weighted = row_loss * weight
     if reduction == "none":
         return weighted

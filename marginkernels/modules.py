@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """``MarginSoftmaxHead``: the ``nn.Module`` that holds weight, margin, scale and settings."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -10,15 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, backends, numerics, ops, validation
+from . import arguments, backends, ops, validation
 from .call import resolve_compute_dtype
 from .distributed import shard as distributed
 from .distributed.exchange import opened
 from .distributed.extend import extend
 from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed, random_seed, without_unused
-from .sampling import Sampler
-from .scales import AdaCos
+from .norms import unit_rows
+from .sampling import PartialFC, Sampler
+from .scales import AdaptiveScale, observer_of
+from .settings import Setting, Settings
 
 # classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
 _CHUNK = 8192
@@ -51,8 +54,8 @@ class MarginSoftmaxHead(nn.Module):
             exchanges, and :class:`ClassShard` what grad_scale, even_batches and max_local_batch
             mean. All ranks construct the head, and call it, together. It must not be inside a
             DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
-        sample_rate, logq: Partial FC in training mode, see :func:`margin_cross_entropy`. The state
-            of the random numbers is saved with the head.
+        sampling: :class:`PartialFC`, for steps on a sample of the classes in training mode, or
+            None. The state of the random numbers is saved with the head.
 
     What a margin, a scale or a sample remembers moves at each forward in training mode. Leave the
     head out of ``torch.utils.checkpoint``, whose second forward would be another step: it is
@@ -89,8 +92,7 @@ class MarginSoftmaxHead(nn.Module):
         grad_scale: str = "ddp",
         even_batches: bool = False,
         max_local_batch: int | None = None,
-        sample_rate: float = 1.0,
-        logq: bool = False,
+        sampling: PartialFC | None = None,
     ):
         super().__init__()
         embedding_size = arguments.integer("embedding_size", embedding_size)
@@ -100,19 +102,24 @@ class MarginSoftmaxHead(nn.Module):
         backends.check_name(backend)
         arguments.boolean("bias", bias)
         distributed.check_settings(grad_scale, even_batches, max_local_batch)
-        validation.check_margin(margin, None, num_classes)
-        validation.check_settings(
+        hooks = validation.check_margin(margin, num_classes)
+        self.settings = Settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-            save_tiles,
+            save_tiles, backend,
         )  # fmt: skip
+        validation.check_settings(self.settings)
         self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.margin, self.scale = margin, scale
-        self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
-        self.label_smoothing, self.z_loss, self.focal_gamma = label_smoothing, z_loss, focal_gamma
-        self.compute_dtype, self.save_tiles, self.backend = compute_dtype, save_tiles, backend
-        validation.check_cosines(margin, scale, normalize, bias)
-        validation.check_sampling(sample_rate, logq, None, None, label_smoothing, margin, scale)
-        self.sample_rate, self.logq = sample_rate, logq
+        self.margin, self.scale, self.sampling = margin, scale, sampling
+        observer = observer_of(scale)
+        validation.check_cosines(hooks, observer, normalize, bias)
+        validation.check_sampling(sampling, label_smoothing, hooks, observer)
+        if sampling is not None and not (
+            isinstance(sampling, PartialFC) and not sampling.generator
+        ):
+            raise TypeError(
+                "sampling: expected PartialFC without a generator, as the head keeps its own, got "
+                f"{sampling}"
+            )
         self.shard, self._mesh = None, distributed.class_mesh(process_group, device_mesh, device)
         if self._mesh is not None:
             self.shard = distributed.ClassShard.chunked(
@@ -122,7 +129,9 @@ class MarginSoftmaxHead(nn.Module):
             self._require_agreement(bias, dtype or torch.get_default_dtype())
             self._copy_first()
             distributed.refuse_ddp()
-        self.sampler = Sampler(self.shard and self.shard.group) if sample_rate < 1 else None
+        self.sampler = None
+        if sampling is not None and not sampling.takes_all:
+            self.sampler = Sampler(self.shard and self.shard.group)
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
@@ -130,11 +139,8 @@ class MarginSoftmaxHead(nn.Module):
 
     def __setattr__(self, name, value):
         if name == "scale":
-            if isinstance(value, AdaCos) and value.num_classes != self.num_classes:
-                raise ValueError(
-                    f"scale: expected AdaCos({self.num_classes}) for {self.num_classes} classes, "
-                    f"got AdaCos({value.num_classes})"
-                )
+            if isinstance(value, AdaptiveScale):
+                value.check(self.num_classes)
             arguments.replace(self, name, value)
         elif name == "weight" and hasattr(value, "to_local"):
             self._split = True
@@ -144,14 +150,14 @@ class MarginSoftmaxHead(nn.Module):
         scale = self.scale
         if isinstance(scale, Tensor):
             scale = f"{type(scale).__name__} {scale.dtype} {tuple(scale.shape)}"
-        names = (
-            "embedding_size", "num_classes", "margin", "normalize", "reduction", "ignore_index",
-            "label_smoothing", "z_loss", "focal_gamma", "compute_dtype", "sample_rate", "logq",
-        )  # fmt: skip
+        # ranks may differ in how they compute
+        settings = self.settings._asdict()
+        del settings["save_tiles"], settings["backend"]
         distributed.require_agreement(
             self.shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=self.shard.grad_scale,
             even_batches=self.shard.even_batches, max_local_batch=self.shard.max_local_batch,
-            **{name: getattr(self, name) for name in names},
+            embedding_size=self.embedding_size, num_classes=self.num_classes, margin=self.margin,
+            sampling=self.sampling, **settings,
         )  # fmt: skip
 
     def _parameter(self, shape: tuple[int, ...], device, dtype) -> nn.Parameter:
@@ -204,31 +210,16 @@ class MarginSoftmaxHead(nn.Module):
         """The loss of embeddings (N, D) with labels (N,); see :func:`margin_cross_entropy`."""
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
             self._look_for_replicas()
-        sampling = self.training and self.sampler is not None
+        sampling = None
+        if self.training and self.sampler is not None:
+            generator = self.sampler(embeddings.device)
+            sampling = dataclasses.replace(self.sampling, generator=generator)
         return margin_cross_entropy(
-            embeddings,
-            self._held("weight"),
-            labels,
-            margin=self.margin,
-            scale=self.scale,
-            bias=self._held("bias"),
-            normalize=self.normalize,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            focal_gamma=self.focal_gamma,
-            sample_weight=sample_weight,
-            row_margin=row_margin,
-            compute_dtype=self.compute_dtype,
-            save_tiles=self.save_tiles,
-            backend=self.backend,
-            return_stats=return_stats,
-            shard=self.shard,
-            sample_rate=self.sample_rate if sampling else 1.0,
-            logq=self.logq and sampling,
-            generator=self.sampler(embeddings.device) if sampling else None,
-        )
+            embeddings, self._held("weight"), labels, margin=self.margin, scale=self.scale,
+            bias=self._held("bias"), sample_weight=sample_weight, row_margin=row_margin,
+            return_stats=return_stats, shard=self.shard, sampling=sampling,
+            **self.settings._asdict(),
+        )  # fmt: skip
 
     def _held(self, name: str) -> Tensor | None:
         """The classes that this rank has to hold of ``weight`` or ``bias``.
@@ -313,18 +304,18 @@ class MarginSoftmaxHead(nn.Module):
             )
 
     def _compute_dtype(self, embeddings: Tensor) -> torch.dtype:
-        return resolve_compute_dtype(embeddings, self.weight, self.compute_dtype)
+        return resolve_compute_dtype(embeddings, self.weight, self.settings.compute_dtype)
 
     def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First class and logits of one block of classes after another, in the statistics dtype."""
         weight, bias = self._held("weight"), self._held("bias")
         compute_dtype = self._compute_dtype(embeddings)
         scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
-        x = scale * _operand(embeddings, self.normalize == "both", compute_dtype)
+        x = scale * _operand(embeddings, self.settings.normalize == "both", compute_dtype)
         first = 0 if self.shard is None else self.shard.start
         for start in range(0, len(weight), _CHUNK):
             classes = slice(start, start + _CHUNK)
-            w = _operand(weight[classes], self.normalize != "none", compute_dtype)
+            w = _operand(weight[classes], self.settings.normalize != "none", compute_dtype)
             with torch.autocast(x.device.type, enabled=False):
                 block = x @ w.T
             yield first + start, block if bias is None else block + bias[classes].to(w.dtype)
@@ -381,8 +372,13 @@ class MarginSoftmaxHead(nn.Module):
         scale = f", scale={self.scale:g}" if is_number else ""
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{scale}, "
-            f"normalize={self.normalize!r}, bias={self.bias is not None}, backend={self.backend!r}"
+            f"normalize={self.settings.normalize!r}, bias={self.bias is not None}, "
+            f"backend={self.settings.backend!r}"
         )
+
+
+for _name in Settings._fields:
+    setattr(MarginSoftmaxHead, _name, Setting(_name))
 
 
 def _greatest(k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,8 +389,4 @@ def _greatest(k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
     """Rows as the sweep sees them, rounded to the compute type, in the statistics dtype."""
-    rows = ops.rounded(rows, compute_dtype)
-    if not normalised:
-        return rows
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / norms.clamp_min(numerics.least_norm(compute_dtype))
+    return unit_rows(rows, compute_dtype) if normalised else ops.rounded(rows, compute_dtype)

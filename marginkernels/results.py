@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SweepResult(NamedTuple):
-    """Holds what a sweep finds for each row, in the order of ops, Function and exchange.
+    """Holds what a sweep finds for each row, in the one order of ops, Function, exchange and loss.
 
     Sums and maxima go over the negatives, the classes other than the row's own; see
     :mod:`marginkernels.ops`. Where the classes are split over ranks, a merged result is that of a

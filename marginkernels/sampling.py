@@ -1,21 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Partial FC: a step on some of the classes (An et al., 2022, arXiv:2203.15565)."""
+"""Chooses the classes of a step: Partial FC (An et al., 2022, arXiv:2203.15565)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
 from .generators import StepGenerators, random_seed
+
+if TYPE_CHECKING:
+    from .distributed.exchange import Exchange
+
+
+class Sample(NamedTuple):
+    """Names the classes of a step on this rank."""
+
+    index: Tensor  # (n,) int64, sorted rows of w
+    valid: Tensor | None = None  # bool () on the device, whether it can be used; None: it can
+
+
+class Sampling:
+    """Chooses the classes that a step is computed on."""
+
+    logq: bool = False
+
+    @property
+    def takes_all(self) -> bool:
+        """Says whether all classes are taken."""
+        return False
+
+    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample | None:
+        """Returns the classes of a step, or None for all.
+
+        Args:
+            label: (N,), the rows' classes among the ``num_classes`` of this rank, or -1.
+        """
+        raise NotImplementedError
+
+    def described(self) -> str:
+        """Describes what has to be the same on all ranks."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class PartialFC(Sampling):
+    """Computes each step on a share of the classes (An et al., 2022, arXiv:2203.15565).
+
+    The rows' own classes and as many others at random as make it max(int(rate C), min(N, C)), of
+    the C classes of each rank. All other classes have gradient 0.
+
+    Args:
+        rate: the share of the classes, in (0, 1]; 1 is all of them.
+        logq: adds -log(pi) to the logits of the classes sampled at random, pi = (n - P) / (C - P)
+            for n sampled of C (on the rank), P of them the rows' own. The sum over the sample then
+            estimates the sum over all classes.
+        generator: of the sample, on the embeddings' device; None: torch's default one. A head keeps
+            its own, whose state is saved with it.
+    """
+
+    rate: float
+    logq: bool = False
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not arguments.is_number(self.rate) or not 0 < self.rate <= 1:
+            raise ValueError(f"rate: expected a number in (0, 1], got {self.rate!r}")
+        arguments.boolean("logq", self.logq)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(
+                "generator: expected a torch.Generator or None, got "
+                f"{type(self.generator).__name__}"
+            )
+
+    @property
+    def takes_all(self) -> bool:
+        return self.rate == 1
+
+    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample | None:
+        if self.takes_all:
+            return None
+        if self.generator is not None:  # torch.utils.checkpoint resets the default one
+            ops.refuse_recomputation("margin_cross_entropy(sampling=PartialFC(generator=))")
+        num_sample = max(int(self.rate * num_classes), min(label.shape[0], num_classes))
+        return Sample(sample_classes(label, num_classes, num_sample, self.generator))
+
+    def described(self) -> str:
+        return f"PartialFC(rate={self.rate}, logq={self.logq})"
+
+
+@dataclass(frozen=True)
+class ChosenBy(Sampling):
+    """Computes each step on the classes that a function chooses.
+
+    Args:
+        function: from the rows' classes (N,), -1 for those that ``w`` does not hold, to the sorted
+            indices of a row of ``w`` at least, the rows' own among them. On a GPU a bad sample
+            gives the loss NaN, as a bad label does.
+        logq: as for :class:`PartialFC`, as if the function chose at random.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    logq: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(
+                f"function: expected a function of labels, got {type(self.function).__name__}"
+            )
+        arguments.boolean("logq", self.logq)
+
+    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample:
+        # the exchange says whether the host may wait, and raises one rank's error on all
+        sample = exchange.attempt(_checked, self.function, label, num_classes, bool(exchange.check))
+        if sample is None:
+            every = torch.arange(num_classes, device=label.device)
+            return Sample(every, label.new_zeros((), dtype=torch.bool))
+        return sample
 
 
 def sample_classes(
     label: Tensor, num_classes: int, num_sample: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """num_sample of the classes [0, num_classes), sorted: those of the rows, the rest at random.
+    """Chooses num_sample of the classes [0, num_classes), sorted: the rows' own and random ones.
 
     Nothing waits for the device, and the size does not depend on values.
 
@@ -31,31 +142,18 @@ def sample_classes(
     return order[:num_classes].topk(num_sample, sorted=False).indices.sort().values
 
 
-def uniform(
-    num_classes: int, sample_rate: float, generator: torch.Generator | None
-) -> Callable[[Tensor], Tensor]:
-    """:func:`sample_classes` of max(int(rate C), min(N, C)) classes, a function of the labels."""
+def _checked(
+    function: Callable[[Tensor], Tensor], label: Tensor, num_classes: int, check: bool
+) -> Sample:
+    """Returns the classes that ``function`` chooses, and whether they are sorted and all there.
 
-    def sample(label: Tensor) -> Tensor:
-        if generator is not None:  # torch.utils.checkpoint resets the default one
-            ops.refuse_recomputation("margin_cross_entropy(generator=)")
-        num_sample = max(int(sample_rate * num_classes), min(label.shape[0], num_classes))
-        return sample_classes(label, num_classes, num_sample, generator)
-
-    return sample
-
-
-def checked_index(
-    sampler: Callable[[Tensor], Tensor], label: Tensor, num_classes: int, check: bool
-) -> tuple[Tensor, Tensor]:
-    """The classes that ``sampler`` chooses, and whether they are sorted and all there are, a bool
-    () on the device. Where they are not, classes that exist take the place of those that do not.
+    Where they are not, classes that exist take the place of those that do not.
 
     Raises:
-        TypeError, ValueError: of a wrong type or shape; with ``check``, for which the host waits,
-            also of wrong values.
+        TypeError, ValueError: a wrong type or shape; with ``check``, for which the host waits, also
+            wrong values.
     """
-    index = sampler(label)
+    index = function(label)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         came = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"sampler: expected it to return an int64 tensor, got {came}")
@@ -79,7 +177,7 @@ def checked_index(
                 "sampler: expected the classes of the rows among its indices, but class "
                 f"{int(missing[0])} is missing"
             )
-    return index.clamp(0, max(num_classes - 1, 0)), valid
+    return Sample(index.clamp(0, max(num_classes - 1, 0)), valid)
 
 
 def sampled(
@@ -90,8 +188,10 @@ def sampled(
     logq: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The rows ``index`` of w, their bias with the logq correction in ``dtype``, the rows' classes
-    among them, -1 where the class is missing.
+    """Returns the rows ``index`` of w, their bias, and the position of each row's class among them.
+
+    The bias includes the logq correction, in ``dtype``. The position is -1 where the class is not
+    among them.
     """
     num_classes, num_sample = w.shape[0], index.shape[0]
     if num_sample == 0:  # a rank without classes
@@ -110,34 +210,16 @@ def sampled(
     return w, bias, torch.where(owned, places, -1)
 
 
-def chosen(
-    exchange,
-    sampler: Callable[[Tensor], Tensor],
-    w: Tensor,
-    bias: Tensor | None,
-    label: Tensor,
-    logq: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """:func:`sampled` by a sampler of the user's, and whether its sample can be used, a bool () on
-    the device. The exchange says whether the host may wait, and raises one rank's error on all.
-    """
-    index, valid = exchange.attempt(
-        checked_index, sampler, label, w.shape[0], bool(exchange.check)
-    ) or (torch.arange(w.shape[0], device=w.device), label.new_zeros((), dtype=torch.bool))
-    return *sampled(w, bias, label, index, logq, dtype), valid
-
-
 class Sampler(StepGenerators):
-    """Those of a head's samples, from a seed that the ranks agree on."""
+    """Makes the generators of a head's samples, from a seed that the ranks agree on."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         seed = [random_seed()]
         if group is not None:
             dist.broadcast_object_list(seed, group=group, group_src=0)
-        super().__init__(seed[0], "MarginSoftmaxHead(sample_rate=)")
+        super().__init__(seed[0], "MarginSoftmaxHead(sampling=)")
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def forward(self, device: torch.device) -> torch.Generator:
-        """The generator of the next step."""
+        """Returns the generator of the next step."""
         return super().forward(device, self.rank)

@@ -1,23 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Scales that follow the data: AdaCos.
+"""Holds scales that follow the data: AdaCos.
 
-A module given as ``scale=`` is called for the scale, a number or 0-d tensor. One that has
-``observe(lse, cosine, kept)`` also sees, in training mode, what the sweep found on the un-margined
-cosines of the whole batch: before the sweep that trains, from a sweep of its own, or with
-``delayed`` after it, from the same one. Its ``adapts`` says whether it wants to.
+A module given as ``scale=`` is called for the scale, a number or 0-d tensor. One that derives from
+:class:`AdaptiveScale` also sees the cosines of the whole batch.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import integer
 from .margins.statistics import Stateful, masked_mean
 
 
-class AdaCos(Stateful):
+class AdaptiveScale(nn.Module):
+    """Returns the scale at a call, and moves it by what a sweep finds: the base of such scales.
+
+    While ``observes`` holds, :meth:`observe` sees the un-margined cosines of the whole batch. It is
+    called before the sweep that trains, after a sweep of its own. Where ``delayed`` holds it is
+    called after the sweep that trains, with what that one finds.
+    """
+
+    delayed: bool = False
+
+    @property
+    def observes(self) -> bool:
+        """Says whether it wants to observe the present step."""
+        return self.training
+
+    def observe(self, lse: Tensor, cosine: Tensor, kept: Tensor) -> None:
+        """Moves the scale.
+
+        Args:
+            lse: (N,), log sum exp(s c_ij) over the other classes, at the present s.
+            cosine: (N,), to the target class, without margin.
+            kept: (N,) bool, the rows that take part.
+        """
+        raise NotImplementedError
+
+    def check(self, num_classes: int) -> None:
+        """Raises ValueError where the scale does not fit a head of so many classes."""
+
+
+def observer_of(scale: float | Tensor | nn.Module) -> AdaptiveScale | None:
+    """Returns the scale where it wants to observe the present step, else None.
+
+    Raises:
+        TypeError: a module has ``observe`` but does not derive from :class:`AdaptiveScale`.
+    """
+    if isinstance(scale, AdaptiveScale):
+        return scale if scale.observes else None
+    if isinstance(scale, nn.Module) and hasattr(scale, "observe"):
+        raise TypeError(
+            f"scale: expected {type(scale).__name__}, which has observe(), to derive from "
+            "marginkernels.scales.AdaptiveScale"
+        )
+    return None
+
+
+class AdaCos(Stateful, AdaptiveScale):
     """s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019, arXiv:1905.00292),
     a scale for :class:`NSoftmax`.
 
@@ -49,19 +92,18 @@ class AdaCos(Stateful):
         return self.recall("s") if self.dynamic else self.fixed_scale
 
     @property
-    def adapts(self) -> bool:
-        """Whether it wants to observe now."""
+    def observes(self) -> bool:
         return self.dynamic and self.training
+
+    def check(self, num_classes: int) -> None:
+        if self.num_classes != num_classes:
+            raise ValueError(
+                f"scale: expected AdaCos({num_classes}) for {num_classes} classes, got "
+                f"AdaCos({self.num_classes})"
+            )
 
     @torch.no_grad()
     def observe(self, lse: Tensor, cosine: Tensor, kept: Tensor) -> None:
-        """Moves s.
-
-        Args:
-            lse: (N,), log sum exp(s c_ij) over the other classes, at the present s.
-            cosine: (N,), to the target class, without margin.
-            kept: (N,) bool, the rows that take part.
-        """
         _, count = masked_mean(cosine, kept)
         log_b = lse.masked_fill(~kept, -math.inf).logsumexp(0) - count.log()
         # the lower median of the angles is the upper one of the cosines

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import integer, module, number
-from .margins import Margin
+from .margins import ParametricMargin
 
 
 class MarginSchedule:
@@ -34,7 +34,7 @@ class MarginSchedule:
 
     def __init__(
         self,
-        margin: Margin,
+        margin: ParametricMargin,
         *,
         initial: float = 0.0,
         final: float,
@@ -43,7 +43,7 @@ class MarginSchedule:
         ramp: str = "exponential",
     ):
         module("margin", margin, "ArcFace(0.5)")
-        if not isinstance(margin, Margin) or getattr(margin.m, "ndim", 0) > 0:
+        if not isinstance(margin, ParametricMargin) or getattr(margin.m, "ndim", 0) > 0:
             raise ValueError(
                 "margin: expected a margin with a number or 0-d tensor as m, got "
                 f"{type(margin).__name__}"

@@ -1,61 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Bad input gets a clear error before anything is computed.
+"""Raises a clear error for bad input before anything is computed.
 
-Shapes, dtypes, devices and Python numbers are always checked. Values in tensors are checked where
-that costs no synchronisation: on the CPU always, elsewhere only after ``set_device_checks(True)``
-or with MARGINKERNELS_CHECK=1 in the environment.
+Shapes, dtypes, devices and Python numbers are always checked, values in tensors where
+:mod:`marginkernels.device_checks` says so.
 """
 
 import math
 import numbers
-import os
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import arguments, numerics, ops
-from .margins import InterClassFilter, Margin
+from . import arguments, device_checks, numerics, ops
+from .distributed.shard import ClassShard
+from .margins import MarginHooks, adapted
+from .sampling import Sampling
+from .scales import AdaptiveScale
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .call import Call, Operands
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_device_checks = os.environ.get("MARGINKERNELS_CHECK", "0") == "1"
 
 
-def set_device_checks(enabled: bool) -> None:
-    """Whether values of tensors on an accelerator are checked too; each check waits for it."""
-    global _device_checks
-    _device_checks = bool(enabled)
-
-
-def checks_values(device: torch.device) -> bool:
-    """Whether the values of tensors on this device are looked at."""
-    return device.type == "cpu" or _device_checks
-
-
-def check_settings(
-    normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-    save_tiles,
-) -> None:  # fmt: skip
-    """What does not depend on the operands of a call."""
-    _check_choice("normalize", normalize, ("both", "weight", "none"))
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _check_choice("save_tiles", save_tiles, ("auto", True, False))
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if not arguments.is_number(label_smoothing) or not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
-    for name, value in (("z_loss", z_loss), ("focal_gamma", focal_gamma)):
+def check_settings(settings: Settings) -> None:
+    """Checks what does not depend on the operands of a call."""
+    _check_choice("normalize", settings.normalize, ("both", "weight", "none"))
+    _check_choice("reduction", settings.reduction, ("mean", "sum", "none"))
+    _check_choice("save_tiles", settings.save_tiles, ("auto", True, False))
+    ignored, smoothing = settings.ignore_index, settings.label_smoothing
+    if not isinstance(ignored, numbers.Integral) or isinstance(ignored, bool):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignored).__name__}")
+    if not arguments.is_number(smoothing) or not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {smoothing!r}")
+    for name in ("z_loss", "focal_gamma"):
+        value = getattr(settings, name)
         if not arguments.is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-    if compute_dtype is not None and compute_dtype not in _FLOATING:
+    if settings.compute_dtype is not None and settings.compute_dtype not in _FLOATING:
         raise ValueError(
             "compute_dtype: expected float16, bfloat16, float32, float64 or None, "
-            f"got {compute_dtype!r}"
+            f"got {settings.compute_dtype!r}"
         )
 
 
-def check_operands(x, w, y, bias, sample_weight, row_margin, shard) -> None:
-    """Types, shapes and devices of the tensors of one call."""
+def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
+    """Checks types, shapes and devices of the tensors of one call."""
+    x, w, y, bias, sample_weight, row_margin = operands
     check_tensor("x", x)
     check_tensor("w", w, like=x)
     for name, t in (("x", x), ("w", w)):
@@ -125,62 +119,57 @@ def check_scale(scale, name: str = "scale") -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {scale}")
 
 
-def check_margin(margin, row_margin, num_classes: int, device: torch.device | None = None) -> None:
-    """Type, shape and device of the margin, and its value where it is a number."""
+def check_margin(
+    margin: nn.Module,
+    num_classes: int,
+    device: torch.device | None = None,
+    row_margin: Tensor | None = None,
+) -> MarginHooks:
+    """Checks the margin and returns it with all hooks."""
     arguments.module("margin", margin, "ArcFace(0.5)")
-    margin = _inner(margin)
-    if row_margin is not None and not getattr(margin, "takes_row_margin", True):
-        raise ValueError(f"row_margin: expected None for {type(margin).__name__}, which has no m")
-    if not isinstance(margin, Margin):
+    hooks = adapted(margin)
+    hooks.check(num_classes, device, row_margin)
+    return hooks
+
+
+def _looks_at_all(margin: MarginHooks, observer: AdaptiveScale | None) -> str | None:
+    """Names the scale or margin that inspects every cosine, or returns None."""
+    if observer is not None:
+        return type(observer).__name__
+    return margin.name if margin.transforms_negatives else None
+
+
+def check_cosines(
+    margin: MarginHooks, observer: AdaptiveScale | None, normalize: str, bias: bool
+) -> None:
+    """Checks that losses that inspect every cosine have normalize="both" and no bias."""
+    looks = _looks_at_all(margin, observer)
+    if observer is not None and margin.transforms_negatives:
+        raise ValueError(f"scale: expected one that does not adapt with {margin.name}, got {looks}")
+    if looks is not None and normalize != "both":
+        raise ValueError(f"normalize: expected 'both' with {looks}, got {normalize!r}")
+    if looks is not None and bias:
+        raise ValueError(f"bias: expected none with {looks}")
+
+
+def check_sampling(
+    sampling: Sampling | None,
+    label_smoothing: float,
+    margin: MarginHooks,
+    observer: AdaptiveScale | None,
+) -> None:
+    """Checks that a sample stands for all classes in the sum of exponentials only."""
+    if sampling is None:
         return
-    margin.check_type()
-    if not isinstance(margin.m, Tensor):
-        margin.check_range()
-    elif margin.m.ndim == 1:
-        if margin.m.shape[0] != num_classes:
-            raise ValueError(
-                f"margin: expected a table of {num_classes} classes, got {margin.m.shape[0]}"
-            )
-        if device not in (None, margin.m.device):
-            raise ValueError(f"margin: expected a table on {device} as x, got {margin.m.device}")
-
-
-def check_cosines(margin, scale, normalize: str, bias: bool) -> None:
-    """What looks at all cosines needs logits that are scale times a cosine."""
-    adapts = isinstance(scale, torch.nn.Module) and getattr(scale, "adapts", False)
-    transforms = hasattr(margin, "negatives")
-    if adapts and transforms:
-        raise ValueError(
-            f"scale: expected one that does not adapt with {type(margin).__name__}, got "
-            f"{type(scale).__name__}"
-        )
-    needs = scale if adapts else margin if transforms else None
-    if needs is not None and normalize != "both":
-        raise ValueError(
-            f"normalize: expected 'both' with {type(needs).__name__}, got {normalize!r}"
-        )
-    if needs is not None and bias:
-        raise ValueError(f"bias: expected none with {type(needs).__name__}")
-
-
-def check_sampling(sample_rate, logq, sampler, generator, label_smoothing, margin, scale) -> None:
-    """A sample stands for all classes in the sum of exponentials only."""
-    if not arguments.is_number(sample_rate) or not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate: expected a number in (0, 1], got {sample_rate!r}")
-    if sampler is not None and not callable(sampler):
-        raise TypeError(f"sampler: expected a function of labels, got {type(sampler).__name__}")
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if not isinstance(sampling, Sampling):
         raise TypeError(
-            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+            f"sampling: expected PartialFC(rate) or None, got {type(sampling).__name__}"
         )
-    arguments.boolean("logq", logq)
-    if (sample_rate < 1 or sampler is not None) and label_smoothing > 0:
+    if label_smoothing > 0 and not sampling.takes_all:
         raise ValueError(f"label_smoothing: expected 0 with a sample, got {label_smoothing}")
-    looks = scale if getattr(scale, "adapts", False) else margin
-    if logq and (looks is scale or hasattr(margin, "negatives")):
-        raise ValueError(
-            f"logq: expected False with {type(looks).__name__}, which looks at all cosines"
-        )
+    looks = _looks_at_all(margin, observer)
+    if sampling.logq and looks is not None:
+        raise ValueError(f"logq: expected False with {looks}, which looks at all cosines")
 
 
 def check_numbers(dtype: torch.dtype, **values) -> None:
@@ -194,46 +183,34 @@ def check_numbers(dtype: torch.dtype, **values) -> None:
             )
 
 
-def check_values(
-    y, num_classes, ignore_index, x_norm, scale, bias, label_smoothing, margin, row_margin,
-    sample_weight,
-) -> Tensor:  # fmt: skip
-    """Copy of the labels that waits for the checks of all values."""
-    statistics = torch.finfo(x_norm.dtype)  # values have to be finite there too
-    label = y
-    if checks_values(y.device):
-        label = ops.checked_labels(y, num_classes, ignore_index)
-    label = _checked(label, x_norm, 0, numerics.GREATEST_NORM, ops.BAD_X)
-    if isinstance(scale, Tensor):
+def check_values(call: "Call") -> Tensor:
+    """Returns a copy of the labels that waits for the checks of all values."""
+    statistics = torch.finfo(call.x_norm.dtype)  # values have to be finite there too
+    label = call.label
+    if device_checks.checks_values(label.device):
+        label = ops.checked_labels(label, call.num_classes, call.settings.ignore_index)
+    label = _checked(label, call.x_norm, 0, numerics.GREATEST_NORM, ops.BAD_X)
+    if isinstance(call.scale, Tensor):
         what = "scale: expected a finite number > 0"
-        label = _checked(label, scale, statistics.tiny, statistics.max, what)
-    if bias is not None:
+        label = _checked(label, call.scale, statistics.tiny, statistics.max, what)
+    if call.bias is not None:
         what = "bias: expected finite numbers, or -inf for classes to leave out"
         low = -math.inf
-        if label_smoothing > 0:
+        if call.settings.label_smoothing > 0:
             what, low = "bias: expected finite numbers with label_smoothing", statistics.min
-        label = _checked(label, bias, low, statistics.max, what)
-    if sample_weight is not None:
+        label = _checked(label, call.bias, low, statistics.max, what)
+    if call.sample_weight is not None:
         what = "sample_weight: expected finite weights >= 0"
-        label = _checked(label, sample_weight, 0, statistics.max, what)
-    margin = _inner(margin)
-    if isinstance(margin, Margin):
-        m, name = (margin.m, "margin") if row_margin is None else (row_margin, "row_margin")
-        if isinstance(m, Tensor):
-            what = f"{name}: expected {type(margin).__name__}'s m in {margin.interval.text}"
-            low = max(margin.interval.first, statistics.min)
-            high = min(margin.interval.last, statistics.max)
-            label = _checked(label, m, low, high, what)
+        label = _checked(label, call.sample_weight, 0, statistics.max, what)
+    bounded = call.margin.bounded(call.row_margin)
+    if bounded is not None:
+        low, high = max(bounded.low, statistics.min), min(bounded.high, statistics.max)
+        label = _checked(label, bounded.value, low, high, bounded.expected)
     return label
 
 
-def _inner(margin):
-    """The margin that has the m."""
-    return margin.margin if isinstance(margin, InterClassFilter) else margin
-
-
 def _checked(label: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
-    if not checks_values(value.device):
+    if not device_checks.checks_values(value.device):
         return label
     return ops.checked(label, value.detach(), low, high, what)
 

@@ -14,10 +14,12 @@ from marginkernels import (
     CosFace,
     MarginSoftmaxHead,
     NSoftmax,
+    PartialFC,
     margin_cross_entropy,
 )
 from marginkernels.compat.insightface import PartialFC_V2
 from marginkernels.distributed.shard import raising_together
+from marginkernels.sampling import ChosenBy
 from tests.support import workers
 from tests.support.sharding import F64, my_shard
 
@@ -105,9 +107,9 @@ DIFFERENCES = {
     "margin": (CosFace(0.3), "margin"),
     "margin in eval mode": (CosFace(0.2).eval(), "training"),
     "compute_dtype": (torch.bfloat16, "compute_dtype"),
-    "sample_rate": (0.5, "sample_rate"),
-    "logq": (True, "logq"),
-    "sampler": (lambda label: torch.arange(5), "sampler"),
+    "sampling rate": (PartialFC(0.5), "sampling"),
+    "sampling with logq": (PartialFC(1.0, logq=True), "sampling"),
+    "sampling by a function": (ChosenBy(lambda label: torch.arange(5)), "sampling"),
     "row_margin": (torch.zeros(N), "row_margin"),
 }
 
@@ -233,7 +235,7 @@ def raised_on_a_rank_without_classes():
         return torch.arange({2: 2}[shard.size])
 
     arguments = dict(w=torch.randn(4, D)[shard.start : shard.stop], y=torch.randint(0, 4, (N,)))
-    return shard.size, raised_by(lambda: call(shard, sampler=sample, **arguments))
+    return shard.size, raised_by(lambda: call(shard, sampling=ChosenBy(sample), **arguments))
 
 
 def test_a_sampler_that_fails_on_a_rank_without_classes():

@@ -189,7 +189,7 @@ def test_modules_are_instances():
 def test_what_a_head_is_made_of():
     refused(ValueError, ["backend:", "'auto'", "'cudnn'"], head, backend="cudnn")
     refused(ValueError, ["backend:", "'auto'", "[]"], head, backend=[])
-    for name in ("bias", "logq", "even_batches"):
+    for name in ("bias", "even_batches"):
         refused(TypeError, [f"{name}: expected a bool", "'x'"], head, **{name: "x"})
     refused(TypeError, ["max_local_batch:", "integer", "True"], head, max_local_batch=True)
     refused(ValueError, ["grad_scale:", "'ddp'", "'mean'"], head, grad_scale="mean")

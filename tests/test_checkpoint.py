@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from marginkernels import ArcFace, CosFace, CurricularFace, MarginSoftmaxHead
+from marginkernels import ArcFace, CosFace, CurricularFace, MarginSoftmaxHead, PartialFC
 from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
 from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
 from tests.support import workers
@@ -103,7 +103,7 @@ def run(world, function, *args):
     [
         ("sgd", dict(margin=CurricularFace(0.3))),
         ("adamw", dict(margin=ArcFace(0.2), bias=True)),
-        ("sgd", dict(margin=CosFace(0.2), sample_rate=0.5)),
+        ("sgd", dict(margin=CosFace(0.2), sampling=PartialFC(0.5))),
     ],
     ids=["sgd", "adamw", "sampled"],
 )
@@ -115,7 +115,7 @@ def test_state_moves_between_world_sizes(before, after, kind, settings, tmp_path
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
-    if "sample_rate" in settings:  # each rank draws a sample, from one state
+    if "sampling" in settings:  # each rank draws a sample, from one state
         assert saved["head.sampler._extra_state"][1] == 3
     else:
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)

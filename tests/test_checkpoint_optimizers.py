@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from marginkernels import CosFace, MarginSoftmaxHead
+from marginkernels import CosFace, MarginSoftmaxHead, PartialFC
 from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
 
 C, D = 5, 4
@@ -251,7 +251,7 @@ def test_settings_that_are_numpy_numbers(tmp_path):
 def test_a_sampler_may_be_on_one_side_only(tmp_path):
     for rates in ((0.5, 1.0), (1.0, 0.5)):
         heads = [
-            MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, sample_rate=rate)
+            MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, sampling=PartialFC(rate))
             for rate in rates
         ]
         path = tmp_path / str(rates[0])

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from marginkernels import AdaCos, ArcFace, CurricularFace, ElasticFace, margin_cross_entropy
+from marginkernels import (
+    AdaCos,
+    ArcFace,
+    CurricularFace,
+    ElasticFace,
+    PartialFC,
+    margin_cross_entropy,
+)
 from tests.support import stateful, sweeps
 from tests.support.losses import LOSSES, operands
 from tests.support.losses import C as CLASSES
@@ -126,7 +133,8 @@ def test_every_loss_with_sizes_and_numbers_that_are_not_fixed():
             margin.generators = None  # torch.compile knows the default generator only
     settings = [dict(scale=loss.scale, normalize=loss.normalize) for loss in LOSSES.values()]
     margins += [ArcFace(torch.rand(CLASSES)), ArcFace(torch.tensor(0.2))]
-    settings += [dict(scale=torch.tensor(8.0)), dict(scale=AdaCos(CLASSES), sample_rate=0.7)]
+    settings.append(dict(scale=torch.tensor(8.0)))
+    settings.append(dict(scale=AdaCos(CLASSES), sampling=PartialFC(0.7)))
 
     def losses(x, w, y, margins, settings):
         return [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marginkernels import AdaCos, ArcFace, MarginSoftmaxHead, NSoftmax, validation
+from marginkernels import AdaCos, ArcFace, MarginSoftmaxHead, NSoftmax, PartialFC, device_checks
 from marginkernels.backends import reasons
 from tests.support.losses import LOSSES, C, operands
 
@@ -43,7 +43,7 @@ def heads():
         arcface | dict(label_smoothing=0.1, z_loss=1e-3, focal_gamma=2.0, bias=True),
     )
     yield "table", dict(margin=ArcFace(torch.rand(C)), scale=torch.nn.Parameter(torch.tensor(8.0)))
-    yield "sample", arcface | dict(sample_rate=0.5, logq=True)
+    yield "sample", arcface | dict(sampling=PartialFC(0.5, logq=True))
 
 
 HEADS = dict(heads())
@@ -51,7 +51,7 @@ HEADS = dict(heads())
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_step_does_not_wait_for_the_device(name, device, monkeypatch):
-    monkeypatch.setattr(validation, "checks_values", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(device_checks, "checks_values", lambda tensor: False)  # as on a GPU
     head = MarginSoftmaxHead(8, C, **HEADS[name]).to(device)
     x, _, y = (t.to(device) for t in operands(dtype=torch.float32))
     y[::7] = -100

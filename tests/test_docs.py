@@ -109,7 +109,7 @@ def test_the_table_of_losses_is_up_to_date_and_complete() -> None:
         and issubclass(thing, torch.nn.Module)
         and thing.__module__.startswith("marginkernels.margins")
     }
-    assert margins - listed == {"Margin", "AMSoftmax"}
+    assert margins - listed == {"Margin", "ParametricMargin", "AMSoftmax"}
     for thing in generator.MARGINS + generator.OTHERS:
         formula, papers = generator.first_paragraph(thing)
         assert formula and re.search(r"20\d\d", papers), thing

@@ -10,8 +10,8 @@ import torch
 from marginkernels import (
     ArcFace,
     CosFace,
-    Margin,
     NSoftmax,
+    ParametricMargin,
     X2Softmax,
     backends,
     margin_cross_entropy,
@@ -46,7 +46,7 @@ def changed(margin, m):
     return margin
 
 
-class Unbounded(Margin):
+class Unbounded(ParametricMargin):
     """A margin of a user's, any number."""
 
     def target(self, c, m):
@@ -335,8 +335,7 @@ BAD = {
         ValueError,
         ["save_tiles:", "normalize", "73", "label_smoothing", "reference"],
     ),
-    "sampler number": (lambda a: dict(sampler=3), TypeError, ["sampler:", "function", "int"]),
-    "generator": (lambda a: dict(generator=3), TypeError, ["generator:", "Generator", "int"]),
+    "sampling": (lambda a: dict(sampling=0.5), TypeError, ["sampling:", "PartialFC", "float"]),
     "backend list": (lambda a: dict(backend=[]), ValueError, ["backend:", "reference", "[]"]),
     "backend": (lambda a: dict(backend="cudnn"), ValueError, ["backend:", "'auto'", "cudnn"]),
 }

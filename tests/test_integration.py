@@ -17,11 +17,11 @@ from marginkernels import (
     MarginSoftmaxHead,
     NSoftmax,
     backends,
-    functional,
     margin_cross_entropy,
     modules,
     ops,
 )
+from marginkernels.sweep import saves_tiles
 from marginkernels.testing import plain_margin_cross_entropy
 from tests.support.small import C, D, N, batch, make_head
 
@@ -161,8 +161,8 @@ def test_automatic_tiles_stay_below_256_mib():
         x = torch.empty(n, 2, device="meta", requires_grad=True)
         for c, kept in ((1 << 20, True), ((1 << 20) + 1, False)):
             w = torch.empty(c, 2, device="meta")
-            assert functional._keep_tiles("auto", {}, x, w, compute_dtype, "native") == kept
-            assert functional._keep_tiles(True, {}, x, w, compute_dtype, "native")
+            assert saves_tiles("auto", [], x, w, compute_dtype, "native") == kept
+            assert saves_tiles(True, [], x, w, compute_dtype, "native")
 
 
 def test_learnable_scale_margin_and_module_scale(backend, device):

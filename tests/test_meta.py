@@ -16,6 +16,7 @@ from marginkernels import (
     InterClassFilter,
     MarginSoftmaxHead,
     NSoftmax,
+    PartialFC,
 )
 from marginkernels.compat import insightface
 from tests.support import workers
@@ -118,7 +119,7 @@ def test_the_parts_of_fully_shard_are_not_given():
 
 def test_a_sampling_head_on_meta():
     with torch.device("meta"):
-        head = MarginSoftmaxHead(8, C, margin=NSoftmax(), scale=16.0, sample_rate=0.7)
+        head = MarginSoftmaxHead(8, C, margin=NSoftmax(), scale=16.0, sampling=PartialFC(0.7))
         assert head.sampler.get_extra_state().device.type == "cpu"
     head = emptied(head)
     head.reset_parameters()
@@ -137,7 +138,7 @@ def test_the_heads_of_insightface_on_meta():
 
 def on_meta(margin, context):
     torch.manual_seed(dist.get_rank())
-    settings = dict(scale=16.0, sample_rate=0.7, process_group=dist.group.WORLD)
+    settings = dict(scale=16.0, sampling=PartialFC(0.7), process_group=dist.group.WORLD)
     if context:
         with torch.device("meta"):
             head = MarginSoftmaxHead(8, C, margin=margin(), **settings)

@@ -7,13 +7,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from marginkernels import ArcFace, ElasticFace, NSoftmax, margin_cross_entropy
+from marginkernels import ArcFace, ElasticFace, NSoftmax, PartialFC, margin_cross_entropy
 from marginkernels.generators import StepGenerators
 from tests.support.losses import C
 from tests.support.stateful import STATEFUL, batches, head_of, same, state_of
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
-SAMPLED = dict(margin=ArcFace(), scale=16.0, sample_rate=0.7)
+SAMPLED = dict(margin=ArcFace(), scale=16.0, sampling=PartialFC(0.7))
 # what it is that an error names
 NAMED = {
     "L-Softmax": "LSoftmax",
@@ -21,7 +21,7 @@ NAMED = {
     "filtered": "LSoftmax",
     "ElasticFace+": "ElasticFace",
     "AdaCos delayed": "AdaCos",
-    "sampled": "sample_rate",
+    "sampled": "sampling",
 }
 
 
@@ -55,7 +55,7 @@ def test_what_has_not_is_repeated(name, reentrant):
     def loss(x, y):
         if name == "sample":  # of torch's default generator
             return margin_cross_entropy(
-                x, head.weight, y, margin=head.margin, scale=16.0, sample_rate=0.7
+                x, head.weight, y, margin=head.margin, scale=16.0, sampling=PartialFC(0.7)
             )
         return head(x, y)
 
@@ -72,9 +72,9 @@ def test_what_has_not_is_repeated(name, reentrant):
 def test_a_generator_of_the_callers_own_is_refused():
     x, y = batches()[0]
     w, generator = torch.randn(C, 8, requires_grad=True), torch.Generator()
-    settings = dict(margin=NSoftmax(), scale=16.0, sample_rate=0.7, generator=generator)
+    settings = dict(margin=NSoftmax(), scale=16.0, sampling=PartialFC(0.7, generator=generator))
     loss = checkpoint(lambda: margin_cross_entropy(x, w, y, **settings), use_reentrant=False)
-    with pytest.raises(RuntimeError, match=r"margin_cross_entropy\(generator=\)"):
+    with pytest.raises(RuntimeError, match=r"PartialFC\(generator=\)"):
         loss.backward()
 
 

@@ -15,10 +15,11 @@ from marginkernels import (
     CurricularFace,
     ElasticFace,
     MarginSoftmaxHead,
+    PartialFC,
     margin_cross_entropy,
 )
 from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
-from marginkernels.sampling import sample_classes, sampled
+from marginkernels.sampling import ChosenBy, sample_classes, sampled
 from tests.support import workers
 from tests.support.sharding import my_rows, my_shard
 
@@ -86,8 +87,8 @@ SETTINGS = dict(margin=ArcFace(0.2, branch="none"), scale=16.0)
 def test_a_sampled_loss_is_that_of_the_sample(logq):
     """Compares the gradient of all of w too, which is 0 in rows outside the sample."""
     x, w, y = problem()
-    settings = dict(SETTINGS, sample_rate=0.4, logq=logq)
-    got = solve(lambda x, w: margin_cross_entropy(x, w, y, generator=generator(), **settings), x, w)
+    settings = dict(SETTINGS, sampling=PartialFC(0.4, logq, generator()))
+    got = solve(lambda x, w: margin_cross_entropy(x, w, y, **settings), x, w)
     index = sample_classes(y, C, 16, generator())
     torch.testing.assert_close(got, solve(lambda x, w: dense(x, w, y, [(0, C, index)], logq), x, w))
     left_out = torch.ones(C, dtype=torch.bool)
@@ -99,7 +100,7 @@ def sharded_sample(logq):
     rank, world = dist.get_rank(), dist.get_world_size()
     (x, w, y), shard = problem(), my_shard(C)
     rows, classes = my_rows(len(x)), slice(shard.start, shard.stop)
-    settings = dict(SETTINGS, sample_rate=0.4, logq=logq, generator=generator(rank), shard=shard)
+    settings = dict(SETTINGS, sampling=PartialFC(0.4, logq, generator(rank)), shard=shard)
     got = solve(lambda x, w: margin_cross_entropy(x, w, y[rows], **settings), x[rows], w[classes])
     parts = []
     for other in range(world):
@@ -126,16 +127,14 @@ def test_logq_makes_the_sum_over_the_sample_that_over_all_on_average():
     def over_others(**more):  # the sum of exp over the other classes over exp of the target's
         return margin_cross_entropy(x, w, y, **settings, **more).expm1()
 
-    draws = [
-        over_others(sample_rate=0.25, logq=True, generator=generator(seed)) for seed in range(600)
-    ]
+    draws = [over_others(sampling=PartialFC(0.25, True, generator(seed))) for seed in range(600)]
     draws = torch.stack(draws)
     error = (draws.mean(0) - over_others()) / (draws.std(0) / len(draws) ** 0.5)
     assert (error.abs() < 4).all()
 
 
 def make_head(**settings):
-    settings = dict(margin=ArcFace(0.2), scale=16.0, sample_rate=0.5) | settings
+    settings = dict(margin=ArcFace(0.2), scale=16.0, sampling=PartialFC(0.5)) | settings
     return MarginSoftmaxHead(D, C, **settings)
 
 
@@ -149,7 +148,7 @@ def test_the_state_of_the_sample_is_saved_and_evaluation_uses_all_classes():
     assert "sampler._extra_state" in head.state_dict()
     assert all(head(x, y) == twin(x, y) for _ in range(3))
     head.eval()
-    whole = make_head(sample_rate=1.0)
+    whole = make_head(sampling=PartialFC(1.0))
     whole.weight = head.weight
     assert head(x, y) == head(x, y) == whole(x, y)
     assert set(whole.state_dict()) == {"weight"}
@@ -163,9 +162,9 @@ def test_states_load_where_nothing_is_drawn_and_from_there(what, checkpoint, tmp
     def make(draws):
         torch.manual_seed(5)
         if what == "sampled":
-            head = make_head(sample_rate=0.5 if draws else 1.0)
+            head = make_head(sampling=PartialFC(0.5 if draws else 1.0))
         else:
-            head = make_head(margin=ElasticFace(seed=3 if draws else None), sample_rate=1.0)
+            head = make_head(margin=ElasticFace(seed=3 if draws else None), sampling=None)
         return torch.nn.ModuleList([head])
 
     x, _, y = problem()
@@ -204,14 +203,26 @@ def test_ranks_and_steps_draw_differently():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(sample_rate=0.0), ["sample_rate:", "(0, 1]", "0.0"]),
-        (dict(sample_rate=1.5), ["sample_rate:", "1.5"]),
-        (dict(sample_rate=0.5, label_smoothing=0.1), ["label_smoothing:", "0.1"]),
-        (dict(logq=True, margin=CurricularFace()), ["logq:", "CurricularFace"]),
-        (dict(logq=True, scale=AdaCos(C)), ["logq:", "AdaCos"]),
+        (dict(rate=0.0), ["rate:", "(0, 1]", "0.0"]),
+        (dict(rate=1.5), ["rate:", "1.5"]),
+        (dict(rate="x"), ["rate:", "'x'"]),
+        (dict(logq="x"), ["logq:", "bool", "'x'"]),
+        (dict(generator=3), ["generator:", "Generator", "int"]),
+        (dict(generator=generator()), ["sampling:", "without a generator"]),
+        (dict(head=dict(label_smoothing=0.1)), ["label_smoothing:", "0.1"]),
+        (dict(logq=True, head=dict(margin=CurricularFace())), ["logq:", "CurricularFace"]),
+        (dict(logq=True, head=dict(scale=AdaCos(C))), ["logq:", "AdaCos"]),
+        (dict(head=dict(sampling=0.5)), ["sampling:", "PartialFC", "float"]),
+        (dict(head=dict(sampling=ChosenBy(torch.unique))), ["sampling:", "PartialFC"]),
     ],
 )
 def test_refusals(settings, words):
-    with pytest.raises(ValueError) as refusal:
-        make_head(**settings)
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        more = settings.pop("head", {})
+        make_head(**dict(dict(sampling=PartialFC(**dict(dict(rate=0.5), **settings))), **more))
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_a_sample_is_chosen_by_a_function():
+    with pytest.raises(TypeError, match="function: expected a function of labels, got int"):
+        ChosenBy(3)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from marginkernels import ArcFace, MarginSoftmaxHead, validation
+from marginkernels import ArcFace, MarginSoftmaxHead, device_checks
 from marginkernels.distributed import collectives
 from tests.support import simulation, workers
 from tools.docs import scaling
@@ -63,7 +63,7 @@ def measure(setup):
     x_type = {4: torch.float32, 2: torch.bfloat16}[s.itemsize]
     with simulation.simulated("ttsem"), pytest.MonkeyPatch.context() as patch:
         multiply_outside_torch(patch)
-        patch.setattr(validation, "checks_values", lambda _: False)  # as on a GPU
+        patch.setattr(device_checks, "checks_values", lambda _: False)  # as on a GPU
         head = MarginSoftmaxHead(
             s.features, s.classes, margin=ArcFace(0.3), scale=16.0, backend="triton",
             save_tiles=False, even_batches=True, process_group=dist.group.WORLD,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from marginkernels import AdaCos, ArcFace, CurricularFace, NSoftmax, margin_cross_entropy
 from marginkernels.compat.insightface import CosFace, PartialFC_V2
+from marginkernels.sampling import ChosenBy
 from tests.support import unchecked, workers
 from tests.support.sharding import my_rows, my_shard
 from tests.support.unchecked import (
@@ -85,7 +86,7 @@ def sharded_sample(index_of_rank):
     def call():
         return margin_cross_entropy(
             x[:2], w[shard.start : shard.stop], y, margin=ArcFace(0.2), scale=8.0, shard=shard,
-            sampler=choose(index_of_rank[rank]),
+            sampling=ChosenBy(choose(index_of_rank[rank])),
         )  # fmt: skip
 
     with values_unchecked():

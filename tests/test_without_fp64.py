@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from marginkernels import AdaCos, NSoftmax, TripletLoss, margin_cross_entropy
+from marginkernels import AdaCos, NSoftmax, PartialFC, TripletLoss, margin_cross_entropy
 from marginkernels.backends import reference
 from tests.support.losses import LOSSES, C, fused, operands, solve
 
@@ -43,7 +43,7 @@ def test_fp32_needs_no_fp64_around_the_losses(device):
     x, w, y = (t.to(device) for t in operands(dtype=torch.float32))
     each = [
         dict(scale=AdaCos(C).to(device)),
-        dict(scale=16.0, sample_rate=0.7, logq=True),
+        dict(scale=16.0, sampling=PartialFC(0.7, logq=True)),
         dict(scale=16.0, normalize="weight", bias=torch.ones(C, device=device)),
     ]
     with NoFloat64():

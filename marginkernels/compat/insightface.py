@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from .. import (
     arguments,
     backends,
+    device_checks,
     functional,
-    loss,
     margins,
     numerics,
     ops,
@@ -41,6 +41,7 @@ from ..distributed import shard as distributed
 from ..distributed.exchange import Sharded, opened
 from ..distributed.shard import ClassShard
 from ..generators import mixed, random_seed
+from ..norms import row_norm
 from ..results import SweepResult
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 
@@ -177,7 +178,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             raise
         losses = rows(local_embeddings, label)
         if self.loss_cap is not None:
-            losses = losses + (losses.clamp_max(self.loss_cap) - losses).detach()
+            losses = margins.straight_through(lambda loss: loss.clamp_max(self.loss_cap), losses)
         return losses.sum() / max(len(losses), 1)
 
     def _checked(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -200,9 +201,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 f"local_labels: expected device {x.device} as local_embeddings, got {labels.device}"
             )
         label = self._classes(labels.reshape(-1))
-        if validation.checks_values(x.device):
+        if device_checks.checks_values(x.device):
             label = ops.checked_labels(label, self.num_classes, None, "local_labels")
-            norm = loss.row_norm(x.detach(), self._compute_dtype(x))
+            norm = row_norm(x.detach(), self._compute_dtype(x))
             label = ops.checked(label, norm, 0, numerics.GREATEST_NORM, _BAD_EMBEDDINGS)
         return label
 
@@ -260,7 +261,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             compute_dtype=self._compute_dtype(x),
             backend=self.backend,
             shard=self.shard,
-            sampler=self.sample if self.sample_rate < 1 else None,
+            sampling=sampling.ChosenBy(self.sample) if self.sample_rate < 1 else None,
         )
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
@@ -272,10 +273,11 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         lost = label.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
             before = label
-            weight, _, label, valid = sampling.chosen(
-                exchange, self.sample, weight, None, label, False, weight.dtype
+            sample = sampling.ChosenBy(self.sample).choose(exchange, label, len(weight))
+            weight, _, label = sampling.sampled(
+                weight, None, label, sample.index, False, weight.dtype
             )
-            lost = ~valid | (before >= 0) & (label < 0)
+            lost = ~sample.valid | (before >= 0) & (label < 0)
         with torch.autocast(x.device.type, torch.float16, enabled=self.fp16):
             logits = F.linear(F.normalize(x.to(weight.dtype)), F.normalize(weight))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-1, 1)

@@ -115,7 +115,7 @@ class CosineMarginLoss(MarginLoss):
         return self.s * others.scatter(1, column, target)
 
 
-def _m_of(kind: type[margins.Margin], name: str) -> property:
+def _m_of(kind: type[margins.ParametricMargin], name: str) -> property:
     """Makes the property ``name``: the m of a margin of this kind, which a schedule may have moved.
 
     Where the margin made is of another kind, the property is the number that was given.

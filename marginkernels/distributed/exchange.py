@@ -40,7 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import validation
+from .. import device_checks
 from ..results import SweepResult
 from . import collectives
 from .collectives import RowLayout, gather
@@ -64,7 +64,8 @@ def opened(
         agreed: from the result of ``check`` the values that are the same on all ranks, by name.
     """
     if shard is None:
-        return Whole(x, wants_stats), check()
+        checked = check()
+        return Whole(x, wants_stats), checked
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
     checked: Any = None
@@ -166,7 +167,7 @@ class Whole(Exchange):
     """Holds all classes and rows in this process, and exchanges nothing."""
 
     def __init__(self, x: Tensor, wants_stats: bool = False):
-        self.check = "raise" if validation.checks_values(x.device) else ""
+        self.check = "raise" if device_checks.checks_values(x.device) else ""
         self.wants_stats = wants_stats
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
@@ -225,7 +226,7 @@ class Sharded(Exchange):
         self.factor = dist.get_world_size(self.group) if shard.grad_scale == "ddp" else 1
         self.device = _device(self.group, w, x)
         # ranks raise together, or none does
-        self.check = "mark" if validation.checks_values(self.device) else ""
+        self.check = "mark" if device_checks.checks_values(self.device) else ""
         n, height = 0 if error else x.shape[0], shard.max_local_batch
         if height is not None and n > height:
             self.error = ValueError(f"x: expected at most max_local_batch={height} rows, got {n}")

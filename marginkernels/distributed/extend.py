@@ -85,7 +85,7 @@ def _check(
         _check_parameter(head, name)
     if optimizer is not None:
         _check_optimizer(head, optimizer)
-    validation.check_margin(head.margin, None, head.num_classes + k)
+    validation.check_margin(head.margin, head.num_classes + k)
 
 
 def _check_parameter(head: Head, name: str) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The margins by theme; see :mod:`marginkernels.margins.base` for what a margin is."""
+"""Holds the margins by theme; :mod:`marginkernels.margins.base` says what a margin is."""
 
+from .angles import safe_acos, safe_sin
 from .annealed import ASoftmax, LSoftmax
-from .base import Interval, Margin, NSoftmax, Rows, safe_acos, safe_sin
+from .base import Margin, MarginHooks, Rows, adapted, straight_through
 from .negatives import AirFace, ArcNegFace, CurricularFace, InterClassFilter, MVSoftmax
 from .norms import AdaFace, MagFace
+from .parametric import Interval, ParametricMargin
 from .per_class import AdaMSoftmax, margins_from_counts
 from .random import ElasticFace
-from .target import AMSoftmax, ArcFace, CombinedMargin, CosFace, SphereFace, X2Softmax
+from .target import AMSoftmax, ArcFace, CombinedMargin, CosFace, NSoftmax, SphereFace, X2Softmax
 
 __all__ = [
     "AMSoftmax",
@@ -28,11 +30,15 @@ __all__ = [
     "MVSoftmax",
     "MagFace",
     "Margin",
+    "MarginHooks",
     "NSoftmax",
+    "ParametricMargin",
     "Rows",
     "SphereFace",
     "X2Softmax",
+    "adapted",
     "margins_from_counts",
     "safe_acos",
     "safe_sin",
+    "straight_through",
 ]

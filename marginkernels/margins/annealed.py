@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import integer, number
-from .base import Rows
+from .base import Margin, Rows
 from .statistics import Stateful
 
 
@@ -22,12 +22,10 @@ def _monotone_multiple(c: Tensor, m: int) -> Tensor:
     return torch.where(torch.as_tensor(k % 2 == 0), chebyshev, -chebyshev) - 2 * k
 
 
-class _Annealed(Stateful):
+class _Annealed(Stateful, Margin):
     """t = (lambda c + psi(theta)) / (1 + lambda), lambda = max(low, base (1 + gamma i)^-power) at
     the i-th forward in training mode; i is a buffer.
     """
-
-    takes_row_margin = False
 
     def __init__(self, m: int, base: float, gamma: float, power: float, low: float):
         super().__init__()

@@ -9,17 +9,22 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..transforms import Transform
-from .base import Interval, Margin, Rows, safe_acos
+from .angles import safe_acos
+from .base import Bounded, Margin, MarginHooks, Rows, adapted
+from .parametric import Interval, ParametricMargin
 from .statistics import Stateful, masked_mean, moved_average
 from .target import ArcFace, arc
 
 
 def _constants(like: Tensor, *numbers: float) -> Tensor:
-    """Numbers as a tensor (K,); filled on the device, where torch.tensor would copy and wait."""
+    """Returns numbers as a tensor (K,).
+
+    It is filled on the device, where torch.tensor would copy and wait.
+    """
     return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
-class AirFace(Margin):
+class AirFace(ParametricMargin):
     """t = 1 - 2 (theta + m) / pi, others 1 - 2 theta_j / pi: Li-ArcFace, AirFace (Li et al., 2019,
     arXiv:1907.12256).
 
@@ -33,7 +38,7 @@ class AirFace(Margin):
     """
 
     interval = Interval(0, math.pi, open_high=True)
-    needs_target_first = False
+    needs_target_cosine = False
 
     def __init__(self, m: float | Tensor = 0.4):
         super().__init__(m)
@@ -41,11 +46,11 @@ class AirFace(Margin):
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return 1 - 2 / math.pi * (safe_acos(c) + m)
 
-    def negatives(self, c: None, rows: Rows) -> Transform:
+    def negatives(self, c: Tensor | None, rows: Rows) -> Transform:
         return Transform("airface")
 
 
-class InterClassFilter(nn.Module):
+class InterClassFilter(Margin):
     """t of the margin inside, others 0 where c_j > threshold: Partial FC's filter against
     mislabelled classes (An et al., 2022, arXiv:2203.15565).
 
@@ -58,39 +63,55 @@ class InterClassFilter(nn.Module):
         threshold: a cosine in [-1, 1].
     """
 
-    needs_target_first = False
+    needs_target_cosine = False
 
     def __init__(self, margin: nn.Module, threshold: float = 0.4):
         super().__init__()
         arguments.module("margin", margin, "CosFace(0.4)")
-        if hasattr(margin, "negatives"):
+        if adapted(margin).transforms_negatives:
             raise ValueError(
                 f"margin: expected one that leaves the negatives alone, got {type(margin).__name__}"
             )
         self.threshold = arguments.number("threshold", threshold, least=-1, most=1)
         self.margin = margin
 
+    @property
+    def _inner(self) -> MarginHooks:
+        return adapted(self.margin)
+
+    @property
+    def takes_row_margin(self) -> bool:
+        """Says whether the margin inside takes one."""
+        return self._inner.takes_row_margin
+
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         return self.margin(c, rows)
 
-    def regularizer(self, rows: Rows) -> Tensor:
-        """That of the margin inside, or 0."""
-        inner = getattr(self.margin, "regularizer", None)
-        return rows.x_norm.new_zeros(()) if inner is None else inner(rows)
+    def regularizer(self, rows: Rows) -> Tensor | None:
+        return self._inner.regularizer(rows)
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """What the margin inside draws, or None."""
-        inner = getattr(self.margin, "draw", None)
-        return None if inner is None else inner(x)
+    def draw(self, x: Tensor, rank: int = 0) -> Tensor | None:
+        return self._inner.draw(x, rank)
 
-    def negatives(self, c: None, rows: Rows) -> Transform:
+    def check(
+        self,
+        num_classes: int,
+        device: torch.device | None = None,
+        row_margin: Tensor | None = None,
+    ) -> None:
+        self._inner.check(num_classes, device, row_margin)
+
+    def bounded(self, row_margin: Tensor | None) -> Bounded | None:
+        return self._inner.bounded(row_margin)
+
+    def negatives(self, c: Tensor | None, rows: Rows) -> Transform:
         return Transform("interclass_filter", None, _constants(rows.x_norm, self.threshold))
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold:g}"
 
 
-class MVSoftmax(Margin):
+class MVSoftmax(ParametricMargin):
     """t = c - m where c > m else c ("am"), cos(theta + m) where c > 0 else c ("arc"); others
     (t + 1) c_j + t where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
 
@@ -107,7 +128,6 @@ class MVSoftmax(Margin):
     """
 
     interval = Interval(0, math.pi, open_high=True)
-    needs_target_first = True
 
     def __init__(self, m: float | Tensor = 0.35, *, kind: str = "am", t: float = 0.2):
         super().__init__(m)
@@ -142,8 +162,6 @@ class CurricularFace(Stateful, ArcFace):
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
         alpha: share of the new batch in t, in [0, 1].
     """
-
-    needs_target_first = True
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
         super().__init__(m)
@@ -182,8 +200,6 @@ class ArcNegFace(ArcFace):
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
         alpha, sigma: height and width of the weight, positive numbers.
     """
-
-    needs_target_first = True
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 1.2, sigma: float = 2.0):
         super().__init__(m)

@@ -5,15 +5,17 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import number
-from .base import Interval, Margin, Rows, safe_acos
+from .angles import safe_acos
+from .base import Margin, Rows
+from .parametric import Interval, ParametricMargin
 from .statistics import Stateful, masked_mean, masked_std, moved_average
 from .target import BRANCHES, arc
 
 
-class AdaFace(Stateful, Margin):
+class AdaFace(Stateful, ParametricMargin):
     """t = cos(theta - m q) - m - m q, q = clip(h (|x| - mean) / std, -1, 1): AdaFace (Kim et al.,
     2022, arXiv:2204.00964).
 
@@ -33,7 +35,7 @@ class AdaFace(Stateful, Margin):
         m: a float, 0-d tensor or table (num_classes,).
         h: how much of the spread of the norms makes q = 1.
         t_alpha: share of the new batch in the moving averages, in (0, 1].
-        gradient: "exact" or "straight_through", see :class:`Margin`.
+        gradient: "exact" or "straight_through", see :class:`ParametricMargin`.
     """
 
     interval = Interval(0, 1)
@@ -80,7 +82,7 @@ class AdaFace(Stateful, Margin):
         return f"{super().extra_repr()}, h={self.h:g}, t_alpha={self.t_alpha:g}"
 
 
-class MagFace(nn.Module):
+class MagFace(Margin):
     """t = cos(theta + m(a)), a = clip(|x|, l_a, u_a), m(a) linear from l_m to u_m: MagFace (Meng et
     al., 2021, arXiv:2103.06627).
 
@@ -96,8 +98,6 @@ class MagFace(nn.Module):
         lambda_g: weight of the regulariser.
         branch: "easy", or another of :class:`ArcFace`.
     """
-
-    takes_row_margin = False
 
     def __init__(
         self,

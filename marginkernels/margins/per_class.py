@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import integer, number
-from .base import Interval, Rows
+from .base import Rows
+from .parametric import Interval
 from .target import CosFace
 
 

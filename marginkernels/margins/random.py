@@ -5,17 +5,16 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import integer, number
-from ..distributed.shard import in_group
 from ..generators import StepGenerators, without_unused
-from .base import Interval, Margin, Rows
+from .base import Rows
+from .parametric import Interval, ParametricMargin
 from .target import arc
 
 
-class ElasticFace(Margin):
+class ElasticFace(ParametricMargin):
     """t = cos(theta + m_i) or c - m_i, m_i from N(m, std^2) for each row and step: ElasticFace
     (Boutros et al., 2022, arXiv:2109.09416).
 
@@ -35,7 +34,7 @@ class ElasticFace(Margin):
             training step follow from the seed, the number of the step, which is saved, and the
             process's rank. ``torch.compile`` breaks its graph for them. None: torch's default
             generator, and nothing is saved.
-        gradient: "exact" or "straight_through", see :class:`Margin`.
+        gradient: "exact" or "straight_through", see :class:`ParametricMargin`.
     """
 
     interval = Interval(0, math.pi, open_high=True)
@@ -66,12 +65,9 @@ class ElasticFace(Margin):
         noise = self.std * (self.draw(c) if rows.noise is None else rows.noise).to(c.dtype)
         return m + (_by_difficulty(noise, c.detach(), rows.kept) if self.plus else noise)
 
-    def draw(self, x: Tensor) -> Tensor:
-        """Standard normal numbers, (N,), for N rows."""
-        generator = None
-        if self.generators is not None:
-            rank = dist.get_rank() if in_group() else 0
-            generator = self.generators(x.device, rank)
+    def draw(self, x: Tensor, rank: int = 0) -> Tensor:
+        """Draws standard normal numbers, (N,)."""
+        generator = None if self.generators is None else self.generators(x.device, rank)
         # not torch.randn: torch.compile takes no generator=None beside a size that is not fixed
         numbers = torch.empty(len(x), dtype=torch.float32, device=x.device)
         return numbers.normal_(generator=generator)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Margins that see nothing but the target's cosine: CosFace, ArcFace, SphereFace, X2-Softmax."""
+"""Holds the margins that see nothing but the target's cosine."""
 
 import math
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import number
-from .base import Interval, Margin, safe_acos, safe_sin
+from .angles import safe_acos, safe_sin
+from .base import Margin, Rows
+from .parametric import Interval, ParametricMargin
 
 BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
 
@@ -33,7 +35,19 @@ def _monotone_cos(a: Tensor) -> Tensor:
     return (1 - 2 * torch.remainder(k, 2)) * torch.cos(a) - 2 * k
 
 
-class CosFace(Margin):
+class NSoftmax(Margin):
+    """t = c, no margin: NormFace (Wang et al., 2017, arXiv:1704.06369).
+
+    Usual values: scale 20 to 64, or learnable. With ``normalize="none"`` and a bias it is the plain
+    softmax loss of a linear layer, with ``normalize="weight"`` SphereFace's "modified softmax".
+    pytorch-metric-learning's NormalizedSoftmaxLoss has a temperature, the inverse of the scale.
+    """
+
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
+        return c
+
+
+class CosFace(ParametricMargin):
     """t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also AM-Softmax
     (Wang et al., 2018, arXiv:1801.05599).
 
@@ -52,7 +66,7 @@ class CosFace(Margin):
 AMSoftmax = CosFace
 
 
-class ArcFace(Margin):
+class ArcFace(ParametricMargin):
     """t = cos(theta + m), 0 <= m < pi: ArcFace (Deng et al., 2019, arXiv:1801.07698).
 
     cos(theta + m) rises again for theta > pi - m; ``branch`` says what t is there:
@@ -72,7 +86,8 @@ class ArcFace(Margin):
     Args:
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
         branch: see above.
-        gradient: "exact", or "straight_through" as in today's arcface_torch; see :class:`Margin`.
+        gradient: "exact", or "straight_through" as in today's arcface_torch; see
+            :class:`ParametricMargin`.
     """
 
     interval = Interval(0, math.pi, open_high=True)
@@ -92,7 +107,7 @@ class ArcFace(Margin):
         return f"{super().extra_repr()}, branch={self.branch!r}"
 
 
-class CombinedMargin(Margin):
+class CombinedMargin(ParametricMargin):
     """t = cos(m1 theta + m2) - m3: three margins in one (Deng et al., 2019, arXiv:1801.07698).
 
     For m1 = 1 the branches are those of :class:`ArcFace` with m = m2. For m1 != 1 there are "none"
@@ -107,7 +122,7 @@ class CombinedMargin(Margin):
             (num_classes,); the ``m`` of the base class and what ``row_margin`` replaces.
         m3: additive cosine margin, 0 <= m3 <= 2, a number.
         branch: see above.
-        gradient: "exact" or "straight_through", see :class:`Margin`.
+        gradient: "exact" or "straight_through", see :class:`ParametricMargin`.
     """
 
     interval = Interval(0, math.pi, open_high=True)
@@ -139,7 +154,7 @@ class CombinedMargin(Margin):
         return f"m1={self.m1:g}, {super().extra_repr()}, m3={self.m3:g}, branch={self.branch!r}"
 
 
-class SphereFace(Margin):
+class SphereFace(ParametricMargin):
     """t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: SphereFace-R, SphereFace
     with normalised features (Liu et al., 2017 and 2021, arXiv:1704.08063, arXiv:2109.05565).
 
@@ -157,7 +172,7 @@ class SphereFace(Margin):
         return _monotone_cos(m * safe_acos(c))
 
 
-class X2Softmax(Margin):
+class X2Softmax(ParametricMargin):
     """t = a (theta - h)^2 + k: X2-Softmax (Xu et al., 2023, arXiv:2312.05281).
 
     A parabola instead of the cosine: for a < 0 and h <= 0 it falls on all of [0, pi], and its
@@ -171,7 +186,7 @@ class X2Softmax(Margin):
         a: curvature, -10000 <= a < 0.
         h: vertex in radians, -10000 <= h <= 0.
         k: height of the vertex, at most 10000 in size: a float, 0-d tensor or table (num_classes,).
-        gradient: "straight_through" or "exact", see :class:`Margin`.
+        gradient: "straight_through" or "exact", see :class:`ParametricMargin`.
     """
 
     interval = Interval(-1e4, 1e4)

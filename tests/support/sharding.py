@@ -102,7 +102,7 @@ def with_settings(make, **settings):
 class FixedNoise(ElasticFace):
     """Draws the same numbers for the same rows, however they are split."""
 
-    def draw(self, x):
+    def draw(self, x, rank=0):
         noise = torch.randn(N, generator=torch.Generator().manual_seed(5))
         return noise if len(x) == N else noise[my_rows(N)]
 

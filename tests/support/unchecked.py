@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from marginkernels import ArcFace, margin_cross_entropy
+from marginkernels.sampling import ChosenBy
 
 N, C, D = 9, 50, 12
 WRONG = {2: C, 3: -5, 5: 2**40}  # labels, by row; row 6 is ignored
@@ -16,7 +17,7 @@ WRONG = {2: C, 3: -5, 5: 2**40}  # labels, by row; row 6 is ignored
 
 @contextlib.contextmanager
 def values_unchecked():
-    with unittest.mock.patch("marginkernels.validation.checks_values", lambda _: False):
+    with unittest.mock.patch("marginkernels.device_checks.checks_values", lambda _: False):
         yield
 
 
@@ -76,11 +77,11 @@ SAMPLES = {  # what a sampler returns for rows of the classes 3, 7, 7; words of 
 }
 
 
-def sampled_call(index, device="cpu", **settings):
+def sampled_call(index, device="cpu", logq=False, **settings):
     x, w, *_ = problem(device)
     y = torch.tensor([3, 7, 7], device=device)
     settings = dict(margin=ArcFace(0.2), scale=8.0, reduction="none") | settings
-    return margin_cross_entropy(x[:3], w, y, sampler=choose(index), **settings)
+    return margin_cross_entropy(x[:3], w, y, sampling=ChosenBy(choose(index), logq), **settings)
 
 
 def samples_are_checked(case, backend, device="cpu"):

@@ -107,11 +107,11 @@ def instance(thing: Any) -> Any:
 
 def other_classes(margin: torch.nn.Module) -> str:
     """Returns the first sentence about the margin's transform, "" if it has none."""
-    if not hasattr(margin, "negatives"):
+    if not (isinstance(margin, mk.Margin) and margin.transforms_negatives):
         return ""
     ones = torch.ones(1)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
-    transform = margin.negatives(ones if margin.needs_target_first else None, rows)
+    transform = margin.negatives(ones if margin.needs_target_cosine else None, rows)
     return text_of(TRANSFORMS[transform.name].function).split(". ")[0]
 
 

@@ -116,7 +116,7 @@ AFTER_VOLUME = """
 A gather of five integers per rank more tells the numbers of rows, unless `even_batches=True` or
 `max_local_batch=n` promises them; sample weights, row margins, random margins, and losses that look
 at the target's cosine first take 4 N to 8 N bytes more each, a bias, label smoothing or statistics
-4 N W. `sample_rate` divides the arithmetic, and neither memory nor communication.
+4 N W. `sampling=PartialFC(rate)` divides the arithmetic, and neither memory nor communication.
 
 **One machine without a GPU**: `python examples/million_identities.py` trains 10^6 identities, whose
 weights, gradient and momentum take 5.7 GiB, in a process of 6.1 GiB. The rest is mostly

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Makes one pass over the classes held here: the sample, the transform, the tiles, the Function."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, ops
+from .autograd import HeadFunction
+from .call import Call
+from .distributed.exchange import Exchange
+from .margins import Rows
+from .norms import unit_rows
+from .results import SweepResult
+from .sampling import sampled
+from .transforms import IDENTITY, Transform
+
+_AUTO_TILES_BYTES = 256 << 20
+
+
+class Batch(NamedTuple):
+    """Holds the N rows of all ranks, as every rank sees them."""
+
+    x: Tensor  # (N, D)
+    rows: Rows  # with the class of each row, 0 for rows without
+    kept: Tensor  # (N,) bool, whether the label is not ignore_index
+    local_class: Tensor  # (N,) the class as a row of this rank's w; -1 where w does not hold it
+    sample_weight: Tensor | None  # (N,)
+
+
+class Sweep:
+    """Sweeps over the classes of one call.
+
+    Args:
+        exchange: merges the results of the ranks.
+        call: the checked call.
+        batch: the rows of all ranks.
+    """
+
+    def __init__(self, exchange: Exchange, call: Call, batch: Batch):
+        self.exchange, self.call, self.batch = exchange, call, batch
+        w, position = call.w, batch.local_class
+        bias = None if call.bias is None else call.bias.to(call.stats_dtype)
+        self.usable = None  # whether the sample can be used, a bool () on the device
+        sample = call.sampling and call.sampling.choose(exchange, position, w.shape[0])
+        if sample is not None:
+            self.usable = sample.valid
+            w, bias, position = sampled(
+                w, bias, position, sample.index, call.sampling.logq, call.stats_dtype
+            )
+        if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
+            w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
+        self.w, self.bias = w, bias  # of the classes that are swept
+        self.position = position  # (N,) of the row's class among them, or -1
+
+    def adaptive_scale(self) -> float | Tensor:
+        """Returns the scale of the step; one that observes beforehand has a sweep of its own."""
+        observer = self.call.observer
+        if observer is None or observer.delayed:
+            return self.call.scale
+        with torch.no_grad():
+            result = self._merged(self._tensor(self.call.scale), IDENTITY)
+        observer.observe(result.lse, result.target_cosine, self.batch.rows.kept)
+        return observer()
+
+    def __call__(self, scale: float | Tensor) -> tuple[Tensor, SweepResult]:
+        """Returns the scale as a tensor (), and the results that the loss is computed from."""
+        call, tensor = self.call, self._tensor(scale)
+        with torch.no_grad():
+            transform = self._transform()
+        result = self._merged(
+            self.exchange.scale(tensor, call.learns_scale),
+            transform,
+            save_tiles=saves_tiles(
+                call.settings.save_tiles, call.tile_obstacles, self.batch.x, self.w,
+                call.compute_dtype, call.backend,
+            ),
+            want_sum=call.settings.label_smoothing > 0,
+            want_max=self.exchange.wants_stats,
+        )  # fmt: skip
+        observer = call.observer
+        if observer is not None and observer.delayed:
+            lse, cosine = result.lse.detach(), result.target_cosine.detach()
+            observer.observe(lse, cosine, self.batch.rows.kept)
+        return tensor, result
+
+    def _merged(
+        self,
+        scale: Tensor,
+        transform: Transform,
+        save_tiles: bool = False,
+        want_sum: bool = False,
+        want_max: bool = False,
+    ) -> SweepResult:
+        """Sweeps over the classes of this rank, and merges the results of all ranks."""
+        call, position, bias = self.call, self.position, self.bias
+        settings = ops.SweepSettings(
+            call.backend, call.settings.normalize == "both", call.settings.normalize != "none",
+            call.compute_dtype, save_tiles, want_sum, want_max, transform.name, self.exchange.check,
+        )  # fmt: skip
+        result = SweepResult(
+            *HeadFunction.apply(
+                self.batch.x, self.w, bias, scale, position, transform.row_parameter,
+                transform.constants, settings,
+            )
+        )  # fmt: skip
+        if self.usable is not None:
+            result = result._replace(lse=torch.where(self.usable, result.lse, torch.nan))
+        if bias is not None:
+            bias_y = torch.where(position >= 0, bias[position.clamp_min(0)], 0)
+            result = result._replace(bias_y=bias_y)
+        return self.exchange.merge(position, result)
+
+    def _tensor(self, scale: float | Tensor) -> Tensor:
+        dtype, device = self.call.stats_dtype, self.batch.x.device
+        if not isinstance(scale, Tensor):
+            # times one: torch.tensor(scale) and torch.full would compile a graph for each value
+            scale = torch.ones((), dtype=dtype, device=device) * scale
+        return scale.to(device, dtype)
+
+    def _transform(self) -> Transform:
+        """Returns what the margin makes of the negatives, its operands in the statistics dtype."""
+        margin, rows, dtype = self.call.margin, self.batch.rows, self.call.stats_dtype
+        if not margin.transforms_negatives:
+            return IDENTITY
+        c = None
+        if margin.needs_target_cosine:
+            c = self.exchange.total(self._target_cosine())
+        name, row_parameter, constants = margin.negatives(c, rows)
+        if row_parameter is not None:
+            if row_parameter.shape != rows.label.shape:
+                raise ValueError(
+                    f"margin: expected {margin.name} to return a row_parameter "
+                    f"{tuple(rows.label.shape)}, got {tuple(row_parameter.shape)}"
+                )
+            row_parameter = row_parameter.to(dtype)
+        if constants is not None:
+            # a constant may be a buffer, which moves before backward has read it
+            constants = ops.snapshot(constants.to(self.batch.x.device, dtype))
+        return Transform(name, row_parameter, constants)
+
+    def _target_cosine(self) -> Tensor:
+        """Computes the cosine of each row and its class, (N,), as the sweep does.
+
+        It is 0 where the class is not here.
+        """
+        dtype = self.call.compute_dtype
+        unit = unit_rows(self.w[self.position.clamp_min(0)], dtype)
+        dot = (ops.rounded(self.batch.x, dtype) * unit).sum(1)
+        return torch.where(self.position >= 0, dot / self.batch.rows.x_norm, 0)
+
+
+def saves_tiles(
+    asked: str | bool,
+    obstacles: list[str],
+    x: Tensor,
+    w: Tensor,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> bool:
+    """Decides whether forward saves its exponentials."""
+    if asked is False or obstacles:
+        return False
+    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        return False  # no backward will read them
+    if asked == "auto" and torch.compiler.is_exporting():
+        return False  # the graph is for batches of any size
+    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0])
+    return asked is True or height * width * compute_dtype.itemsize <= _AUTO_TILES_BYTES
