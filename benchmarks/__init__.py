@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Benchmarks: ``python -m benchmarks.head`` from the root of the repository."""
+"""Measures the head: ``python -m benchmarks.head`` from the root of the repository."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Who competes: this library's head and what people run today, each as a function to the loss."""
+"""Lists who competes: this library's head and what people run today, as functions to the loss."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Shape(NamedTuple):
-    """N rows, C classes, D numbers per embedding."""
+    """Holds N rows, C classes and D numbers per embedding."""
 
     n: int
     c: int
@@ -27,25 +27,31 @@ class Shape(NamedTuple):
 
 
 class Contender(NamedTuple):
+    """Names a head that is measured."""
+
     name: str
-    compute: str  # "fp32" or "bf16": which of the machine's peaks bounds it
+    compute: str  # "fp32" or "bf16": the peak of the machine that bounds it
     loss: Loss
     kind: str  # contenders of one kind differ in the compute type or in saving tiles only
 
 
 class Work(NamedTuple):
+    """Counts what a step has to do."""
+
     flops: int
     bytes: int
 
 
 def work(contender: Contender, shape: Shape) -> Work:
-    """FLOPs and bytes that one step, forward and backward, cannot do without.
+    """Counts the FLOPs and bytes that one step, forward and backward, cannot do without.
 
-    FLOPs: 6NCD, for the logits x w^T, dx = G w and dw = G^T x, 2NCD each. Logits that are computed
-    a second time in backward are not counted, nor is anything linear in NC, so that every contender
-    has the same numerator and a recomputing one can reach 75 % of a peak at most.
-    Bytes: forward and backward read w once each, backward writes dw, all fp32; x and dx likewise.
-    Logits are not counted: they need not exist.
+    FLOPs are 6NCD: 2NCD each for the logits x w^T, dx = G w and dw = G^T x. Logits that are
+    computed a second time in backward are not counted, nor is anything linear in NC. So every
+    contender has the same numerator, and one that recomputes can reach 75 % of a peak at most.
+
+    Bytes: forward and backward read w once each, backward writes dw, all fp32. x and dx are counted
+    in the same way. Logits are not counted: they need not exist.
+
     The head that samples its classes is charged for the classes it works on, and for a dense dw.
     """
     n, c, d = shape
@@ -54,7 +60,7 @@ def work(contender: Contender, shape: Shape) -> Work:
 
 
 def problem(shape: Shape, device: str) -> Operands:
-    """x (N, D), w (C, D), labels (N,): fp32 leaves with the statistics of a head just created."""
+    """Draws x (N, D), w (C, D), labels (N,): fp32 leaves with the statistics of a new head."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.empty(shape.n, shape.d, device=device).normal_(generator=generator)
     w = torch.empty(shape.c, shape.d, device=device).normal_(std=0.01, generator=generator)
@@ -63,7 +69,7 @@ def problem(shape: Shape, device: str) -> Operands:
 
 
 def contenders(backend: str, only: list[str] | None = None) -> list[Contender]:
-    """All contenders, or those whose name contains one of ``only``."""
+    """Lists all contenders, or only those whose name contains one of ``only``."""
     everyone = [
         *_library(backend),
         *_in_both_types("eager", plain),
@@ -109,11 +115,12 @@ def _in_both_types(
 
 
 def plain(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Computes the loss as trainers write it today."""
     return plain_margin_cross_entropy(x, w, y, margin=ArcFace(MARGIN), scale=SCALE)
 
 
 def chunked_n_softmax(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """PyTorch's own head without the whole logits; it knows no margin."""
+    """Computes PyTorch's own loss without the whole logits; it knows no margin."""
     if not hasattr(F, "linear_cross_entropy"):
         raise RuntimeError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     unit_x, unit_w = SCALE * F.normalize(x), F.normalize(w)
@@ -128,14 +135,15 @@ def chunked_n_softmax(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def sampled_classes(n: int, c: int) -> int:
+    """Returns how many classes the sampling head works on."""
     return min(c, max(c // 10, n))
 
 
 def sampled(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """The plain head on the classes of the batch and random others, 10 % of all together.
+    """Computes the plain loss on the batch's classes and random others, 10 % of all together.
 
-    As PartialFC_V2 (An et al., "Killing Two Birds with One Stone", CVPR 2022): the rows of w are
-    gathered, and their gradient is scattered into a dense dw.
+    PartialFC_V2 does the same (An et al., "Killing Two Birds with One Stone", CVPR 2022): it
+    gathers the rows of w, and scatters their gradient into a dense dw.
     """
     with torch.no_grad():
         priority = torch.rand(len(w), device=w.device)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Everything to learn from one run on a GPU, in one report file.
+"""Runs tests, benchmarks and kernels on a GPU, and writes one report.
 
     python -m benchmarks.gpu                      # tests, benchmarks, kernels -> gpu_report.txt
     python -m benchmarks.gpu --report FILE --shape 1024 1000000 512
 
-Versions; the test suite on the device; every compiled contender against the fused head of each
-backend, with peak memory; the three GEMMs that no head can do without; the time of each kernel.
-Each part is a process of its own with a time limit: what fails is written down and the rest goes
-on. Times are taken by triton.testing, which comes with torch's wheels for CUDA.
+The report has versions, the test suite on the device, every contender against the fused head of
+each backend with peak memory, the three GEMMs that no head can do without, and the time of each
+kernel. Each part is a process of its own with a time limit: a failure is written down, and the rest
+goes on. triton.testing takes the times; it comes with torch's wheels for CUDA.
 """
 
 import argparse
@@ -16,10 +16,12 @@ import importlib.metadata
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 from marginkernels import ArcFace, backend_report, margin_cross_entropy
 
@@ -32,6 +34,7 @@ LIMIT_SECONDS = 1800
 
 
 def main() -> None:
+    """Runs all parts, or one."""
     options = parse_options()
     if options.part:
         PARTS[options.part](Shape(*options.shape[0]), *options.backend or ())
@@ -54,6 +57,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu",
         description=__doc__,
@@ -77,12 +81,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def part(name: str, shape: tuple[int, int, int]) -> list[str]:
+    """Returns the command that runs one part."""
     sizes = [str(size) for size in shape]
     return [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--shape", *sizes]
 
 
 def run(report: TextIO, title: str, command: list[str]) -> None:
-    """A command's output and fate, to the report and the screen, as it comes."""
+    """Runs a command, and writes its output and fate to the report and the screen."""
     start = time.perf_counter()
 
     def say(text: str) -> None:
@@ -108,6 +113,7 @@ def run(report: TextIO, title: str, command: list[str]) -> None:
 
 
 def versions(_: Shape) -> None:
+    """Prints versions, backends and the device."""
     for package in ("torch", "triton", "marginkernels"):
         try:
             print(package, importlib.metadata.version(package))
@@ -120,7 +126,7 @@ def versions(_: Shape) -> None:
 
 
 def gemms(shape: Shape) -> None:
-    """The floor of a head that materialises nothing: logits, dx and dw as plain bf16 GEMMs."""
+    """Times the floor of a head that materialises nothing: logits, dx, dw as plain bf16 GEMMs."""
     n, c, d = shape
     x, w = (torch.randn(rows, d, device="cuda", dtype=torch.bfloat16) for rows in (n, c))
     g = torch.randn(n, c, device="cuda", dtype=torch.bfloat16)
@@ -133,7 +139,7 @@ def gemms(shape: Shape) -> None:
 
 
 def kernels(shape: Shape, backend: str) -> None:
-    """Time of a step, peak memory, and the kernels of one step, of each setting."""
+    """Prints time, peak memory and kernels of a step for each setting."""
     x, w, y = problem(shape, "cuda")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for save_tiles in (False, True) if dtype != torch.float16 else (False,):
@@ -148,8 +154,10 @@ def kernels(shape: Shape, backend: str) -> None:
                 torch.cuda.empty_cache()
 
 
-def _one_setting(x, w, y, dtype, save_tiles, backend) -> None:
-    def step():
+def _one_setting(
+    x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, save_tiles: bool, backend: str
+) -> None:
+    def step() -> tuple[Tensor, ...]:
         loss = margin_cross_entropy(
             x, w, y, margin=ArcFace(0.5), scale=64.0, compute_dtype=dtype, save_tiles=save_tiles,
             backend=backend,
@@ -183,8 +191,8 @@ def _one_setting(x, w, y, dtype, save_tiles, backend) -> None:
     print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=20))
 
 
-def _milliseconds(function) -> float:
-    """Median over some runs, with the L2 cache flushed before each."""
+def _milliseconds(function: Callable[[], object]) -> float:
+    """Returns the median over some runs, with the L2 cache flushed before each."""
     import triton
 
     return triton.testing.do_bench(function, warmup=100, rep=300, return_mode="median")

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The fused head against what people run today: time, fraction of the machine's peaks, memory.
+"""Measures the fused head against what people run today: time, share of the peaks, memory.
 
     python -m benchmarks.head            # four tables, warm and fresh, huge pages off and on
     python -m benchmarks.head --quick    # the first of them, without the memory column
     python -m benchmarks.head --memory   # peak memory alone, at a million classes too
 
-The operands are fp32, the head is ArcFace (m = 0.5, s = 64); "bf16" is this library's compute type,
-"autocast" the peers' way to it. Every table is one process in which the contenders take turns.
+The operands are fp32, and the head is ArcFace (m = 0.5, s = 64). "bf16" is this library's compute
+type; its peers compute in bf16 under "autocast". Every table comes from one process, in which the
+contenders take turns.
 """
 
 import argparse
@@ -30,6 +31,7 @@ SETTINGS = [Memory(warm, huge_pages) for huge_pages in (False, True) for warm in
 
 
 def main() -> None:
+    """Prints the tables that were asked for."""
     options = parse_options()
     if not contenders(options.backend, options.only):
         raise SystemExit(f"no contender's name contains one of {options.only}")
@@ -57,6 +59,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.head",
         description=__doc__,
@@ -76,6 +79,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def print_table(config: Config, measured: Measured, rows: list[table.Row]) -> None:
+    """Prints one table, with its setting and the peaks of the machine."""
     print(f"\n(N, C, D) = {tuple(config.shape)}, {config.memory}, {config.repeats} rounds")
     print("\n".join([table.peaks_text(measured), *table.floor_lines(config, measured)]))
     if rows:
@@ -84,6 +88,7 @@ def print_table(config: Config, measured: Measured, rows: list[table.Row]) -> No
 
 
 def print_memory(shape: Shape, options: argparse.Namespace) -> None:
+    """Prints peak memory at the given shape, and at a million classes."""
     # at a million classes the peers need more than many machines have
     for asked, only in ((shape, options.only), (MILLION, ["recompute"])):
         found, skipped = extra_peaks(asked, options.device, options.backend, only)
@@ -94,17 +99,20 @@ def print_memory(shape: Shape, options: argparse.Namespace) -> None:
 
 
 def print_skipped(skipped: dict[str, str]) -> None:
+    """Prints who was left out, and why."""
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}")
 
 
 def header(device: str) -> str:
+    """Writes where the numbers come from."""
     facts = provenance(device)
     about = "GPU numbers" if device == "cuda" else f"CPU numbers, {facts['threads']} threads"
     return f"{facts['device']} ({about}); torch {facts['torch']}; commit {facts['commit']}"
 
 
 def provenance(device: str) -> dict[str, str | int]:
+    """Returns the device and the versions that the numbers depend on."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -114,7 +122,7 @@ def provenance(device: str) -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """Model, cores and what torch found of the instruction set, which says more in a VM."""
+    """Names model, cores and instruction set, as torch found it: that says more in a VM."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     name = model[1] if model else platform.processor() or platform.machine()
@@ -125,7 +133,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked where the tree differs from it."""
+    """Returns the commit of the working tree, marked where the tree differs from it."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         check=False,  # a copy without git is no error

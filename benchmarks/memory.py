@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Peak memory of one step beyond x, w, dx and dw, each contender in a process of its own."""
+"""Measures the peak memory of a step beyond x, w, dx and dw, each head in its own process."""
 
 from concurrent.futures.process import BrokenProcessPool
 
@@ -17,7 +17,7 @@ WARM_UP_CLASSES = 1024
 def extra_peaks(
     shape: Shape, device: str, backend: str, only: list[str] | None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """MiB by contender, and for those that do not run the reason."""
+    """Returns MiB by contender, and the reason for those that do not run."""
     found, skipped = {}, {}
     for contender in contenders(backend, only):
         arguments = (contender.name, shape, device, backend)
@@ -48,7 +48,7 @@ def _extra_peak(name: str, shape: Shape, device: str, backend: str) -> int:
 
 
 def _warm_up(contender: Contender, shape: Shape, device: str) -> None:
-    # a compiled contender needs its shape: compiling for another inside the count would be counted
+    # a compiled contender needs its own shape now: compiling would count if it came later
     compiled = contender.kind == "torch.compile"
     classes = shape.c if compiled else min(shape.c, WARM_UP_CLASSES)
     step(contender, problem(shape._replace(c=classes), device))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What this machine can do at best, measured in the same run as the contenders."""
+"""Measures what this machine can do at best, in the same run as the contenders."""
 
 import ctypes
 import math
@@ -23,7 +23,7 @@ Probe = Callable[[], float]
 
 
 def probes(device: str) -> tuple[dict[str, Probe], dict[str, str]]:
-    """Functions that measure one peak each, and for those that are missing the reason.
+    """Returns functions that measure one peak each, and the reason for those that are missing.
 
     "fma" and "bf16 dot": multiply-adds in registers, GFLOP/s, CPU only. "gemm fp32", "gemm bf16":
     torch.mm of square matrices, GFLOP/s. "copy": bytes read and written, GB/s.
@@ -61,7 +61,7 @@ def _compile_loops() -> ctypes.CDLL:
 
 
 def _gemm(dtype: torch.dtype, device: str) -> Probe:
-    """torch.mm of squares of GEMM_SIZE, or as many as it gets through in reasonable time.
+    """Measures torch.mm of squares of GEMM_SIZE, or of smaller ones where it is slow.
 
     Without instructions for the type torch.mm falls back to a loop that is a thousand times slower.
     """

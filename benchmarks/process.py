@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Fresh processes with settings that only their start can set, and what the kernel says of them."""
+"""Starts processes with settings that only a start can set, and asks for their memory."""
 
 import contextlib
 import multiprocessing
@@ -18,13 +18,13 @@ _ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHO
 
 
 class Memory(NamedTuple):
-    """Where big buffers come from.
+    """Says where big buffers come from.
 
-    warm: glibc keeps what is freed in one heap and hands it out again: no page is faulted in, as if
-    every contender reused its buffers.
-    fresh: glibc's own defaults: a buffer above 32 MiB is mapped anew each time, and the kernel
-    zeroes and maps each page at its first touch, inside the step.
-    huge_pages: torch's allocator asks for them (it does not by default).
+    warm: glibc keeps freed memory in one heap and hands it out again. No page is faulted in, as if
+    every contender reused its buffers. Otherwise buffers are fresh, by glibc's own defaults: a
+    buffer above 32 MiB is mapped anew each time, and the kernel zeroes and maps each page at its
+    first touch, inside the step.
+    huge_pages: torch's allocator asks for them, which it does not by default.
     """
 
     warm: bool
@@ -35,6 +35,7 @@ class Memory(NamedTuple):
         return f"{buffers} buffers, huge pages {'on' if self.huge_pages else 'off'}"
 
     def environment(self) -> dict[str, str]:
+        """Returns the environment variables that have this effect."""
         huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"} if self.huge_pages else {}
         if not self.warm:
             return huge_pages
@@ -43,22 +44,22 @@ class Memory(NamedTuple):
     def prepare(self, nbytes: int) -> None:
         """Lets a warm heap grow by ``nbytes``, or half of what is free, with every page touched.
 
-        More than a step needs: small objects that stay keep freed blocks apart, and a step that
-        finds no gap of the right size would have to fault in new pages.
+        Ask for more than a step needs. Small objects that stay keep freed blocks apart, and a step
+        that finds no gap of the right size has to fault in new pages.
         """
         if self.warm:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             torch.zeros(min(nbytes, free // 2), dtype=torch.uint8).fill_(1)
 
 
-# compiles in the process itself: workers would start up and idle beside the first rounds
+# The compiler works in the process itself: its own would start and idle beside the first rounds.
 _ALWAYS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-# whatever can be given back is given back when freed, so that a later peak shows
+# Freed memory goes back to the system where it can, so that a later peak shows.
 EXACT_COUNT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 
 
 def in_child(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` in a new process that starts with this environment."""
+    """Calls the function in a new process that starts with this environment."""
     with _environment(environment):
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -79,10 +80,10 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
+    """Returns VmRSS (now) or VmHWM (the peak) of this process."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def reset_peak() -> None:
-    """VmHWM becomes VmRSS (Linux)."""
+    """Sets the record of the peak, VmHWM, to what is resident now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""From measurements to rows, and rows to text and CSV."""
+"""Makes rows of measurements, and text and CSV of rows."""
 
 import csv
 import statistics
@@ -42,10 +42,10 @@ faults       page faults per step, median; warm buffers have few"""
 
 
 def rows(config: Config, measured: Measured, memory: dict[str, float]) -> list[Row]:
-    """One row per contender that ran, in the order of the contenders.
+    """Returns one row for each contender that ran, in the order of the contenders.
 
-    What compares two measurements compares those of one round, and the table shows the median of
-    that over the rounds: on a machine whose speed changes, medians of each need not be of one time.
+    Ratios compare two measurements of one round, and the table shows their median over the rounds.
+    On a machine whose speed changes, the medians of the two need not belong to one time.
     """
     ran = [c for c in contenders(config.backend, config.only) if c.name in measured.steps]
     steps = {(c.kind, c.compute): measured.steps[c.name] for c in ran}
@@ -95,6 +95,7 @@ def _speedup(baseline: list[Step] | None, steps: list[Step]) -> float | None:
 
 
 def text(table: list[Row]) -> str:
+    """Writes the rows in columns."""
     names = 2 + max(len(row["contender"]) for row in table)
     head = "".join(f"{column:>{width}}" for column, (width, _) in COLUMNS.items())
     return "\n".join([" " * names + head, *(_line(row, names) for row in table)])
@@ -109,6 +110,7 @@ def _line(row: Row, names: int) -> str:
 
 
 def peaks_text(measured: Measured) -> str:
+    """Writes the peaks of the machine."""
     units = {name: "GB/s" if name == "copy" else "GFLOP/s" for name in measured.peaks}
     return "peaks: " + ", ".join(
         f"{name} {statistics.median(rates):.1f} {units[name]}"
@@ -117,7 +119,7 @@ def peaks_text(measured: Measured) -> str:
 
 
 def floor_lines(config: Config, measured: Measured) -> list[str]:
-    """What 6NCD takes at the peaks of the cores, and so what any exact head can gain at most."""
+    """Writes what 6NCD takes at the peak of the cores: no exact head can be faster than that."""
     ran = [c for c in contenders(config.backend, config.only) if c.name in measured.steps]
     n, c, d = config.shape
     lines = []
@@ -136,6 +138,7 @@ def floor_lines(config: Config, measured: Measured) -> list[str]:
 
 
 def write_csv(path: Path, table: list[Row]) -> None:
+    """Writes the rows to a file."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Time of a step, forward and backward, of every contender; they take turns."""
+"""Times a step, forward and backward, of every contender; they take turns."""
 
 import functools
 import random
@@ -15,13 +15,15 @@ from .contenders import Contender, Operands, Shape, contenders, problem
 from .process import Memory
 
 WARM_UP_STEPS = 2
-# as autocast is on a CPU without bf16 instructions: the other contenders would wait for hours
+# Autocast is that slow on a CPU without bf16 instructions, and the others would wait for hours.
 TOO_SLOW_MS = 30_000
-# OpenMP's threads spin for some milliseconds after their last task, on a core that others need
+# OpenMP's threads spin for some milliseconds after their last task, on a core that others need.
 SETTLE_SECONDS = 0.02
 
 
 class Step(NamedTuple):
+    """Holds what one step took."""
+
     ms: float  # all
     forward_ms: float
     page_faults: int
@@ -30,6 +32,8 @@ class Step(NamedTuple):
 
 
 class Config(NamedTuple):
+    """Holds what is to be measured."""
+
     shape: Shape
     device: str
     backend: str
@@ -39,16 +43,18 @@ class Config(NamedTuple):
 
 
 class Measured(NamedTuple):
+    """Holds the measurements of one process."""
+
     steps: dict[str, list[Step]]  # by contender, one per round
     skipped: dict[str, str]  # contender or peak -> reason
     peaks: dict[str, list[float]]
 
 
 def measure(config: Config) -> Measured:
-    """Every contender and every peak once per round, in another order each round.
+    """Measures every contender and every peak once in each round, in another order each time.
 
-    So a clock that drifts or a neighbour on the machine meets all alike, and none always inherits
-    the caches and the heap of the same other.
+    So a clock that drifts, or a neighbour on the machine, meets all alike. No contender always
+    inherits the caches and the heap of the same other.
     """
     operands = problem(config.shape, config.device)
     n, c, d = config.shape
@@ -85,7 +91,7 @@ def measure(config: Config) -> Measured:
 
 
 def _warmed_up(config: Config, operands: Operands) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders that run here, compiled and with their heap grown, and why others do not."""
+    """Returns the contenders that run here, warmed up, and why the others do not."""
     runners, skipped = [], {}
     for contender in contenders(config.backend, config.only):
         try:
@@ -101,7 +107,7 @@ def _warmed_up(config: Config, operands: Operands) -> tuple[list[Contender], dic
 
 
 def step(contender: Contender, operands: Operands) -> Step:
-    """One training step of the head: the loss, new dx and dw, and their release."""
+    """Takes a training step of the head: the loss, new dx and dw, and their release."""
     x, w, _ = operands
     device = x.device.type
     faults = _page_faults()
@@ -119,7 +125,7 @@ def step(contender: Contender, operands: Operands) -> Step:
 
 
 def _wake_threads(device: str) -> None:
-    """Some 30 ms of work for torch's threads, as the backbone gives them before the head.
+    """Gives torch's threads some 30 ms of work, as the backbone does before the head.
 
     Threads that slept may wake on one core and share it for as long as that.
     """
