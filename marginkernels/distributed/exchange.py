@@ -63,12 +63,12 @@ def opened(
         check: raises what is wrong with this rank's arguments.
         agreed: from the result of ``check`` the values that are the same on all ranks, by name.
     """
+    checked: Any = None
     if shard is None:
         checked = check()
         return Whole(x, wants_stats), checked
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
-    checked: Any = None
     error = None
     try:
         checked = check()
