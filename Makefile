@@ -55,6 +55,7 @@ compile-gate: $(VENV)/package
 lint: $(VENV)/package
 	ruff check .
 	ruff format --check .
+	mypy marginkernels
 	clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/package

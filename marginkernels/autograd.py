@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The one autograd Function: two op calls, and the bookkeeping of who needs which gradient."""
+"""Holds the one autograd Function: two op calls, and who needs which gradient."""
 
 import functools
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import numerics, ops
 from .ops import SweepSettings
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """Makes ``backward(ctx, saved, *grads)`` that of a Function, and refuses to differentiate it.
+    """Turns ``backward(ctx, saved, *grads)`` into a Function's, which refuses to be differentiated.
 
-    ``saved`` are the saved tensors, unpacked once. torch's once_differentiable cuts what it returns
-    off from the operands, so that ``torch.autograd.grad`` and what is built on it take a second
-    derivative for 0.
+    ``saved`` are the saved tensors, unpacked once. torch's once_differentiable cuts the gradients
+    off from the operands, so that ``torch.autograd.grad`` takes a second derivative for 0.
     """
 
     @functools.wraps(backward)
-    def once(ctx, *grads):
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         with torch.no_grad():
             gradients = backward(ctx, saved, *grads)
@@ -35,14 +34,14 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that depends on the operands, and says so only when that is differentiated."""
+    """Ties a gradient to the operands that it depends on, and raises if it is differentiated."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *operands: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError("marginkernels: there is no second derivative of a fused loss")
 
 
@@ -55,7 +54,7 @@ class HeadFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,  # (N, D)
         w: Tensor,  # (C, D)
         bias: Tensor | None,  # (C,) in the statistics dtype
@@ -86,8 +85,8 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(
-        ctx: FunctionCtx,
-        saved: tuple[Tensor | None, ...],
+        ctx: Any,
+        saved: tuple[Tensor, ...],  # None where forward had no such operand
         grad_lse: Tensor | None,
         grad_target_cosine: Tensor | None,
         grad_w_norm: Tensor | None,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What tests, benchmarks and examples share: the plain PyTorch head, and its error as a budget."""
+"""Holds the plain PyTorch head, and its error as a budget, for tests, benchmarks and examples."""
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ def plain_margin_cross_entropy(
     sample_weight: Tensor | None = None,
     row_margin: Tensor | None = None,
 ) -> Tensor:
-    """The head as trainers write it today: normalise, linear, margin, scatter, F.cross_entropy.
+    """Computes the head as trainers write it: normalise, linear, margin, scatter, F.cross_entropy.
 
-    Materialises the (N, C) logits several times. Same arguments and meaning as
-    :func:`margin_cross_entropy`; the linear layer runs in x's dtype or autocast's and everything
+    It materialises the (N, C) logits several times. Arguments have the meaning that they have in
+    :func:`margin_cross_entropy`. The linear layer runs in x's dtype or autocast's, and everything
     after it in at least fp32.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -58,9 +58,9 @@ def plain_margin_cross_entropy(
 
 
 def row_errors(got: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """l2 error of each row of ``got`` and l2 norm of each row of ``exact``, (rows,) in fp64.
+    """Returns the l2 error of the rows of ``got`` and the l2 norm of those of ``exact``, in fp64.
 
-    The rows of a vector are its numbers.
+    Both are (rows,). The rows of a vector are its numbers.
     """
     got, exact = (t.detach().double().unsqueeze(-1).flatten(1) for t in (got, exact))
     return (got - exact).norm(dim=1), exact.norm(dim=1)
@@ -69,13 +69,21 @@ def row_errors(got: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
 def assert_within_budget(
     name: str, got: Tensor, plain: list[Tensor], exact: Tensor, conditioning: float = 1.0
 ) -> None:
-    """The l2 error of ``got`` is within twice the plain path's plus eps(got.dtype) times the norm.
+    """Raises unless the l2 error is within twice the plain path's plus eps(got.dtype) times norm.
 
-    ``plain`` is the same quantity from :func:`plain_margin_cross_entropy` in the same type, in
-    several draws of its rounding errors, ``exact`` from fp64. A row's budget is twice the worst of
-    the draws; a row in which the draws were lucky gets the worst relative error of the other rows.
-    So that this hides nothing, the root mean square over the rows has to stay in the same budget.
-    ``conditioning`` multiplies eps where one rounding is amplified by the problem.
+    A row's budget is twice the worst of the draws. A row in which the draws were lucky gets the
+    worst relative error of the other rows. So that this hides nothing, the root mean square over
+    the rows has to stay in the same budget.
+
+    Args:
+        got: the quantity that is judged.
+        plain: the same from :func:`plain_margin_cross_entropy` in the same type, in several draws
+            of its rounding errors.
+        exact: the same from fp64.
+        conditioning: multiplies eps where the problem amplifies one rounding.
+
+    Raises:
+        AssertionError: a row, or all of them together, is over budget.
     """
     error, norm = row_errors(got, exact)
     plain_error = torch.stack([row_errors(draw, exact)[0] for draw in plain]).amax(0)

@@ -77,11 +77,12 @@ class Definition(NamedTuple):
     """Holds the facts of a transform that its twins must share."""
 
     name: str
-    function: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    # (c, row_parameter, constants) -> (value, slope); None where it takes no such operand
+    function: Callable[..., tuple[Tensor, Tensor]]
     constants: int  # K
     per_row: bool  # whether it takes a parameter of the row
     # an upper bound of |slope| over all cosines, by the constants (K,), which stay on the device
-    steepest_slope: Callable[[Tensor | None], Tensor | float]
+    steepest_slope: Callable[..., Tensor | float]
 
 
 _DEFINITIONS = (

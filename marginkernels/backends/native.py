@@ -38,7 +38,7 @@ def _load() -> tuple[ModuleType | None, list[str]]:
         )
     else:
         try:
-            from .. import _C
+            from .. import _C  # type: ignore[attr-defined] # compiled, without a stub
 
             _C.build_info()  # raises where MARGINKERNELS_CPU asks for more than the CPU has
             return _C, []

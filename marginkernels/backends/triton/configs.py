@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The table of tile configurations, one per family of GPUs; each was chosen from compiled code."""
+"""Holds the table of tile configurations by family of GPUs; each was chosen from compiled code."""
 
 import enum
 import functools
@@ -10,7 +10,7 @@ import torch
 
 
 class Load(enum.IntFlag):
-    """What is compiled into a tile kernel, and takes registers."""
+    """Says what is compiled into a tile kernel, and takes registers."""
 
     PLAIN = 1
     EXTRAS = 2  # a bias, sums of logits, saved tiles, the gradient of the scale
@@ -21,7 +21,7 @@ class Load(enum.IntFlag):
 
 
 class Config(NamedTuple):
-    """A tile of the tile program, and how it is compiled."""
+    """Describes a tile of the tile program, and how it is compiled."""
 
     block_n: int  # rows
     block_c: int  # classes
@@ -108,13 +108,15 @@ TABLE: dict[str, dict[str, list[Config]]] = {
 
 
 class Target(NamedTuple):
+    """Names a row of :data:`TABLE`, and the number of multiprocessors of a device."""
+
     name: str  # in TABLE
     multiprocessors: int
 
 
 @functools.lru_cache
 def target(device: torch.device) -> Target:
-    """The row of the table for a device. A CPU, where launches are simulated, has an sm_80's."""
+    """Returns the row for a device; a CPU, where launches are simulated, has that of an sm_80."""
     if device.type == "cpu":
         return Target("sm_80", 2)
     properties = torch.cuda.get_device_properties(device)
@@ -131,7 +133,7 @@ def tiles_shape(n: int, c: int) -> tuple[int, int]:
 
 
 def kind(compute_dtype: torch.dtype, target_name: str) -> str:
-    """Of arithmetic: "half", "tf32" where torch allows it and the target has it, or "fp32"."""
+    """Returns the kind of arithmetic: "half", "fp32", or "tf32" if torch and the target have it."""
     if compute_dtype != torch.float32:
         return "half"
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -139,14 +141,14 @@ def kind(compute_dtype: torch.dtype, target_name: str) -> str:
 
 
 def load(transform: object | None, *extras: bool) -> Load:
-    """Of a call with this transform, or None, and with any of the extras."""
+    """Returns the load of a call with this transform, or None, and with any of the extras."""
     if transform is not None:
         return Load.TRANSFORM
     return Load.EXTRAS if any(extras) else Load.PLAIN
 
 
 def choose(target_name: str, kind: str, load: Load, rows: int) -> Config:
-    """The configuration for a batch of ``rows``; one for a range of sizes, so few are compiled."""
+    """Returns the configuration for ``rows``: one for a range of sizes, so that few compile."""
     return next(
         config
         for config in TABLE[target_name][kind]

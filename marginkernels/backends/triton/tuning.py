@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""MARGINKERNELS_AUTOTUNE=1: the fastest configuration of the table on the user's own device.
+"""Finds, with MARGINKERNELS_AUTOTUNE=1, the fastest configuration on the user's own device.
 
-Each is timed once per op and class of shapes, on the operands of the call; what was found is kept
-in a file, by device and version of Triton.
+Each configuration of the table is timed once per op and class of shapes, on the operands of the
+call. A file keeps the fastest one by device and version of Triton.
 """
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,13 +23,15 @@ _found: dict[str, Config] = {}
 
 
 def cache_file() -> Path:
-    """$XDG_CACHE_HOME/marginkernels/triton.json, ~/.cache without that."""
+    """Returns the path of the file: $XDG_CACHE_HOME, or ~/.cache, /marginkernels/triton.json."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "marginkernels" / "triton.json"
 
 
-def fastest(op: Callable, x: Tensor, w: Tensor, *operands, **settings) -> Config | None:
-    """The configuration to use; None, the table's own choice, where nothing can be timed."""
+def fastest(
+    op: Callable, x: Tensor, w: Tensor, *operands: Tensor | None, **settings: Any
+) -> Config | None:
+    """Returns the configuration to use, or None, the table's own choice, if none can be timed."""
     if len(x) == 0:
         return None
     key = _shape_class(op, x, w, settings)
@@ -45,13 +48,13 @@ def fastest(op: Callable, x: Tensor, w: Tensor, *operands, **settings) -> Config
             )
             for config in configs.TABLE[target][kind]
         }
-        _found[key] = min(times, key=times.get)
+        _found[key] = min(times, key=lambda config: times[config])
         _write(key, _found[key])
     return _found[key]
 
 
 def _shape_class(op: Callable, x: Tensor, w: Tensor, settings: dict) -> str:
-    """Sizes up to the next power of two, and what is compiled in or out."""
+    """Describes a call: sizes up to the next power of two, and what is compiled in or out."""
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else "cpu"
     sizes = [triton.next_power_of_2(size) for size in (*x.shape, len(w))]
     precision = torch.backends.cuda.matmul.fp32_precision
