@@ -105,11 +105,11 @@ def test_small_runs_agree_with_the_formulas(setup):
 
 
 def test_the_formulas_know_the_launcher():
-    launch = pytest.importorskip("marginkernels.backends.triton.launch")
-    sweep = importlib.import_module("marginkernels.backends.triton.sweep")
-    assert scaling.G_CHUNK_BYTES == launch.G_CHUNK_BYTES
-    assert scaling.DW_CHUNK_BYTES == launch.DW_CHUNK_BYTES
-    assert scaling.W_CHUNK_BYTES == sweep.W_CHUNK_BYTES
+    backward = pytest.importorskip("marginkernels.backends.triton.backward")
+    operands = importlib.import_module("marginkernels.backends.triton.operands")
+    assert scaling.G_CHUNK_BYTES == backward.G_CHUNK_BYTES
+    assert scaling.DW_CHUNK_BYTES == backward.DW_CHUNK_BYTES
+    assert scaling.W_CHUNK_BYTES == operands.W_CHUNK_BYTES
 
 
 def test_the_example_alone_and_under_torchrun(monkeypatch):

@@ -152,13 +152,13 @@ def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
     """Rounded w, G and dw go through small buffers many times instead of once. A vendor's GEMM may
     round another way for each shape.
     """
-    from marginkernels.backends.triton import launch, sweep
+    from marginkernels.backends.triton import backward, operands
 
     problem = random_problem(
         20, 700, 40, dtypes=(F32, F32, BF16), margin=ArcFace(0.3), scale=32.0, label_smoothing=0.1
     )
-    monkeypatch.setattr(sweep, "W_CHUNK_BYTES", 128 * 64 * 2)
-    monkeypatch.setattr(launch, "DW_CHUNK_BYTES", 64 * 64 * 4)
+    monkeypatch.setattr(operands, "W_CHUNK_BYTES", 128 * 64 * 2)
+    monkeypatch.setattr(backward, "DW_CHUNK_BYTES", 64 * 64 * 4)
     with simulated("ttsem", races="off"):
         problem.check("triton")
 

@@ -24,7 +24,8 @@ def mutated(module, old, new, tmp_path):
     assert text.count(old) == 1
     path = tmp_path / "mutated_kernels.py"
     path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutated_kernels", path)
+    name = f"{module.__package__}.mutated_kernels"  # imports go out from there
+    spec = importlib.util.spec_from_file_location(name, path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     return mutant
@@ -39,7 +40,7 @@ RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row
     [
         ("finish_rows", "cosine, mask=row < N)", "cosine)", "past the end"),
         ("statistics", RACE[0], RACE[1], "both touch element"),
-        ("statistics", "d = tl.arange(0, BLOCK_D)", "d = 16 + tl.arange(0, BLOCK_D)", "the end"),
+        ("statistics", "k = tl.arange(0, BLOCK_D)", "k = 16 + tl.arange(0, BLOCK_D)", "the end"),
     ],
     ids=["missing mask", "race", "overrun"],
 )
@@ -47,11 +48,11 @@ RACE = "slot = partials + column.to(tl.int64) * N + row", "slot = partials + row
 def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monkeypatch):
     require("ttsem")
     sanitize = importlib.import_module("ttsem.sanitize")
-    from marginkernels.backends.triton import launch, row_kernels, tile_kernels
+    from marginkernels.backends.triton import forward, row_kernels, tile_kernels
 
     module = tile_kernels if kernel == "statistics" else row_kernels
     mutant = getattr(mutated(module, old, new, tmp_path), f"{kernel}_kernel")
-    monkeypatch.setattr(launch, f"{kernel}_kernel", mutant)
+    monkeypatch.setattr(forward, f"{kernel}_kernel", mutant)
     # one row tile, so that two programs share its classes
     problem = random_problem(58, 300, 64, margin=ArcFace(0.3), scale=32.0)
     with simulated("ttsem"), pytest.raises(sanitize.KernelFault, match=complaint):
@@ -61,10 +62,10 @@ def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monke
 @needs_triton
 def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
     errors = pytest.importorskip("ptxsim.errors", reason="ptxsim is not installed")
-    from marginkernels.backends.triton import launch, tile_kernels
+    from marginkernels.backends.triton import forward, tile_kernels
 
     mutant = mutated(tile_kernels, *RACE, tmp_path)
-    monkeypatch.setattr(launch, "statistics_kernel", mutant.statistics_kernel)
+    monkeypatch.setattr(forward, "statistics_kernel", mutant.statistics_kernel)
     problem = random_problem(20, 150, 64, margin=ArcFace(0.3), scale=32.0)
     with simulated("ptxsim"), pytest.raises(errors.SimError, match="different value"):
         problem.solve_fused("triton")

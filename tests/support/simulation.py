@@ -69,11 +69,12 @@ class SimulatedTriton(triton.TritonBackend):
 def simulated(simulator: str, **settings):
     """Makes ``backend="triton"`` accept CPU tensors inside this context."""
     require(simulator)
-    from marginkernels.backends.triton import launch
+    from marginkernels.backends.triton.backward import head_bwd
+    from marginkernels.backends.triton.forward import head_fwd
 
     library = torch.library.Library("marginkernels", "IMPL")
-    for name in ("head_fwd", "head_bwd"):
-        library.impl(f"{name}_{NAME}", _without_autocast(launch, name), "CPU")
+    for op in (head_fwd, head_bwd):
+        library.impl(f"{op.__name__}_{NAME}", _without_autocast(op), "CPU")
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)
         stack.enter_context(backends.registered(SimulatedTriton()))
@@ -94,9 +95,9 @@ def _session(simulator, **settings):
     return contextlib.nullcontext()
 
 
-def _without_autocast(launch, name):
+def _without_autocast(op):
     def call(x, *args, **settings):
         with torch.autocast("cpu", enabled=False):
-            return getattr(launch, name)(x, *args, **settings)
+            return op(x, *args, **settings)
 
     return call

@@ -20,8 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-from marginkernels.backends.triton import configs, launch
+from marginkernels.backends.triton import configs
+from marginkernels.backends.triton.backward import head_bwd
 from marginkernels.backends.triton.configs import Config
+from marginkernels.backends.triton.forward import head_fwd
 from marginkernels.transforms import TRANSFORMS
 
 from . import aot, triton_table
@@ -112,11 +114,11 @@ def run_launchers(
         constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip
     b = b if bias else None
-    lse, _, _, _, _, x_inv, w_inv, tiles = launch.head_fwd(
+    lse, _, _, _, _, x_inv, w_inv, tiles = head_fwd(
         x, w, y, scale, b, save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **shared
     )
     g = torch.zeros(n)
-    launch.head_bwd(
+    head_bwd(
         x, w, y, scale, b, lse, x_inv, w_inv, tiles, g, g,
         g if extras else None, g if want_sum else None,
         need_x=True, need_w=True, need_bias=bias, need_scale=extras, **shared,

@@ -8,6 +8,7 @@ With MARGINKERNELS_AUTOTUNE=1 the first call of a class of shapes times the conf
 """
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -59,7 +60,9 @@ class TritonBackend(Backend):
 
     def register_kernels(self) -> None:
         """Registers launchers that import Triton when they are called."""
-        ops.implement_head(self.name, _on_device("head_fwd"), _on_device("head_bwd"), "CUDA")
+        ops.implement_head(
+            self.name, _on_device("forward", "head_fwd"), _on_device("backward", "head_bwd"), "CUDA"
+        )
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
         """Returns a row for each row of x, with classes padded to whole tiles."""
@@ -114,13 +117,13 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _on_device(name: str) -> Callable:
-    """Returns the op of :mod:`.launch`, run on the device of its first argument."""
+def _on_device(module: str, name: str) -> Callable:
+    """Returns an op of a module of this folder, run on the device of its first argument."""
 
     def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
-        from . import launch, tuning
+        from . import tuning
 
-        op = getattr(launch, name)
+        op = getattr(importlib.import_module(f".{module}", __name__), name)
         # kernels go to the current device; an autocast around the call must not narrow the GEMMs
         with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
             if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What is linear in N, in C D or in N D: norms, targets, the merge of statistics, the projection.
+"""Holds the kernels that are linear in N, C D or N D: norms, targets, merges, projections.
 
 What: everything beside the tiles, in fp32 and in a fixed order; no atomics anywhere.
 Never materialised: normalised rows, one-hot labels, a second copy of dw.
 Fast because: each row of x, w and dw is read or written once per sweep, by one program.
 """
 
-# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials
+# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials.
+# A kernel is named after its twin in csrc/cuda, and its arguments are named after the twin's.
 # ruff: noqa: E741, N803, N806
 
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+from .constants import EXPONENTIALS, LN2, LOG2E, LOGIT_SUM, MAXIMUM, NO_MAXIMUM
 
 
 @triton.jit(do_not_specialize=["R", "R_PADDED", "D_TILES"])
@@ -29,26 +29,29 @@ def norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """1 / |row|, at most ``inverse_limit``: exactly that marks a zero row. Padding gets it too."""
+    """Writes 1 / |row|, at most ``inverse_limit``: exactly that value marks a zero row.
+
+    Padding gets it too.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     width = D_TILES * TILE_D
     base = row.to(tl.int64)[:, None] * width
     squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        v = tl.load(rows + base + d, mask=(row < R)[:, None] & (d < width), other=0.0)
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        v = tl.load(rows + base + k, mask=(row < R)[:, None] & (k < width), other=0.0)
         v = v.to(tl.float32)
         squares += v * v
     norm = tl.sqrt_rn(tl.sum(squares, 1))
     tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=row < R_PADDED)
 
 
-@triton.jit(do_not_specialize=["N", "flags_stride"])
+@triton.jit(do_not_specialize=["N", "class_tiles"])
 def flag_kernel(
     y,  # (N,) int64
     flags,  # (row tiles, class tiles) int8, zeros
     N,
-    flags_stride,
+    class_tiles,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -57,7 +60,7 @@ def flag_kernel(
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1)
     # in a row of flags of the program's own: rows that share a tile store the same value
-    tile = flags + row_tile.to(tl.int64) * flags_stride + label // BLOCK_C
+    tile = flags + row_tile.to(tl.int64) * class_tiles + label // BLOCK_C
     tl.store(tile, tl.full((BLOCK_N,), 1, tl.int8), mask=label >= 0)
 
 
@@ -70,12 +73,12 @@ def finish_rows_kernel(
     y,  # (N,) int64, -1: no target here
     x_inv,  # (N,)
     w_inv,  # (C,)
-    partials,  # (4, columns, N), see statistics_kernel
-    lse,  # (N,), and so on
-    d,
-    w_norm,
-    logit_sum,  # or None
-    logit_max,  # or None
+    partials,  # (PLANES, columns, N), see statistics_kernel
+    lse,  # (N,)
+    target_cosine,  # (N,)
+    w_norm,  # (N,)
+    logit_sum,  # (N,) or None
+    logit_max,  # (N,) or None
     N,
     D,
     D_TILES,
@@ -84,7 +87,7 @@ def finish_rows_kernel(
     columns,
     NORMALIZE_W: tl.constexpr,
     LOG2_UNITS: tl.constexpr,  # of the partials: logits in units of ln 2
-    MAX_PLANE: tl.constexpr,  # where the partial maxima of the logits are
+    MAXIMUM_PLANE: tl.constexpr,  # of the logits: MAXIMUM or LOGIT_MAXIMUM
     TILE_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -95,24 +98,24 @@ def finish_rows_kernel(
     TO_LOG2: tl.constexpr = 1.0 if LOG2_UNITS else LOG2E
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     plane = columns.to(tl.int64) * N
-    m = tl.full((BLOCK_N,), -1e30, tl.float32)
+    m = tl.full((BLOCK_N,), NO_MAXIMUM, tl.float32)
     l = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    top = tl.full((BLOCK_N,), -1e30, tl.float32)
+    top = tl.full((BLOCK_N,), NO_MAXIMUM, tl.float32)
     for start in range(0, columns, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         there = (part < columns)[:, None] & (row < N)[None, :]
         slot = partials + part.to(tl.int64)[:, None] * N + row[None, :]
-        part_m = tl.load(slot, mask=there, other=-1e30)
-        part_l = tl.load(slot + plane, mask=there, other=0.0)
+        part_m = tl.load(slot + MAXIMUM * plane, mask=there, other=NO_MAXIMUM)
+        part_l = tl.load(slot + EXPONENTIALS * plane, mask=there, other=0.0)
         higher = tl.maximum(m, tl.max(part_m, 0))
         l = l * tl.exp2((m - higher) * TO_LOG2)
         l += tl.sum(part_l * tl.exp2((part_m - higher[None, :]) * TO_LOG2), 0)
         m = higher
         if logit_sum is not None:
-            total += tl.sum(tl.load(slot + 2 * plane, mask=there, other=0.0), 0)
+            total += tl.sum(tl.load(slot + LOGIT_SUM * plane, mask=there, other=0.0), 0)
         if logit_max is not None:
-            part_top = tl.load(slot + MAX_PLANE * plane, mask=there, other=-1e30)
+            part_top = tl.load(slot + MAXIMUM_PLANE * plane, mask=there, other=NO_MAXIMUM)
             top = tl.maximum(top, tl.max(part_top, 0))
     none = l == 0  # no negatives
     value = _log_sum(m, UNIT, tl.where(none, 1.0, l))
@@ -137,13 +140,13 @@ def finish_rows_kernel(
     cosine = tl.sum(dot, 1) * tl.load(x_inv + row, mask=row < N, other=1.0)
     if NORMALIZE_W:
         cosine *= q
-    tl.store(d + row, cosine, mask=row < N)
+    tl.store(target_cosine + row, cosine, mask=row < N)
     tl.store(w_norm + row, tl.where(owned, 1 / q, 0.0), mask=row < N)
 
 
 @triton.jit
 def _log_sum(m, UNIT: tl.constexpr, l):
-    """m UNIT + log(l) of a normal l > 0, rounded once where it is large.
+    """Returns m UNIT + log(l) of a normal l > 0, rounded once where it is large.
 
     An error of lse is a relative error of every probability, and log(l) alone may be 50.
     """
@@ -164,10 +167,10 @@ def target_kernel(
     scale,  # ()
     grad_target,  # (N,)
     grad_w_norm,  # (N,) or None
-    coefficient,  # (N,): what w_y of a row gets into its dx
-    slot,  # (C,) int32, -1: the row whose gather holds the targets' part of a class's dw
-    gathered,  # (N, D_TILES * TILE_D) fp32
-    radial,  # (N,) or None: the gradient of |w_y|, in the same slots
+    coefficient,  # (N,): weight of w_y in a row's dx
+    slot,  # (C,) int32, -1 before: the row whose sums are those of a class
+    sums,  # (N, D_TILES * TILE_D) fp32: the targets' part of a class's dw
+    radial,  # (N,) or None: the gradient of the class's norm
     N,
     D_TILES,
     NORMALIZE_W: tl.constexpr,
@@ -175,9 +178,10 @@ def target_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The target column of G, in fp32, outside the GEMMs: one program per row and slice of D.
+    """Writes the weight of w_y in a row's dx, and the targets' part of each class's dw.
 
-    The first row of each class adds up those of all rows of the class, in their order.
+    This is the target's column of G, in fp32, outside the GEMMs: one program per row and slice of
+    D. The first row of each class adds up the parts of all rows of the class, in their order.
     """
     row = tl.program_id(0)
     label = tl.load(y + row)
@@ -195,8 +199,8 @@ def target_kernel(
     if (label >= 0) & (earlier == 0):
         width = D_TILES * TILE_D
         col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        acc = tl.zeros((BLOCK_D,), tl.float32)
-        away = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        radial_total = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(row // BLOCK_N * BLOCK_N, N, BLOCK_N):
             k = start + tl.arange(0, BLOCK_N)
             same = tl.load(y + k, mask=k < N, other=-1) == label
@@ -206,25 +210,25 @@ def target_kernel(
             x_rows = tl.load(
                 x + k.to(tl.int64)[:, None] * width + col[None, :], mask=there, other=0.0
             )
-            acc += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
+            total += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
             if radial is not None:
-                away += tl.load(grad_w_norm + k, mask=same, other=0.0)
-        tl.store(gathered + row.to(tl.int64) * width + col, acc, mask=col < width)
+                radial_total += tl.load(grad_w_norm + k, mask=same, other=0.0)
+        tl.store(sums + row.to(tl.int64) * width + col, total, mask=col < width)
         tl.store(slot + label, row, mask=first_slice)
         if radial is not None:
-            tl.store(radial + row, tl.sum(away, 0), mask=first_slice)
+            tl.store(radial + row, tl.sum(radial_total, 0), mask=first_slice)
 
 
 @triton.jit(
     do_not_specialize=["R", "D", "D_TILES", "table_stride_r", "table_stride_d"],
 )
 def project_kernel(
-    gradient,  # (R, D_TILES * TILE_D) fp32: that of the rows before normalisation is undone
+    gradient,  # (R, D_TILES * TILE_D) fp32, along the unit rows
     rows,  # (R, D_TILES * TILE_D), in the compute type
     inverse,  # (R,)
     factor,  # (R,) or (): of the gradient, or None
     index,  # (R,) row of the table, -1: none
-    table,  # (., D or more): rows that are added, rounded to the compute type unless fp32 is meant
+    table,  # (., D or more): rows that are added, see ROUND_TABLE
     coefficient,  # (R,) of the row added, or None
     radial,  # by row of the table: gradient of the row's norm, or None
     out,  # (R, D)
@@ -236,14 +240,16 @@ def project_kernel(
     inverse_limit,  # 1 / norm of a zero row
     NORMALIZE: tl.constexpr,
     FACTOR_STRIDE: tl.constexpr,
-    ROUND_TABLE: tl.constexpr,
+    ROUND_TABLE: tl.constexpr,  # to the compute type
     EVEN_D: tl.constexpr,  # D = D_TILES * TILE_D
     TILE_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of a raw row from that along its unit row: without the radial part; 0 for a
-    zero row. Adds the target's share, and writes the result once, in its final type.
+    """Turns the gradient along unit rows into the gradient of raw rows, in its final type.
+
+    Removes the part along the row, which normalisation undoes, and writes 0 for a zero row. Adds
+    the target's share, and the gradient that arrives through the norm.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there = row < R
@@ -262,13 +268,13 @@ def project_kernel(
     along = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
         if NORMALIZE:
-            d = start + tl.arange(0, BLOCK_D)[None, :]
-            g, v = _row_gradient(
-                gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width,
+            k = start + tl.arange(0, BLOCK_D)[None, :]
+            g, v = _gradient_at(
+                gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width,
                 table_stride_d, ROUND_TABLE,
             )  # fmt: skip
             along += g * v
-    # of the unit row: that of a small row itself could overflow
+    # of the unit row: the radius of a small row itself could overflow
     radius = -tl.sum(along, 1) * inv
     if radial is not None:
         radius += tl.load(radial + picked, mask=picked >= 0, other=0.0)
@@ -277,30 +283,30 @@ def project_kernel(
     if EVEN_D:
         out_stride = width.to(tl.int64)
     for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        g, v = _row_gradient(
-            gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width,
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        g, v = _gradient_at(
+            gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width,
             table_stride_d, ROUND_TABLE,
         )  # fmt: skip
         if NORMALIZE or radial is not None:
             g += tl.where(zero, 0.0, radius)[:, None] * (inv[:, None] * v)
         if NORMALIZE:
             g = tl.where(zero[:, None], 0.0, g)
-        kept = there[:, None] & (d < (width if EVEN_D else D))
-        target = out + row.to(tl.int64)[:, None] * out_stride + d
+        kept = there[:, None] & (k < (width if EVEN_D else D))
+        target = out + row.to(tl.int64)[:, None] * out_stride + k
         tl.store(target, g.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _row_gradient(
-    gradient, rows, base, d, there, scale, picked, picked_row, weight, D, width, table_stride_d,
+def _gradient_at(
+    gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width, table_stride_d,
     ROUND_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """A slice (BLOCK_R, BLOCK_D) of the gradient with the target's share, and of the rows."""
-    inside = there[:, None] & (d < width)
-    g = tl.load(gradient + base + d, mask=inside, other=0.0) * scale[:, None]
-    v = tl.load(rows + base + d, mask=inside, other=0.0)
-    added = (picked >= 0)[:, None] & (d < D)
-    t = tl.load(picked_row + d.to(tl.int64) * table_stride_d, mask=added, other=0.0)
+    """Returns slices (BLOCK_R, BLOCK_D): the gradient with the target's share, and the rows."""
+    inside = there[:, None] & (k < width)
+    g = tl.load(gradient + base + k, mask=inside, other=0.0) * scale[:, None]
+    v = tl.load(rows + base + k, mask=inside, other=0.0)
+    added = (picked >= 0)[:, None] & (k < D)
+    t = tl.load(picked_row + k.to(tl.int64) * table_stride_d, mask=added, other=0.0)
     t = t.to(v.dtype).to(tl.float32) if ROUND_TABLE else t.to(tl.float32)
     return g + weight[:, None] * t, v.to(tl.float32)

@@ -1,23 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The tile program: a rows x classes tile of logits, and its two epilogues.
+"""Holds the tile program: a rows x classes tile of logits, and its two epilogues.
 
 What: the forward sweep's softmax statistics and the backward sweep's G, each tile from x and w.
 Never materialised: the (N, C) logits, a normalised copy of w, a mask; only G, chunk by chunk.
 Fast because: tensor cores accumulate in fp32 and five instructions per logit are left after them.
+
+Names, as in csrc/cuda/tile.cuh:
+
+    i, j         a row of x, and a class
+    r            row factor, scale / |x_i|, or scale where x is not normalised
+    q            1 / |w_j|, or 1 where w is not normalised
+    v            <x_i, w_j>; then, as the same tile, times q, a cosine, the transformed cosine
+    excluded     pairs that take no part: a row's target, and classes from C on; their v is -inf
+    rate         factor of a row that turns v into a logit
+    UNIT         of logits: ln 2, so that an exponential is a bare exp2, or 1
+    z, slope     the logit, after the transform where there is one; d value / d cosine of it
+    offset       constant in the place of m where exponentials are saved
+    m, l         running maximum of z, and sum of exp(z - m)
+    total, top   sum of z, and maximum of the logits before the transform
+    p            exp(z - m), or exp(z - lse)
+    a, u         grad_lse and grad_sum of a row, times fold: G = (a p + u) slope q
+    fold         r as G has it: 1 for a zero row; in fp16 times a power of two
+    shift        lse of a row in units of ln 2
 """
 
-# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials
+# sizes and flags are capitals, as in the formulas; l is the usual name of a sum of exponentials.
+# A kernel is named after its twin in csrc/cuda, and its arguments are named after the twin's.
 # ruff: noqa: E741, N803, N806
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# below any logit in the domain, and finite: a row that has met no negative is no special case
-NO_MAXIMUM = tl.constexpr(-1e30)
+from .constants import (
+    EXPONENTIALS,
+    LOG2E,
+    LOGIT_MAXIMUM,
+    LOGIT_SUM,
+    MAXIMUM,
+    NO_MAXIMUM,
+    OFFSET_START,
+)
 
-_SIZES = ["N", "C", "D_TILES", "first_tile", "flags_stride"]
+_SIZES = ["N", "C", "D_TILES", "first_tile", "class_tiles"]
 
 
 @triton.jit
@@ -32,15 +57,15 @@ def _dot(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """<x_i, w_j> (BLOCK_N, BLOCK_C) in fp32.
+    """Returns <x_i, w_j> (BLOCK_N, BLOCK_C) in fp32.
 
-    Rows are padded to a multiple of BLOCK_D by whoever calls, so that nothing in here is masked and
-    every copy is 16 bytes wide.
+    The caller pads rows to a multiple of BLOCK_D, so that nothing in here is masked and every copy
+    is 16 bytes wide.
     """
     stride = D_TILES * BLOCK_D
-    d = tl.arange(0, BLOCK_D)
-    x_offs = row[:, None] * stride + d[None, :]
-    w_offs = col[None, :] * stride + d[:, None]
+    k = tl.arange(0, BLOCK_D)
+    x_offs = row[:, None] * stride + k[None, :]
+    w_offs = col[None, :] * stride + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for _ in range(D_TILES):
         acc = tl.dot(tl.load(x + x_offs), tl.load(w + w_offs), acc, input_precision=PRECISION)
@@ -51,24 +76,24 @@ def _dot(
 
 @triton.jit
 def _row_factor(x_inv, scale, row, N):
-    """r_i; positive in rows that are not there, since a masked logit is -inf times this."""
+    """Returns r. It is positive in padding rows too, since an excluded logit is -inf times this."""
     return tl.load(x_inv + row, mask=row < N, other=1.0) * tl.load(scale)
 
 
 @triton.jit
-def _without_dead(v, flag, label, start, C, BLOCK_C: tl.constexpr):
-    """-inf at targets and past the last class; only flagged tiles and the last one pay for it."""
+def _exclude(v, flag, label, start, C, BLOCK_C: tl.constexpr):
+    """Sets the excluded to -inf. Only flagged tiles and the last one pay for it."""
     col = start + tl.arange(0, BLOCK_C)
     if (tl.load(flag) != 0) | (start + BLOCK_C > C):
-        dead = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-        v = tl.where(dead, float("-inf"), v)
+        excluded = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+        v = tl.where(excluded, float("-inf"), v)
     return v
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
 def statistics_kernel(
     x,  # (N, D_TILES * BLOCK_D)
-    w,  # (stop_tile - first_tile) * BLOCK_C classes x D_TILES * BLOCK_D
+    w,  # ((stop_tile - first_tile) * BLOCK_C, D_TILES * BLOCK_D): the classes of this launch
     y,  # (N,) int64, -1: no target here
     x_inv,  # (N,)
     w_inv,  # (C,) and on to the end of the last tile
@@ -77,16 +102,16 @@ def statistics_kernel(
     row_parameter,  # (N,) of the transform, or None
     constants,  # (K,) of the transform, or None
     flags,  # (row tiles, class tiles) int8: a target lies in the tile
-    partials,  # (4, columns, N): maximum and sum of exp, sum and maximum of the logits
+    partials,  # (PLANES, columns, N), see constants.py
     tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
     N,
     C,
     D_TILES,
-    first_tile,  # of class tiles: those of this launch
+    first_tile,  # the class tiles of this launch
     stop_tile,
-    flags_stride,
+    class_tiles,
     columns,  # programs per row tile
-    carry,  # 1: go on from the partials of the launch before, 0: start
+    carry,  # 1: continue from the partials of the launch before, 0: start
     tiles_stride,  # width of the saved tiles, in class tiles
     inverse_limit,  # 1 / norm of a zero row
     TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
@@ -99,7 +124,7 @@ def statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax statistics over the negatives of one row tile and every ``columns``-th class tile.
+    """Takes softmax statistics of the negatives in a row tile and every ``columns``-th class tile.
 
     Logits are in units of ln 2 where the row factor can take that in, so that an exponential is one
     FFMA and one EX2; with a bias they are plain, which keeps the digits of a large one.
@@ -116,7 +141,7 @@ def statistics_kernel(
     if TRANSFORM is None:
         r = _row_factor(x_inv, scale, row, N) * UNIT
     else:
-        # of cosines, which are 0 in rows that are not there
+        # cosines are 0 in padding rows
         inverse = tl.load(x_inv + row, mask=row < N, other=0.0)[:, None]
         r = tl.full((BLOCK_N,), tl.load(scale) * UNIT, tl.float32)
         parameter = None
@@ -130,15 +155,15 @@ def statistics_kernel(
     resume = row < N * carry
     if SAVE_TILES:
         # both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
-        offset = tl.maximum(tl.load(scale) - 59.0, 0.0) * LOG2E
+        offset = tl.maximum(tl.load(scale) - OFFSET_START, 0.0) * LOG2E
         m = tl.zeros((BLOCK_N,), tl.float32) + offset
     else:
-        m = tl.load(slot, mask=resume, other=NO_MAXIMUM)
-    l = tl.load(slot + plane, mask=resume, other=0.0)
+        m = tl.load(slot + MAXIMUM * plane, mask=resume, other=NO_MAXIMUM)
+    l = tl.load(slot + EXPONENTIALS * plane, mask=resume, other=0.0)
     if WANT_SUM:
-        total = tl.load(slot + 2 * plane, mask=resume, other=0.0)
+        total = tl.load(slot + LOGIT_SUM * plane, mask=resume, other=0.0)
     if SEPARATE_MAX:
-        top = tl.load(slot + 3 * plane, mask=resume, other=NO_MAXIMUM)
+        top = tl.load(slot + LOGIT_MAXIMUM * plane, mask=resume, other=NO_MAXIMUM)
 
     for tile in range(first_tile + column, stop_tile, columns):
         start = tile * BLOCK_C
@@ -155,8 +180,8 @@ def statistics_kernel(
             rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
-        flag = flags + row_tile.to(tl.int64) * flags_stride + tile
-        v = _without_dead(v, flag, label, start, C, BLOCK_C)
+        flag = flags + row_tile.to(tl.int64) * class_tiles + tile
+        v = _exclude(v, flag, label, start, C, BLOCK_C)
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
@@ -178,18 +203,18 @@ def statistics_kernel(
             m = higher
         l += tl.sum(p, 1)
 
-    tl.store(slot, m, mask=row < N)
-    tl.store(slot + plane, l, mask=row < N)
+    tl.store(slot + MAXIMUM * plane, m, mask=row < N)
+    tl.store(slot + EXPONENTIALS * plane, l, mask=row < N)
     if WANT_SUM:
-        tl.store(slot + 2 * plane, total, mask=row < N)
+        tl.store(slot + LOGIT_SUM * plane, total, mask=row < N)
     if SEPARATE_MAX:
-        tl.store(slot + 3 * plane, top, mask=row < N)
+        tl.store(slot + LOGIT_MAXIMUM * plane, top, mask=row < N)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "g_tiles"])
 def gradient_kernel(
     x,  # (N, D_TILES * BLOCK_D)
-    w,  # those classes of this launch, (., D_TILES * BLOCK_D)
+    w,  # ((stop_tile - first_tile) * BLOCK_C, D_TILES * BLOCK_D): the classes of this launch
     y,  # (N,) int64, -1: no target here
     x_inv,  # (N,)
     w_inv,  # (C,) and on to the end of the last tile
@@ -208,9 +233,9 @@ def gradient_kernel(
     N,
     C,
     D_TILES,
-    first_tile,
-    flags_stride,
-    g_tiles,
+    first_tile,  # the first class tile of this launch
+    class_tiles,
+    g_tiles,  # width of g, in class tiles
     inverse_limit,  # 1 / norm of a zero row
     TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
     NORMALIZE_W: tl.constexpr,
@@ -219,8 +244,9 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets; with a
-    transform times its slope.
+    """Computes G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets.
+
+    With a transform, its slope is another factor.
     """
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
@@ -243,9 +269,9 @@ def gradient_kernel(
         fold *= tl.load(g_scale)
     a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
     # padding rows repeat the last one: an infinite lse makes their G 0
-    offset = tl.load(lse + row, mask=row < N, other=float("inf"))
+    row_lse = tl.load(lse + row, mask=row < N, other=float("inf"))
     # a row without negatives has lse = -inf, and no G either
-    offset = tl.where(offset == float("-inf"), 0.0, offset)
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
 
     if NORMALIZE_W:
         q = tl.load(w_inv + col)
@@ -254,23 +280,23 @@ def gradient_kernel(
     if TRANSFORM is not None:
         rate = tl.full((BLOCK_N,), tl.load(scale), tl.float32)
         v *= tl.where(row < N, inverse, 0.0)[:, None]
-    # before anything is made of it: each tile that lives across the branch takes registers
-    flag = flags + row_tile.to(tl.int64) * flags_stride + tile
+    # as early as possible: each tile that lives across the branch takes registers
+    flag = flags + row_tile.to(tl.int64) * class_tiles + tile
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    v = _without_dead(v, flag, label, start, C, BLOCK_C)
+    v = _exclude(v, flag, label, start, C, BLOCK_C)
     if TRANSFORM is not None:
         parameter = None
         if row_parameter is not None:
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
         v, slope = TRANSFORM(v, parameter, constants)
     if bias is not None:
-        # with the bits that it had in the statistics: its error is one of exp(z - lse)
+        # with the bits that z had in the statistics: its error is an error of exp(z - lse)
         z = tl.fma(v, r[:, None], tl.load(bias + col)[None, :])
-        p = tl.exp2((z - offset[:, None]) * LOG2E)
+        p = tl.exp2((z - row_lse[:, None]) * LOG2E)
     else:
-        # what rounding takes from the offset of a row, at s = 256 several digits, goes into a
-        shift = offset * LOG2E
-        rest = tl.where(row < N, tl.fma(offset, LOG2E, -shift), 0.0)
+        # rounding takes several digits from the shift at a scale of 256: they go into a
+        shift = row_lse * LOG2E
+        rest = tl.where(row < N, tl.fma(row_lse, LOG2E, -shift), 0.0)
         a *= tl.exp2(-rest)
         p = tl.exp2(v * (rate * LOG2E)[:, None] - shift[:, None])
     G = p * a[:, None]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Computes head_fwd: decides which kernel runs on which chunk of the classes."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import ops
+from . import configs
+from .configs import Config
+from .constants import LOGIT_MAXIMUM, MAXIMUM, PLANES
+from .operands import Operands
+from .row_kernels import finish_rows_kernel
+from .tile_kernels import statistics_kernel
+
+
+def head_fwd(
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (C, D)
+    y: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    *,
+    normalize_x: bool,
+    normalize_w: bool,
+    compute_dtype: torch.dtype,
+    save_tiles: bool,
+    want_sum: bool,
+    want_max: bool,
+    transform: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+    config: Config | None = None,
+) -> tuple[Tensor, ...]:
+    """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    n, c = len(x), len(w)
+    operands = Operands.of(
+        x, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,
+        transform=transform, row_parameter=row_parameter, constants=constants,
+        extras=save_tiles or want_sum, config=config,
+    )  # fmt: skip
+    tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)
+    results = ops.Forward(
+        lse=operands.statistics(n),
+        target_cosine=operands.statistics(n),
+        w_norm=operands.statistics(n),
+        logit_sum=operands.statistics(n if want_sum else 0),
+        logit_max=operands.statistics(n if want_max else 0),
+        x_inv=operands.statistics(n).fill_(1),
+        w_inv=operands.statistics(operands.class_tiles * operands.config.block_c),
+        tiles=x.new_empty(tiles_shape, dtype=compute_dtype if save_tiles else torch.float32),
+    )
+    if normalize_x and n:
+        operands.inverse_norms(operands.x, results.x_inv)
+    separate_max = want_max and (save_tiles or operands.transform.apply is not None)
+    partials = _take_statistics(operands, results, save_tiles, want_sum, separate_max)
+    results = results._replace(w_inv=results.w_inv[:c])
+    if n:
+        _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
+    if want_sum and bias is not None:
+        _mask_sums(results.logit_sum, y, bias)
+    return results
+
+
+def _take_statistics(
+    operands: Operands, results: ops.Forward, save_tiles: bool, want_sum: bool, separate_max: bool
+) -> Tensor:
+    """Takes the statistics of all classes and the norms of their rows, chunk by chunk.
+
+    Returns the partial statistics, (PLANES, columns, N).
+    """
+    n, block_c = len(operands.x), operands.config.block_c
+    flags = operands.flags() if n else None
+    columns = operands.columns()
+    partials = operands.statistics(PLANES, columns, n)
+    w_inv, tiles = results.w_inv, results.tiles
+    for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv))):
+        operands.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
+        if n:
+            statistics_kernel[(operands.row_tiles * columns,)](
+                operands.x, w_chunk, operands.y, results.x_inv, w_inv, operands.scale,
+                operands.bias, *operands.transform.operands, flags, partials,
+                tiles if save_tiles else None,
+                N=n, C=len(operands.w), first_tile=first, stop_tile=stop,
+                class_tiles=operands.class_tiles, columns=columns, carry=int(first > 0),
+                tiles_stride=tiles.shape[-1] // block_c, TRANSFORM=operands.transform.apply,
+                NORMALIZE_W=operands.normalize_w, SAVE_TILES=save_tiles, WANT_SUM=want_sum,
+                SEPARATE_MAX=separate_max, **operands.tile_settings(),
+            )  # fmt: skip
+    return partials
+
+
+def _finish_rows(
+    operands: Operands,
+    results: ops.Forward,
+    partials: Tensor,  # (PLANES, columns, N)
+    want_sum: bool,
+    want_max: bool,
+    separate_max: bool,
+) -> None:
+    """Merges the partial statistics of every row, and adds the targets' cosines and norms."""
+    n, w = len(operands.x), operands.w
+    finish_rows_kernel[(triton.cdiv(n, 4),)](
+        operands.x, w, operands.y, results.x_inv, results.w_inv, partials, results.lse,
+        results.target_cosine, results.w_norm, results.logit_sum if want_sum else None,
+        results.logit_max if want_max else None,
+        N=n, D=w.shape[1], w_stride_c=w.stride(0), w_stride_d=w.stride(1),
+        columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
+        LOG2_UNITS=operands.bias is None,
+        MAXIMUM_PLANE=(LOGIT_MAXIMUM if separate_max else MAXIMUM).value,
+        BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **operands.row_settings(),
+    )  # fmt: skip
+
+
+def _mask_sums(logit_sum: Tensor, y: Tensor, bias: Tensor) -> None:
+    """Sets sums with a class that its bias masks to -inf: the kernel leaves such classes out."""
+    masked = bias == -torch.inf
+    others = masked.sum() - torch.where(y >= 0, masked[y.clamp_min(0)].long(), 0)
+    logit_sum.masked_fill_(others > 0, -torch.inf)
