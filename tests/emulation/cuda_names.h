@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include "fiber_sync.h"
+
 inline void __syncthreads(int line = __builtin_LINE()) {
     fibers::barrier("__syncthreads", line);
 }
