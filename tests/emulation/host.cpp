@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// For simulators that take the launches over (simulate.py): the names of kernels, and what torch
-// has allocated.
+// Tells a simulator that executes launches itself (simulate.py) the names of kernels, and which
+// memory torch has allocated.
 
 #include <c10/core/Allocator.h>
 #include <dlfcn.h>
@@ -23,7 +23,7 @@ bool name_and_call(const void* kernel, unsigned grid, unsigned block, size_t sha
                     block, shared_bytes, count, arguments, bytes);
 }
 
-// By address: the allocations of torch and how to free them.
+// The allocations of torch, and how to free them.
 struct Allocation {
     size_t bytes;
     c10::DataPtr owner;
@@ -65,7 +65,7 @@ void record_allocations(int on) {
     c10::SetAllocator(c10::kCPU, on ? &recorder : recorder.inner, kFirst);
 }
 
-// Their number; addresses and sizes of the first `count`.
+// Returns the number of allocations; writes addresses and sizes of the first `count`.
 size_t allocations(size_t* addresses, size_t* sizes, size_t count) {
     size_t i = 0;
     for (const auto& [address, allocation] : allocated) {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The CUDA backend without a GPU: its kernels and launchers compiled by the C++ compiler alone, a
-fiber for every CUDA thread (fibers.h), as one more backend for CPU tensors.
+"""Compiles the CUDA kernels with the C++ compiler alone, and runs them on CPU tensors.
 
-CUDA_HOST_SANITIZE=1 compiles with address sanitizer, for processes with `sanitizer_environment()`.
+Every CUDA thread is a fiber (fibers.h); the result is one more backend. CUDA_HOST_SANITIZE=1
+compiles with address sanitizer, for processes with `sanitizer_environment()`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,14 @@ rule link
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here."""
+    """Returns why nothing can be compiled here, or None."""
     compiler = os.environ.get("CXX", "g++")
     missing = [tool for tool in (compiler, "ninja") if shutil.which(tool) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def build(name: str, sources: list[Path], with_torch: bool, sanitize: bool = SANITIZE) -> Path:
-    """A shared library from CUDA sources; only what changed is compiled again."""
+    """Builds a shared library from CUDA sources, and compiles only changed ones again."""
     folder = ROOT / "build" / (name + "_sanitized" * sanitize)
     folder.mkdir(parents=True, exist_ok=True)
     flags, libraries = [*FLAGS, *(SANITIZED if sanitize else ["-O2"])], []
@@ -82,7 +83,7 @@ def build(name: str, sources: list[Path], with_torch: bool, sanitize: bool = SAN
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """For a process that loads a library with address sanitizer."""
+    """Returns the environment for a process that loads a library with address sanitizer."""
     compiler = os.environ.get("CXX", "g++")
     libraries = [
         subprocess.run(
@@ -95,7 +96,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Nothing where nothing changed, so that nothing is compiled again."""
+    """Writes only where the text changed, so that nothing else is compiled again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -105,7 +106,7 @@ def _write(path: Path, text: str) -> None:
 def load() -> ctypes.CDLL:
     """Returns the library of the CUDA kernels; loading it registers them."""
     folder = ROOT / "csrc" / "cuda"
-    # as one: most of the time would go into ATen's headers
+    # as one source, since ATen's headers take most of the time
     schedule = ROOT / "build" / "cuda_host_schedule.cpp"
     included = [f'#include "cuda/{path.name}"\n' for path in sorted(folder.glob("*.cpp"))]
     _write(schedule, "".join(included))
@@ -120,18 +121,23 @@ class CudaHostBackend(backends.Backend):
     name = NAME
     priority = 0  # backend="auto" never takes it
 
-    def unavailable_reasons(self, device=None, compute_dtype=None) -> list[str]:
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Returns none."""
         return []
 
     def register_kernels(self) -> None:
+        """Builds and loads the library."""
         load()
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
+        """Returns the shape that the native backend has."""
         return backends.get("native").tiles_shape(n, c)
 
 
 @contextlib.contextmanager
-def executed():
+def executed() -> Iterator[None]:
     """Makes ``backend="cuda_host"`` run inside this context."""
     if reason := why_not():
         pytest.skip(reason)
@@ -140,8 +146,8 @@ def executed():
 
 
 @contextlib.contextmanager
-def multiprocessors(count: int):
-    """As many as launchers see inside this context."""
+def multiprocessors(count: int) -> Iterator[None]:
+    """Shows launchers ``count`` multiprocessors inside this context."""
     number = ctypes.c_int.in_dll(load(), "_ZN6fibers15multiprocessorsE")
     before = number.value
     number.value = count

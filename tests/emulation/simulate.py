@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The CUDA backend's launchers on the CPU, each launch executed by a simulator of the PTX that nvcc
-makes of the kernel.
+"""Runs the CUDA launchers on the CPU, and executes each launch by a simulator of the kernel's PTX.
 
-Every allocation of torch is mapped into the simulated device at its own address, so that an access
-out of its bounds is found.
+The simulated device has every allocation of torch at its own address, so that an access out of
+bounds is found.
 """
 
 import contextlib
 import ctypes
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,7 +25,14 @@ _HEAR = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
+if TYPE_CHECKING:
+    from ptxsim import Module
+    from ptxsim.memory import Alloc
+
+
 class Launch(NamedTuple):
+    """Holds one launch of a kernel as the launcher asked for it."""
+
     symbol: str
     grid: int
     block: int
@@ -34,11 +41,14 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def _intercepted(hear):
-    """Inside this context ``hear(launch)`` says of every launch whether it has taken it over."""
-    errors = []
+def _intercepted(hear: Callable[[Launch], bool]) -> Iterator[None]:
+    """Calls ``hear(launch)`` before every launch, which returns whether it has executed it."""
+    errors: list[BaseException] = []
 
-    def call(symbol, grid, block, shared_bytes, count, arguments, sizes):
+    def call(
+        symbol: bytes, grid: int, block: int, shared_bytes: int, count: int, arguments: Any,
+        sizes: Any,
+    ) -> bool:  # fmt: skip
         if errors:
             return True
         values = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
@@ -59,26 +69,26 @@ def _intercepted(hear):
 
 
 @contextlib.contextmanager
-def recorded():
-    """A list that fills with the launches inside this context; fibers execute them."""
-    launches = []
+def recorded() -> Iterator[list[Launch]]:
+    """Yields a list that fills with the launches inside this context; fibers execute them."""
+    launches: list[Launch] = []
     with host.executed(), _intercepted(lambda launch: bool(launches.append(launch))):
         yield launches
 
 
 @functools.cache
-def _module(symbols: frozenset[str]):
+def _module(symbols: frozenset[str]) -> "Module":
     from ptxsim import Module
 
     source = nvcc.instances(nvcc.demangled(sorted(symbols)))
     return Module.from_ptx(nvcc.compile_as("ptx", source, "sm_80"))
 
 
-def twice(function):
-    """What ``function`` returns when fibers execute its launches, what it returns when they run as
-    PTX with every check on, and the simulator's counters of each launch.
+def twice(function: Callable[[], Any]) -> tuple[Any, Any, list[tuple[Launch, Any]]]:
+    """Calls ``function`` twice: fibers execute its launches, then the simulator, with every check.
 
-    The function has to create its operands itself.
+    Returns both results, and the simulator's counters of each launch. The function has to create
+    its operands itself.
     """
     pytest.importorskip("ptxsim", reason="the package ptxsim is not installed")
     if reason := nvcc.why_not():
@@ -86,7 +96,7 @@ def twice(function):
     with recorded() as launches:
         by_fibers = function()
     module = _module(frozenset(launch.symbol for launch in launches))
-    counters = []
+    counters: list[tuple[Launch, Any]] = []
 
     def run(launch: Launch) -> bool:
         module.device.allocs, module.device.bases = _allocations()
@@ -108,8 +118,8 @@ def twice(function):
     return by_fibers, by_ptx, counters
 
 
-def _allocations():
-    """What torch has allocated, at the addresses that it has."""
+def _allocations() -> tuple[list["Alloc"], list[int]]:
+    """Returns what torch has allocated, and the addresses."""
     from ptxsim.memory import Alloc
 
     library = host.load()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// A small pipeline of asynchronous copies, right, and with one bug of each kind that has to be
-// found: by the fibers, by the PTX simulator, or by the gate in what nvcc makes of it.
+// A small pipeline of asynchronous copies, correct, and with one bug of each kind that has to be
+// found: by the fibers, by the PTX simulator, or by the gate that reads the machine code.
 
 #include "cuda/ptx.h"
 
@@ -68,7 +68,7 @@ void launch(int bug, const uint32_t* in, uint32_t* out, int rows, int shared_byt
     if constexpr (kBug + 1 < kBugs) launch<kBug + 1>(bug, in, out, rows, shared_bytes);
 }
 
-// What was reported, or nothing.
+// Returns the reported error, or an empty string.
 extern "C" const char* run_toy(int bug, const uint32_t* in, uint32_t* out, int rows, int shared) {
     static std::string error;
     error.clear();
