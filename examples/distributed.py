@@ -56,7 +56,7 @@ def make_model(identities: int, device: torch.device) -> nn.ModuleDict:
         group = dist.group.WORLD
         backbone = DistributedDataParallel(backbone)  # the backbone alone: the head is split
     head = mk.MarginSoftmaxHead(
-        EMBEDDING_SIZE, identities, margin=mk.ArcFace(0.3), scale=32.0, process_group=group,
+        EMBEDDING_SIZE, identities, margin=mk.ArcFace(0.3), scale=32.0, sharding=group,
         device=device,
     )  # fmt: skip
     return nn.ModuleDict({"backbone": backbone, "head": head})

@@ -115,7 +115,7 @@ def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
     """Builds a head, whose classes the ranks of a group split."""
     settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend, device=DEVICE)
     if dist.is_initialized():
-        settings["process_group"] = dist.group.WORLD
+        settings["sharding"] = dist.group.WORLD
     head = HEADS[kind](EMBEDDING_SIZE, args.classes, **settings)
     initialise(local(head.weight.detach()), head.shard.start if head.shard else 0, args.seed)
     return head

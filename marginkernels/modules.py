@@ -16,6 +16,7 @@ from .call import resolve_compute_dtype
 from .distributed import shard as distributed
 from .distributed.exchange import opened
 from .distributed.extend import extend
+from .distributed.shard import Sharding
 from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed, random_seed, without_unused
 from .norms import unit_rows
@@ -48,11 +49,11 @@ class MarginSoftmaxHead(nn.Module):
         bias: whether to learn a bias per class, from 0.
         device, dtype: of ``weight`` (C, D), which starts as N(0, 0.01^2), as in insightface
             arcface_torch.
-        process_group, device_mesh: splits the classes over the ranks of a group, or of a mesh of
-            one dimension (``mesh["classes"]`` of a larger one). ``weight`` and ``bias`` are then
-            DTensors, Shard(0); :mod:`marginkernels.distributed.exchange` says what a step
-            exchanges, and :class:`ClassShard` what grad_scale, even_batches and max_local_batch
-            mean. All ranks construct the head, and call it, together. It must not be inside a
+        sharding: splits the classes over the ranks of a process group, or of a device mesh of one
+            dimension (``mesh["classes"]`` of a larger one), or as a :class:`Sharding` says. Then
+            ``weight`` and ``bias`` are DTensors, Shard(0).
+            :mod:`marginkernels.distributed.exchange` says what a step exchanges. All ranks
+            construct the head, and call it, together. It must not be inside a
             DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
         sampling: :class:`PartialFC`, for steps on a sample of the classes in training mode, or
             None. The state of the random numbers is saved with the head.
@@ -87,11 +88,7 @@ class MarginSoftmaxHead(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        device_mesh: DeviceMesh | None = None,
-        grad_scale: str = "ddp",
-        even_batches: bool = False,
-        max_local_batch: int | None = None,
+        sharding: Sharding | dist.ProcessGroup | DeviceMesh | None = None,
         sampling: PartialFC | None = None,
     ):
         super().__init__()
@@ -101,7 +98,8 @@ class MarginSoftmaxHead(nn.Module):
             validation.check_scale(scale)
         backends.check_name(backend)
         arguments.boolean("bias", bias)
-        distributed.check_settings(grad_scale, even_batches, max_local_batch)
+        if sharding is not None:
+            sharding = distributed.sharding_of(sharding)
         hooks = validation.check_margin(margin, num_classes)
         self.settings = Settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
@@ -120,12 +118,9 @@ class MarginSoftmaxHead(nn.Module):
                 "sampling: expected PartialFC without a generator, as the head keeps its own, got "
                 f"{sampling}"
             )
-        self.shard, self._mesh = None, distributed.class_mesh(process_group, device_mesh, device)
-        if self._mesh is not None:
-            self.shard = distributed.ClassShard.chunked(
-                num_classes, self._mesh.get_group(), grad_scale=grad_scale,
-                even_batches=even_batches, max_local_batch=max_local_batch,
-            )  # fmt: skip
+        self.shard = self._mesh = None
+        if sharding is not None:
+            self._mesh, self.shard = sharding.split(num_classes, device)
             self._require_agreement(bias, dtype or torch.get_default_dtype())
             self._copy_first()
             distributed.refuse_ddp()
@@ -233,7 +228,7 @@ class MarginSoftmaxHead(nn.Module):
             raise RuntimeError(
                 f"{name}: expected the head's own, got a DTensor over {mesh}, of which this rank "
                 "holds a part. Call the head between unshard() and reshard() of the module that "
-                "fully_shard was given, or leave the head out: process_group= splits its classes"
+                "fully_shard was given, or leave the head out: sharding= splits its classes"
             )
         return distributed.local(tensor)
 
@@ -248,7 +243,7 @@ class MarginSoftmaxHead(nn.Module):
         if world > 1 and owned and not distributed.is_wrapped(self.weight):
             warnings.warn(
                 f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
-                "their weights will differ. Split its classes (process_group=dist.group.WORLD) or "
+                "their weights will differ. Split its classes (sharding=dist.group.WORLD) or "
                 "put it into DistributedDataParallel. If you exchange its gradients yourself: "
                 "warnings.filterwarnings('ignore', 'MarginSoftmaxHead: each')",
                 stacklevel=3,

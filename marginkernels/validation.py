@@ -99,8 +99,8 @@ def check_local(name: str, t: Tensor) -> None:
     """Not a DTensor, of which this process may hold a part only."""
     if hasattr(t, "to_local"):
         raise TypeError(
-            f"{name}: expected a plain tensor, got a DTensor. MarginSoftmaxHead(..., device_mesh=) "
-            "splits the classes over ranks; of a tensor that fully_shard or another wrapper has "
+            f"{name}: expected a plain tensor, got a DTensor. MarginSoftmaxHead(..., sharding=mesh)"
+            " splits the classes over ranks; of a tensor that fully_shard or another wrapper has "
             "split give the whole, t.full_tensor()"
         )
 

@@ -120,7 +120,7 @@ def differing(promise):
         name = case.split(" ")[0]
         changed = {name: value} if dist.get_rank() == 1 else {}
         messages[case] = raised_by(lambda c=changed: call(my_shard(C, **promise), **c))
-    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
+    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, sharding=dist.group.WORLD)
     messages["k"] = raised_by(lambda: head.topk(torch.randn(N, D), 2 + dist.get_rank()))
     messages["grad mode"] = raised_by(without_gradient_on_one)
     odd = dist.get_rank() == 1
@@ -181,7 +181,7 @@ def with_one_bad_argument(promise):
         case: raised_by(lambda c=changed: call(shard, **(c if bad else {})))
         for case, changed in bad_arguments().items()
     }
-    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, process_group=dist.group.WORLD)
+    head = MarginSoftmaxHead(D, C, margin=CosFace(), scale=8.0, sharding=dist.group.WORLD)
     raised["k too large"] = raised_by(lambda: head.topk(torch.randn(N, D), 12 if bad else 2))
     assert call(shard).isfinite()  # the group can still be used
     return raised

@@ -29,6 +29,7 @@ from marginkernels import (
     MarginSoftmaxHead,
     MVSoftmax,
     NSoftmax,
+    Sharding,
     SphereFace,
     TripletLoss,
     X2Softmax,
@@ -189,10 +190,11 @@ def test_modules_are_instances():
 def test_what_a_head_is_made_of():
     refused(ValueError, ["backend:", "'auto'", "'cudnn'"], head, backend="cudnn")
     refused(ValueError, ["backend:", "'auto'", "[]"], head, backend=[])
-    for name in ("bias", "even_batches"):
-        refused(TypeError, [f"{name}: expected a bool", "'x'"], head, **{name: "x"})
-    refused(TypeError, ["max_local_batch:", "integer", "True"], head, max_local_batch=True)
-    refused(ValueError, ["grad_scale:", "'ddp'", "'mean'"], head, grad_scale="mean")
+    refused(TypeError, ["bias: expected a bool", "'x'"], head, bias="x")
+    refused(TypeError, ["even_batches: expected a bool"], Sharding, None, even_batches="x")
+    refused(TypeError, ["max_local_batch:", "integer"], Sharding, None, max_local_batch=True)
+    refused(ValueError, ["grad_scale:", "'ddp'", "'mean'"], Sharding, None, grad_scale="mean")
+    refused(TypeError, ["sharding:", "process group", "NoneType"], Sharding, None)
     refused(ValueError, ["scale:", "AdaCos(5)", "AdaCos(3)"], head, scale=AdaCos(3))
     refused(TypeError, ["k:", "integer", "bool"], head().topk, torch.zeros(2, 4), True)
 

@@ -37,7 +37,7 @@ def make(kind, seed, wrapper="DDP", **settings):
     """
     torch.manual_seed(seed)
     group = dist.group.WORLD if dist.is_initialized() else None
-    settings = dict(margin=CosFace(0.3), scale=8.0, process_group=group) | settings
+    settings = dict(margin=CosFace(0.3), scale=8.0, sharding=group) | settings
     backbone = torch.nn.Linear(3, D)
     if group is not None or wrapper == "compile":
         backbone = WRAPPERS[wrapper](backbone)
@@ -157,7 +157,7 @@ def make_with(head, seed):
         made = PartialFC_V2(CombinedMarginLoss(8.0, 1.0, 0.0, 0.3), D, C)
     else:
         group = dist.group.WORLD if dist.is_initialized() else None
-        made = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, process_group=group)
+        made = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, sharding=group)
     backbone = torch.nn.Linear(3, D)
     if dist.is_initialized():
         backbone = DistributedDataParallel(backbone)

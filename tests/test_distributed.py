@@ -144,8 +144,11 @@ def refusals():
         return margin_cross_entropy(x, w, y, **settings)
 
     def head(**settings):
-        settings = dict(margin=ArcFace(0.2), scale=8.0, process_group=dist.group.WORLD) | settings
+        settings = dict(margin=ArcFace(0.2), scale=8.0, sharding=dist.group.WORLD) | settings
         return MarginSoftmaxHead(settings.pop("d", 8), settings.pop("c", C), **settings)
+
+    def most(rows):
+        return Sharding(dist.group.WORLD, max_local_batch=rows)
 
     wrong, infinite, bad_w = y.clone(), x.clone(), w[shard.start : shard.stop].clone()
     if rank == 1:
@@ -164,7 +167,7 @@ def refusals():
         refused(lambda: head(margin=CosFace() if rank else ArcFace()), "margin", "Arc", "Cos"),
         refused(lambda: head(margin=ArcFace(0.1 + rank)), "margin", "m=0.1", "m=1.1"),
         refused(lambda: head(scale=8.0 + rank), "scale", "8.0 on rank 0", "9.0 on rank 1"),
-        refused(lambda: head(max_local_batch=5 + rank), "max_local_batch", "5", "6"),
+        refused(lambda: head(sharding=most(5 + rank)), "max_local_batch", "5", "6"),
     ]
     promised = ClassShard.chunked(C, dist.group.WORLD, max_local_batch=5)
     refused(lambda: call(shard=promised), "max_local_batch=5", "got 6")
@@ -174,11 +177,8 @@ def refusals():
     refused(lambda: my_shard(C, grad_scale="mean"), "grad_scale:", "mean")
     refused(lambda: my_shard(C, max_local_batch=0.5), "max_local_batch:", "0.5")
     refused(lambda: my_shard(C, max_local_batch=5, even_batches=True), "max_local_batch:", "even")
-    refused(lambda: head(process_group="gloo"), "process_group:", "str")
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    refused(lambda: Sharding(dist.group.WORLD, mesh), "device_mesh:", "None", "process_group")
-    refused(lambda: Sharding(device_mesh="cpu"), "device_mesh:", "DeviceMesh", "str")
-    refused(lambda: Sharding(max_local_batch=0), "max_local_batch:", "positive", "0")
+    refused(lambda: head(sharding="gloo"), "sharding:", "process group", "device mesh", "str")
+    refused(lambda: most(0), "max_local_batch:", "positive", "0")
     refused(lambda: head(device="mps"), "device:", "cpu", "mps")
     refused(lambda: head().logits(x), "logits:", "topk", "full_state_dict")
     refused(lambda: twice_differentiated(call, x), "no second derivative")
@@ -199,7 +199,7 @@ def test_refusals():
 
 def evaluate(dtype):
     head = MarginSoftmaxHead(
-        8, 7, margin=ArcFace(0.2), scale=8.0, bias=True, dtype=dtype, process_group=dist.group.WORLD
+        8, 7, margin=ArcFace(0.2), scale=8.0, bias=True, dtype=dtype, sharding=dist.group.WORLD
     )
     torch.nn.init.normal_(head.bias.to_local().detach())
     torch.manual_seed(1)
@@ -240,8 +240,7 @@ def shards_of_heads():
     mesh, shard = Sharding(world, grad_scale="exact", max_local_batch=5).split(7, device)
     assert mesh.get_group() is world
     assert shard == ClassShard.chunked(7, world, grad_scale="exact", max_local_batch=5)
-    assert Sharding(device_mesh=mesh).split(7, device) == (mesh, ClassShard.chunked(7, world))
-    assert Sharding(even_batches=True).split(7, device) == (None, None)
+    assert Sharding(mesh).split(7, device) == (mesh, ClassShard.chunked(7, world))
 
 
 def test_sharding_splits_over_a_group_or_a_mesh_and_else_nothing():
@@ -256,7 +255,7 @@ def test_the_split_is_that_of_dtensor():
 
 def fresh_head(seed):
     torch.manual_seed(seed + dist.get_rank() if seed else 0)
-    head = MarginSoftmaxHead(8, 6, margin=AdaMSoftmax(6), scale=8.0, process_group=dist.group.WORLD)
+    head = MarginSoftmaxHead(8, 6, margin=AdaMSoftmax(6), scale=8.0, sharding=dist.group.WORLD)
     return head.weight.to_local().detach(), head.margin.m.detach()
 
 

@@ -17,6 +17,7 @@ from marginkernels import (
     GradScaler,
     MagFace,
     MarginSoftmaxHead,
+    Sharding,
     clip_grad_norm_,
 )
 from marginkernels.distributed.shard import local
@@ -34,9 +35,9 @@ def make_head(**settings):
     return MarginSoftmaxHead(D, C, **dict(dict(margin=ArcFace(0.2), scale=8.0), **settings))
 
 
-def sharded_head(**settings):
+def sharded_head(grad_scale="ddp", **settings):
     """Makes a head over all processes, and one with the same weights in each process."""
-    head = make_head(process_group=dist.group.WORLD, **settings)
+    head = make_head(sharding=Sharding(dist.group.WORLD, grad_scale), **settings)
     whole = make_head(**copy.deepcopy(settings))
     whole.load_state_dict(head.full_state_dict())
     return head, whole
@@ -183,7 +184,7 @@ def frozen(frozen_rank):
     rank, gradients = dist.get_rank(), []
     for scale in (torch.nn.Parameter(torch.tensor(8.0)), Temperature()):
         for promise in ({}, {"even_batches": True}):
-            head = make_head(process_group=dist.group.WORLD, scale=scale, **promise)
+            head = make_head(sharding=Sharding(dist.group.WORLD, **promise), scale=scale)
             head.requires_grad_(rank != frozen_rank)
             x = torch.randn(4, D).requires_grad_(rank != frozen_rank)
             head(x, torch.randint(0, C, (4,))).backward()
@@ -200,9 +201,9 @@ def test_a_frozen_rank_hangs_nobody():
 def on_a_mesh():
     """Trains two replicas of a head that is split in two; replicas average their gradients."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
-    with pytest.raises(ValueError, match=r"device_mesh: expected one dimension"):
-        make_head(device_mesh=mesh)
-    head, data = make_head(device_mesh=mesh["classes"]), mesh.get_group("data")
+    with pytest.raises(ValueError, match=r"sharding: expected a device mesh of one dimension"):
+        make_head(sharding=mesh)
+    head, data = make_head(sharding=mesh["classes"]), mesh.get_group("data")
     assert head.shard.total == C and head.weight.device_mesh.ndim == 1
     dist.broadcast(head.weight.to_local().detach(), group=data, group_src=0)
     whole = make_head()
@@ -233,7 +234,7 @@ class Model(torch.nn.Module):
 
 
 def inside_ddp():
-    model = Model(make_head(process_group=dist.group.WORLD, bias=True))
+    model = Model(make_head(sharding=dist.group.WORLD, bias=True))
     before = model.head.full_state_dict()
     for wrapped in (model, model.head):
         with pytest.raises(ValueError, match=r"head\.weight|weight, bias.*Wrap the backbone alone"):
@@ -251,15 +252,25 @@ def test_ddp_refuses_a_model_with_a_sharded_head():
     workers.run(2, inside_ddp)
 
 
+class Recorded(ElasticFace):
+    """Keeps the numbers that this rank has drawn."""
+
+    def draw(self, x, rank=0):
+        self.drawn = super().draw(x, rank)
+        return self.drawn
+
+
 def draws_of_two_runs():
     """Draws this rank's next margins, in a run and in another that goes on from its state."""
-    head, resumed = (make_head(process_group=dist.group.WORLD, margin=ElasticFace(seed=s))
-                     for s in (5, 9))  # fmt: skip
-    head(torch.randn(4, D), torch.randint(0, C, (4,)))
+    head, resumed = (make_head(sharding=dist.group.WORLD, margin=Recorded(seed=s)) for s in (5, 9))
+    x, y = torch.randn(4, D), torch.randint(0, C, (4,))
+    head(x, y)
     state = [head.full_state_dict()]  # the first rank's state, as in a checkpoint
     dist.broadcast_object_list(state)
     resumed.load_state_dict(state[0])
-    return [each.margin.draw(torch.empty(6, D)) for each in (head, resumed)]
+    for each in (head, resumed):
+        each(x, y)
+    return [each.margin.drawn for each in (head, resumed)]
 
 
 def test_random_margins_go_on_from_one_state_and_differ_between_ranks():
@@ -269,7 +280,7 @@ def test_random_margins_go_on_from_one_state_and_differ_between_ranks():
 
 
 def step_without(victim):
-    head = make_head(process_group=dist.group.WORLD)
+    head = make_head(sharding=dist.group.WORLD)
     dist.barrier()
     if dist.get_rank() == victim:
         time.sleep(600)

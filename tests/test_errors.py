@@ -160,7 +160,7 @@ BAD = {
     ),
     "bias DTensor": (lambda a: dict(bias=Split(C)), TypeError, ["bias:", "DTensor", "full_tens"]),
     "x DTensor": (lambda a: dict(x=Split(N, D)), TypeError, ["x:", "DTensor", "full_tensor"]),
-    "w DTensor": (lambda a: dict(w=Split(C, D)), TypeError, ["w:", "DTensor", "device_mesh"]),
+    "w DTensor": (lambda a: dict(w=Split(C, D)), TypeError, ["w:", "DTensor", "sharding=mesh"]),
     "y DTensor": (lambda a: dict(y=Split(N).long()), TypeError, ["y:", "DTensor", "full_tensor"]),
     "sample_weight beyond fp32": (
         lambda a: dict(sample_weight=row(torch.ones(N).double(), 1, 1e39)),

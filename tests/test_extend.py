@@ -81,7 +81,7 @@ def check_optimizer(name):
     group = dist.group.WORLD if dist.is_initialized() else None
     torch.manual_seed(0)
     made = dict(margin=CosFace(0.3), scale=8.0, bias=name != "Muon")
-    head = MarginSoftmaxHead(D, C, process_group=group, **made)
+    head = MarginSoftmaxHead(D, C, sharding=group, **made)
     optimizer = kind(head.parameters(), **dict(dict(lr=0.01), **copy.deepcopy(settings)))
     for seed in range(3):
         sharded_gradients(head, optimizer, seed, C)
@@ -206,7 +206,7 @@ def test_what_cannot_be_extended_stays_as_it_is(change, match):
 
 def on_one_bad_rank():
     """Raises on all ranks what one of them finds wrong, and changes nothing on any."""
-    head = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, process_group=dist.group.WORLD)
+    head = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0, sharding=dist.group.WORLD)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     bad = dist.get_rank() == 1
     weight = head.weight

@@ -138,7 +138,7 @@ def test_the_heads_of_insightface_on_meta():
 
 def on_meta(margin, context):
     torch.manual_seed(dist.get_rank())
-    settings = dict(scale=16.0, sampling=PartialFC(0.7), process_group=dist.group.WORLD)
+    settings = dict(scale=16.0, sampling=PartialFC(0.7), sharding=dist.group.WORLD)
     if context:
         with torch.device("meta"):
             head = MarginSoftmaxHead(8, C, margin=margin(), **settings)

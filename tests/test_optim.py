@@ -42,7 +42,7 @@ def make(mesh=None):
     if mesh is not None:
         fully_shard(backbone, mesh=mesh)
     settings = dict(margin=CosFace(0.3), scale=8.0, bias=True)
-    head = MarginSoftmaxHead(D, C, process_group=dist.group.WORLD, **settings)
+    head = MarginSoftmaxHead(D, C, sharding=dist.group.WORLD, **settings)
     return torch.nn.ModuleDict({"backbone": backbone, "head": head})
 
 

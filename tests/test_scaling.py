@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from marginkernels import ArcFace, MarginSoftmaxHead, device_checks
+from marginkernels import ArcFace, MarginSoftmaxHead, Sharding, device_checks
 from marginkernels.distributed import collectives
 from tests.support import simulation, workers
 from tools.docs import scaling
@@ -66,7 +66,7 @@ def measure(setup):
         patch.setattr(device_checks, "checks_values", lambda _: False)  # as on a GPU
         head = MarginSoftmaxHead(
             s.features, s.classes, margin=ArcFace(0.3), scale=16.0, backend="triton",
-            save_tiles=False, even_batches=True, process_group=dist.group.WORLD,
+            save_tiles=False, sharding=Sharding(dist.group.WORLD, even_batches=True),
         )  # fmt: skip
         if s.optimizer_numbers == 1:
             optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)

@@ -132,7 +132,7 @@ def warnings_of_set_ups():
             )
         ),
         "fully_shard": told(fully_sharded),
-        "split": told(lambda: Model(process_group=dist.group.WORLD)),
+        "split": told(lambda: Model(sharding=dist.group.WORLD)),
         "frozen": told(lambda: frozen),
     }
 
@@ -166,7 +166,7 @@ def test_heads_that_would_drift_apart_are_warned_of_once():
     for told_of in workers.run(2, warnings_of_set_ups):
         for drifting in ("alone", "copied", "from meta", "extended"):
             (warned,) = told_of.pop(drifting)
-            words = ("2 processes", "process_group", "filterwarnings")
+            words = ("2 processes", "sharding", "filterwarnings")
             assert all(word in warned for word in words)
         assert not any(told_of.values()), told_of
     assert not workers.run(1, told, Model)[0]

@@ -101,7 +101,11 @@ class ClassShard:
                 f"start={self.start}, stop={self.stop}, total={self.total}"
             )
         check_settings(self.grad_scale, self.even_batches, self.max_local_batch)
-        _check_group("group", self.group)
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise TypeError(
+                "group: expected a process group that this rank is in, got "
+                f"{type(self.group).__name__}"
+            )
 
     @classmethod
     def chunked(cls, total: int, group: dist.ProcessGroup, **settings: Any) -> "ClassShard":
@@ -120,43 +124,35 @@ class ClassShard:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Says over which ranks a head splits its classes. Without group and mesh, it splits nothing.
+    """Says over which ranks a head splits its classes.
 
     Args:
-        process_group: the group whose ranks split the classes.
-        device_mesh: in place of a group, a mesh of one dimension, such as ``mesh["classes"]`` of a
-            larger one.
+        over: the process group whose ranks split the classes, or a device mesh of one dimension,
+            such as ``mesh["classes"]`` of a larger one.
         grad_scale, even_batches, max_local_batch: see :class:`ClassShard`.
     """
 
-    process_group: dist.ProcessGroup | None = None
-    device_mesh: DeviceMesh | None = None
+    over: dist.ProcessGroup | DeviceMesh
     grad_scale: str = "ddp"
     even_batches: bool = False
     max_local_batch: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.grad_scale, self.even_batches, self.max_local_batch)
-        group, mesh = self.process_group, self.device_mesh
-        if group is not None:
-            if mesh is not None:
-                raise ValueError("device_mesh: expected None with a process_group")
-            _check_group("process_group", group)
-        elif mesh is not None:
-            if not isinstance(mesh, DeviceMesh):
-                raise TypeError(f"device_mesh: expected a DeviceMesh, got {type(mesh).__name__}")
-            if mesh.ndim != 1:
+        if isinstance(self.over, DeviceMesh):
+            if self.over.ndim != 1:
                 raise ValueError(
-                    "device_mesh: expected one dimension, such as mesh['classes'], got "
-                    f"{mesh.ndim}: {mesh}"
+                    "sharding: expected a device mesh of one dimension, such as mesh['classes'], "
+                    f"got {self.over.ndim}: {self.over}"
                 )
+        elif not isinstance(self.over, dist.ProcessGroup):
+            raise TypeError(
+                "sharding: expected a process group that this rank is in, or a device mesh, got "
+                f"{type(self.over).__name__}"
+            )
 
-    def split(
-        self, total: int, device: torch.device | str | None
-    ) -> tuple[DeviceMesh | None, ClassShard | None]:
+    def split(self, total: int, device: torch.device | str | None) -> tuple[DeviceMesh, ClassShard]:
         """Returns the mesh that ``total`` classes are split over, and this rank's part of them.
-
-        Both are None where nothing is split.
 
         Args:
             device: of the classes, or None for the default device.
@@ -165,8 +161,6 @@ class Sharding:
             ValueError: the group is not for this device.
         """
         mesh = self._mesh(device)
-        if mesh is None:
-            return None, None
         shard = ClassShard.chunked(
             total,
             mesh.get_group(),
@@ -176,10 +170,10 @@ class Sharding:
         )
         return mesh, shard
 
-    def _mesh(self, device: torch.device | str | None) -> DeviceMesh | None:
-        if self.process_group is None:
-            return self.device_mesh
-        types = [d.type for d in self.process_group._device_types]
+    def _mesh(self, device: torch.device | str | None) -> DeviceMesh:
+        if isinstance(self.over, DeviceMesh):
+            return self.over
+        types = [d.type for d in self.over._device_types]
         kind = (torch.get_default_device() if device is None else torch.device(device)).type
         if kind not in types:
             if device is not None and kind != "meta":
@@ -189,23 +183,12 @@ class Sharding:
             # gloo's groups are for GPUs too, where there may be none
             found = [t for t in types if t != "cpu" and torch.get_device_module(t).is_available()]
             kind = next(iter(found), "cpu")
-        return DeviceMesh.from_group(self.process_group, kind)
+        return DeviceMesh.from_group(self.over, kind)
 
 
-def _check_group(name: str, group: Any) -> None:
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{name}: expected a process group that this rank is in, got {type(group).__name__}"
-        )
-
-
-def class_mesh(
-    process_group: dist.ProcessGroup | None,
-    device_mesh: DeviceMesh | None,
-    device: torch.device | str | None,
-) -> DeviceMesh | None:
-    """Returns the mesh of a :class:`Sharding`."""
-    return Sharding(process_group, device_mesh)._mesh(device)
+def sharding_of(sharding: "Sharding | dist.ProcessGroup | DeviceMesh") -> Sharding:
+    """Returns a :class:`Sharding` with its defaults for a process group or a device mesh."""
+    return sharding if isinstance(sharding, Sharding) else Sharding(sharding)
 
 
 def require_agreement(group: dist.ProcessGroup, **values: Any) -> None:
