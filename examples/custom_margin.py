@@ -3,7 +3,7 @@
 """Defines a margin of its own and checks it against the dense formula in plain PyTorch.
 
 A margin maps the cosine c of each row and its class to the t that takes its place. No kernel knows
-it, so that a new loss is an ``nn.Module`` of a few lines.
+it, so that a new loss takes a few lines.
 
     python examples/custom_margin.py
 """
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marginkernels import MarginSoftmaxHead
-from marginkernels.margins import Rows
+from marginkernels.margins import Margin, Rows
 
 
-class PowerMargin(nn.Module):
+class PowerMargin(Margin):
     """Subtracts a margin that grows as a row gets easier: t = c - m ((1 + c) / 2)^p.
 
     Args:
@@ -29,6 +29,7 @@ class PowerMargin(nn.Module):
         self.m, self.p = m, p
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:  # (N,) -> (N,)
+        """Returns t."""
         return c - self.m * ((1 + c) / 2) ** self.p
 
 

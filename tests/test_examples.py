@@ -29,6 +29,15 @@ def test_a_custom_margin_equals_the_dense_formula(capsys):
     assert len(differences) == 2 and all(float(d) < 1e-5 for d in differences)
 
 
+@pytest.mark.parametrize("name", ["custom_transform", "custom_backend"])
+def test_what_is_registered_equals_what_it_is_compared_with(name):
+    script = [sys.executable, str(EXAMPLES / f"{name}.py")]  # it would stay registered here
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    differences = re.findall(r"difference (\S+)", done.stdout)
+    assert differences and all(float(d) < 1e-5 for d in differences)
+
+
 def trained(ranks: int, steps: int, out: Path) -> dict[int, float]:
     """Runs the distributed example, and returns the losses that it prints by their steps."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -13,7 +13,7 @@ import textwrap
 from griffe import Attribute, Docstring, Extension, Object
 
 PACKAGE = "marginkernels"
-_ROLE = re.compile(r":(?:class|func|meth|mod|data):`\.?([\w.]+)`")
+_ROLE = re.compile(r":(?:class|func|meth|mod|data):`(~?)\.?([\w.]+)`")
 _LITERAL = re.compile(r"``(.+?)``", re.DOTALL)
 # what Markdown shows as it is: code in a line, and a block of indented lines after an empty one
 _VERBATIM = re.compile(r"(`[^`]+`|<autoref.*?</autoref>|(?<=\n\n)(?: {4}[^\n]*\n)+)", re.DOTALL)
@@ -45,17 +45,17 @@ def _fenced(block: re.Match[str], owner: Object) -> str:
 
 def _prose(text: str, owner: Object) -> str:
     """Rewrites roles and double backticks, and escapes what Markdown takes for HTML."""
-    text = _ROLE.sub(lambda role: _reference(role[1], owner), text)
+    text = _ROLE.sub(lambda role: _reference(role[2], owner, is_short=bool(role[1])), text)
     text = _LITERAL.sub(lambda literal: f"`{' '.join(literal[1].split())}`", text)
     pieces = _VERBATIM.split(text)
     pieces[::2] = [re.sub("<(?=[a-zA-Z/!])", "&lt;", piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 
-def _reference(name: str, owner: Object) -> str:
-    """Links a name to where the site documents it, if it does."""
+def _reference(name: str, owner: Object, is_short: bool) -> str:
+    """Links a name to where the site documents it, if it does. A tilde shows its last part only."""
     path = name if name.startswith(f"{PACKAGE}.") else _path(name, owner)
-    shown = name.removeprefix(f"{PACKAGE}.")
+    shown = name.rpartition(".")[2] if is_short else name.removeprefix(f"{PACKAGE}.")
     return f'<autoref identifier="{path}" optional><code>{shown}</code></autoref>'
 
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Registers a backend of its own: the two ops with all (N, C) logits, checked against another.
+
+It is the contract of ``marginkernels/ops.py`` in its shortest form. A real backend never holds the
+logits.
+
+    python examples/custom_backend.py
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marginkernels import ArcFace, CurricularFace, MarginSoftmaxHead, backends, ops
+from marginkernels.numerics import least_norm
+from marginkernels.transforms import TRANSFORMS
+
+
+class DenseBackend(backends.Backend):
+    """Computes both sweeps in one piece."""
+
+    name = "dense"
+    priority = 0  # backend="auto" takes any other that runs
+
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        """Lists nothing: plain PyTorch runs everywhere."""
+        return []
+
+    def register_kernels(self) -> None:
+        """Registers the functions below for every device."""
+        ops.implement_head(self.name, head_fwd, head_bwd, "CompositeExplicitAutograd")
+
+
+class Logits:
+    """Holds the operands of a sweep as rounded, and its logits (N, C)."""
+
+    def __init__(self, x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *,
+                 normalize_x: bool, normalize_w: bool, compute_dtype: torch.dtype, transform: str,
+                 row_parameter: Tensor | None, constants: Tensor | None, **_: Any):  # fmt: skip
+        self.least = least_norm(compute_dtype)
+        self.x, self.w = ops.rounded(x, compute_dtype), ops.rounded(w, compute_dtype)
+        self.w_inv = 1 / self.w.norm(dim=1).clamp_min(self.least)  # (C,)
+        self.x_inv = 1 / self.x.norm(dim=1).clamp_min(self.least)  # (N,)
+        self.x_inv = self.x_inv if normalize_x else torch.ones_like(self.x_inv)
+        self.unit_x = self.x * self.x_inv[:, None]
+        self.unit_w = self.w * self.w_inv[:, None] if normalize_w else self.w
+        self.cosine = self.unit_x @ self.unit_w.T
+        function = TRANSFORMS[transform].function
+        self.value, self.slope = function(self.cosine, row_parameter, constants)
+        shift = 0 if bias is None else bias
+        self.z, self.f = scale * self.cosine + shift, scale * self.value + shift
+        self.is_target = torch.arange(len(w), device=w.device) == y[:, None]
+
+    def projected(self, gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+        """Turns the gradient of unit rows into that of the rows; zero rows have none."""
+        unit = rows * inverse[:, None]
+        tangent = gradient - (gradient * unit).sum(1, keepdim=True) * unit
+        is_zero = rows.norm(dim=1, keepdim=True) < self.least
+        return (tangent * inverse[:, None]).masked_fill(is_zero, 0)
+
+
+def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *,
+             want_sum: bool, want_max: bool, **settings: Any) -> ops.Forward:  # fmt: skip
+    """Sweeps forward."""
+    of = Logits(x, w, y, scale, bias, **settings)
+    others = of.f.masked_fill(of.is_target, -torch.inf)
+    empty = of.z.new_empty(0)
+    return ops.Forward(
+        lse=others.logsumexp(1),
+        target_cosine=of.cosine.masked_fill(~of.is_target, 0).sum(1),
+        w_norm=torch.where(y >= 0, 1 / of.w_inv[y.clamp_min(0)], 0),
+        logit_sum=of.f.masked_fill(of.is_target, 0).sum(1) if want_sum else empty,
+        logit_max=of.z.masked_fill(of.is_target, -torch.inf).amax(1) if want_max else empty,
+        x_inv=of.x_inv,
+        w_inv=of.w_inv,
+        tiles=empty,
+    )
+
+
+def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, lse: Tensor,
+             x_inv: Tensor, w_inv: Tensor, tiles: Tensor, grad_lse: Tensor, grad_target: Tensor,
+             grad_w_norm: Tensor | None, grad_sum: Tensor | None, *, need_x: bool, need_w: bool,
+             need_bias: bool, need_scale: bool, **settings: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    """Sweeps backward."""
+    of = Logits(x, w, y, scale, bias, **settings)
+    finite_lse = lse.masked_fill(lse.isinf(), 0)  # a row without other classes
+    g = grad_lse[:, None] * torch.exp(of.f - finite_lse[:, None])
+    g = g if grad_sum is None else g + grad_sum[:, None]
+    g = g.masked_fill(of.is_target, 0)  # dL/df
+    dbias, dscale = g.sum(0), (g * of.value).sum()
+    g = torch.where(of.is_target, grad_target[:, None], g * of.slope)  # dL/d(scale cosine)
+    dx, dw = scale * (g @ of.unit_w), scale * (g.T @ of.unit_x)
+    if settings["normalize_x"]:
+        dx = of.projected(dx, of.x, of.x_inv)
+    if settings["normalize_w"]:
+        dw = of.projected(dw, of.w, of.w_inv)
+    if grad_w_norm is not None:
+        has_class = y >= 0
+        radial = torch.zeros_like(of.w_inv).index_add_(0, y[has_class], grad_w_norm[has_class])
+        dw = dw + (radial * of.w_inv)[:, None] * of.w
+    empty = g.new_empty(0)
+    return (
+        dx.to(x.dtype) if need_x else x.new_empty(0),
+        dw.to(w.dtype) if need_w else w.new_empty(0),
+        dbias if need_bias else empty,
+        dscale if need_scale else empty,
+    )
+
+
+def main() -> None:
+    backends.register(DenseBackend())
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 64, requires_grad=True), torch.randint(1000, (128,))
+    for margin in (ArcFace(0.5), CurricularFace()):
+        head = MarginSoftmaxHead(64, 1000, margin=margin, scale=32.0).eval()
+        results = []
+        for backend in ("dense", "auto"):
+            head.backend = backend
+            loss = head(x, y)
+            results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
+        for name, a, b in zip(("loss", "dx", "dw"), *results, strict=True):
+            difference = ((a - b).norm() / b.norm()).item()
+            print(f"{type(margin).__name__}, {name}: relative difference {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
