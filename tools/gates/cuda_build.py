@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What an installed extension with CUDA kernels has to show where there is no GPU.
+"""Checks an installed extension with CUDA kernels where there is no GPU.
 
 python cuda_build.py
 """
@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import marginkernels
-from marginkernels import ArcFace, margin_cross_entropy, ops
+from marginkernels import ArcFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import native
 
 
@@ -20,7 +20,7 @@ def head(x, w, y):
 
 
 def gradients(x, w, y):
-    """What the Function's backward pass calls."""
+    """Calls the ops as the Function's forward and backward pass do."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.ones((), dtype=wide, device=x.device)
     settings = dict(
@@ -67,12 +67,21 @@ def a_call_says_that_there_is_no_gpu() -> None:
     assert head(x, w, torch.zeros(8, dtype=torch.int64)).isfinite()
 
 
+class NativeOnAnyDevice(native.NativeBackend):
+    """Takes CUDA tensors where there is no GPU: nothing may be executed."""
+
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
+        return []
+
+
 def compilation_traces_cuda_tensors() -> None:
-    """Dynamo, which follows the backward pass of the Function too, and AOT autograd, over fake
-    tensors as if there were a GPU; nothing is executed. The autograd engine itself asks for a
-    driver, so that of the backward pass the op is traced alone.
+    """Traces calls over fake tensors as if there were a GPU; nothing is executed.
+
+    Dynamo follows the backward pass of the Function too, and AOT autograd comes after it. The
+    autograd engine itself asks for a driver, so that of the backward pass the op is traced alone.
     """
-    native._cuda_obstacles = lambda _: []
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         with FakeTensorMode():
@@ -95,5 +104,6 @@ if __name__ == "__main__":
         print("here is a GPU: the tests themselves run on it")
     else:
         a_call_says_that_there_is_no_gpu()
-        compilation_traces_cuda_tensors()
+        with backends.registered(NativeOnAnyDevice(native.extension, [])):
+            compilation_traces_cuda_tensors()
     print("the CUDA build is sound")
