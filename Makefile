@@ -14,16 +14,20 @@ CXX ?= g++
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)  # for ninja
 COMPILED := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+CXX_FILES := $(shell find csrc benchmarks tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
     -o -name '*.cuh')
 
-.PHONY: test demo gallery study bench gpu docs compile-gate lint format sanitize sanitize-cuda clean \
-    FORCE
+.PHONY: test test-ptxsim demo gallery study bench gpu docs compile-gate lint format sanitize \
+    sanitize-cuda clean FORCE
 
 # threads that spin while they wait starve a machine that others use too
 test: export OMP_WAIT_POLICY ?= passive
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# the simulator of PTX that `make test` uses; two to three minutes on two cores
+test-ptxsim: $(VENV)/package
+	$(BIN)/python -m pytest -q tools/ptxsim/tests
 
 demo: build/extension
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
