@@ -67,10 +67,13 @@ def head_bwd(
         extras=grad_sum is not None or need_scale, config=config,
     )  # fmt: skip
     incoming = Incoming(
-        *(
-            None if t is None else t.contiguous()
-            for t in (lse, x_inv, w_inv, grad_lse, grad_target, grad_w_norm, grad_sum)
-        )
+        lse=lse.contiguous(),
+        x_inv=x_inv.contiguous(),
+        w_inv=w_inv.contiguous(),
+        grad_lse=grad_lse.contiguous(),
+        grad_target=grad_target.contiguous(),
+        grad_w_norm=None if grad_w_norm is None else grad_w_norm.contiguous(),
+        grad_sum=None if grad_sum is None else grad_sum.contiguous(),
     )
     dx = x.new_empty(x.shape if need_x else 0)
     dw = w.new_empty(w.shape if need_w else 0)
