@@ -49,8 +49,8 @@ Tensor power_of_two(const Operands& operands, const Incoming& incoming) {
     return at::exp2(exponent.clamp(-100, 100));
 }
 
-// What every source of G offers beside next(first, w_chunk), which returns a chunk of G, (classes,
-// N). G may lack factors, which the results are multiplied with.
+// The base of every source of G. A source has next(first, w_chunk), which returns a chunk of G,
+// (classes, N), but for factors that the results are multiplied with.
 struct GradientSource {
     int64_t chunk_classes = 0;
     Tensor x;                             // (N, width): the other operand of dw

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Launches of kernels: on a stream, or on the host where every thread is a fiber.
+// Launches kernels on a stream, or on the host, where every thread is a fiber.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace marginkernels::cuda {
 
-// More shared memory than this has to be asked for.
+// A kernel that needs more shared memory than this has to ask for it.
 constexpr int kDefaultSharedBytes = 48 << 10;
 
 template <class... Parameters, class... Arguments>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// marginkernels::head_fwd_native and head_bwd_native for CUDA tensors; for the CPU, where tests run
-// the kernels as fibers, under names of their own.
+// Registers head_fwd_native and head_bwd_native of marginkernels for CUDA tensors. Tests that run
+// the kernels as fibers register them for CPU tensors, under other names.
 
 #include "ops.h"
 

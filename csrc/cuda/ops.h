@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The two ops as functions; marginkernels/ops.py has their schemas and says what they compute.
+// Declares the two ops; marginkernels/ops.py has their schemas and says what they compute.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Every machine instruction that CUDA C++ has no name for, each beside its twin for the host, where
-// tests run the kernels with a fiber for every thread (MK_ON_HOST).
+// Wraps every machine instruction that CUDA C++ has no name for. Each has a twin for the host,
+// where tests run the kernels with a fiber for every thread (MK_ON_HOST).
 
 #pragma once
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void round_to(fp16& to, float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
 }
 
-// Two neighbours in 32 bits.
+// Packs two neighbours into 32 bits, `low` first.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -153,20 +153,20 @@ __device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
     return bits;
 }
 
-// Within two units in the last place; 0 at -inf.
+// Computes 2^x within two units in the last place; 0 at -inf.
 __device__ __forceinline__ float exp2(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 
-// Where the block's shared memory starts, as the instructions below address it.
+// Returns where the block's shared memory starts, as the instructions below address it.
 __device__ __forceinline__ uint32_t shared_memory() {
     extern __shared__ __align__(1024) char memory[];
     return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-// Copies 16 bytes without registers, or writes as many zeros. They land at the wait below.
+// Starts a copy of 16 bytes that takes no registers, or writes 16 zeros. wait_async waits for it.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                  "r"(there ? 16 : 0)
@@ -177,14 +177,14 @@ __device__ __forceinline__ void commit_async() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until all copies of this thread but those of its last groups have landed.
+// Waits for all copies of this thread but the last kGroupsLeft groups.
 template <int kGroupsLeft>
 __device__ __forceinline__ void wait_async() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-// Four 8 x 8 matrices of 16 bits; lanes 8 i to 8 i + 7 name the 16-byte rows of matrix i. Lane l
-// gets numbers 2 (l % 4) and on of row l / 4 of each.
+// Loads four 8 x 8 matrices of 16 bits. Lanes 8 i to 8 i + 7 name the 16-byte rows of matrix i.
+// Lane l gets the two numbers from 2 (l % 4) on in row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -192,7 +192,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t
                  : "memory");
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), on the tensor cores of a warp, in fp32.
+// Adds a (16 x 16) times b (16 x 8) to c (16 x 8), on the tensor cores of a warp, in fp32.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]);
@@ -217,7 +217,7 @@ __device__ __forceinline__ void multiply_add<fp16>(float (&c)[4], const uint32_t
 
 #endif
 
-// Conversions that are none, so that kernels are written once for all types.
+// Conversions between equal types, so that kernels are written once for all types.
 __device__ __forceinline__ float to_float(float value) {
     return value;
 }
@@ -237,7 +237,7 @@ __device__ __forceinline__ double fma(double a, double b, double c) {
     return ::fma(a, b, c);
 }
 
-// fp64 results go into any type.
+// Rounds fp64 results to any type.
 template <class T>
 __device__ __forceinline__ void round_to(T& to, double value) {
     round_to(to, static_cast<float>(value));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The number types of the kernels, without CUDA's own headers: 16-bit types are bits that ptx.h
-// converts, so that a plain C++ compiler builds every kernel too.
+// The number types of the kernels, without CUDA's own headers. 16-bit types are plain bits, which
+// ptx.h converts, so that a C++ compiler without CUDA builds every kernel too.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct fp16 {
     uint16_t bits;
 };
 
-// Accumulation and statistics are fp32, or fp64 where that is computed in.
+// Accumulation and statistics are fp32, or fp64 where that is the compute type.
 template <class T>
 struct Statistics {
     using type = float;
@@ -30,7 +30,7 @@ struct Statistics<double> {
 template <class T>
 using statistics_t = typename Statistics<T>::type;
 
-// Four neighbours, read and written at once.
+// Four neighbours that are read and written at once.
 template <class T>
 struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Four {
     T v[4];

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Ahead-of-time compilation of exactly what the launchers launch, for GPUs that are not here."""
+"""Compiles exactly what the Triton launchers launch, for GPUs that are not here."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from marginkernels.backends.triton import configs
@@ -29,13 +30,13 @@ MULTIPROCESSORS = 132
 
 
 def table_name(target: str) -> str:
-    """The row of the table of configurations that a target uses."""
+    """Returns the row of the table of configurations that a target uses."""
     return "sm_86" if target == "sm_89" else target
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as one call specialises it; equal ones are compiled once by Triton too."""
+    """Holds a kernel as one call specialises it; Triton compiles equal ones once."""
 
     kernel: str
     key: str
@@ -46,16 +47,16 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded_launches(target: str):
-    """Launches are specialised as on ``target`` and recorded, not executed, inside this context.
+def recorded_launches(target: str) -> Iterator[list[Launch]]:
+    """Yields a list of the launches inside this context, specialised as on ``target``.
 
-    So a launcher may be called with CPU tensors; what it returns is not computed.
+    No launch is executed: a launcher may be called with CPU tensors, and returns undefined numbers.
     """
     gpu = GPU_TARGETS[target]
     backend = make_backend(gpu)
     launches: list[Launch] = []
 
-    def record(self, *args, grid, warmup, **kwargs):
+    def record(self: JITFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
         binder = create_function_from_signature(self.signature, self.params, backend)
         kwargs["debug"] = False
         bound, specialization, options = binder(*args, **kwargs)
@@ -74,15 +75,16 @@ def recorded_launches(target: str):
         yield launches
 
 
-def compile_launch(launch: Launch, target: str):
-    """Triton's compiled kernel: ``asm`` by stage, and ``metadata``."""
+def compile_launch(launch: Launch, target: str) -> CompiledKernel:
+    """Returns Triton's compiled kernel: ``asm`` by stage, and ``metadata``."""
     return triton.compile(launch.source, target=GPU_TARGETS[target], options=launch.options)
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the output of this process and its children: ptxas prints a whole program when it
-    fails. The output is part of the exception then.
+def quiet() -> Iterator[None]:
+    """Drops the output of this process and its children inside this context.
+
+    ptxas prints a whole program when it fails; the exception has its output too.
     """
     saved = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as sink:
@@ -95,7 +97,3 @@ def quiet():
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Compiles the CUDA kernels for every supported GPU and checks what came out.
+"""Compiles the CUDA kernels for every supported GPU and checks the machine code.
 
     python -m tools.gates.cuda                                # every kernel for every target
     python -m tools.gates.cuda --table docs/cuda_kernels.md   # the table of facts, of the main ones
 
-Checked are spills, registers and shared memory for the planned occupancy, matrix instructions,
-loads of matrices from shared memory, and asynchronous copies. The table needs ptxsim too. No GPU is
-needed. The exit status is 1 if anything fails.
+The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
+and to tile kernels without matrix instructions, loads of matrices from shared memory or
+asynchronous copies. It needs no GPU; the table needs ptxsim too. The exit status is 1 if anything
+fails.
 """
 
-import argparse
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from . import nvcc
+from . import machine_code, nvcc
 from .machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia_facts, tool
 
 MMA, LOAD_MATRICES = "HMMA", "LDSM"
@@ -25,17 +25,20 @@ FEATURES = 32  # per stage of a tile
 
 
 class Tile(NamedTuple):
-    """A tile of csrc/cuda/kernels.h."""
+    """Holds the shape of a tile of csrc/cuda/kernels.h."""
 
     rows: int
     classes: int
 
     @property
     def stage_bytes(self) -> int:
+        """The bytes of shared memory of a stage."""
         return (self.rows + self.classes) * FEATURES * 2
 
 
 class Kernel(NamedTuple):
+    """Holds a compiled kernel's name and facts."""
+
     target: str
     name: str
     facts: Facts
@@ -43,17 +46,21 @@ class Kernel(NamedTuple):
 
     @property
     def tile(self) -> Tile | None:
+        """The tile of a tile kernel."""
         return tile_of(self.name)
 
 
 def header(constant: str) -> int:
-    """A number from csrc/cuda/kernels.h."""
+    """Returns a number from csrc/cuda/kernels.h."""
     text = (nvcc.KERNELS / "kernels.h").read_text()
-    return int(re.search(rf"\b{constant} = (\d+)", text)[1])
+    found = re.search(rf"\b{constant} = (\d+)", text)
+    if found is None:
+        raise LookupError(f"csrc/cuda/kernels.h: expected a number {constant}, found none")
+    return int(found[1])
 
 
 def tile_of(name: str) -> Tile | None:
-    """Of a tile kernel; the others have none."""
+    """Returns the tile in the name of a tile kernel; the other kernels have none."""
     found = re.search(r"\bTile<(\d+), (\d+)>", name)
     if found is None:
         return None
@@ -62,7 +69,7 @@ def tile_of(name: str) -> Tile | None:
 
 
 def stages(target: str) -> int:
-    """What stages_per_block() in csrc/cuda/device.cu answers there."""
+    """Returns the result of stages_per_block() in csrc/cuda/device.cu on a target."""
     most, fewest, blocks = (
         header(f"k{name}") for name in ("MostStages", "FewestStages", "BlocksPerSm")
     )
@@ -71,11 +78,12 @@ def stages(target: str) -> int:
 
 
 def planned_blocks(kernel: str) -> int:
+    """Returns how many blocks of a kernel are to fit on a multiprocessor."""
     return header("kBlocksPerSm" if tile_of(kernel) else "kRowBlocksPerSm")
 
 
 def kernels_of(source: Path | str, target: str) -> list[Kernel]:
-    """Everything in a file or a text, compiled."""
+    """Compiles a file or a text, and returns its kernels."""
     cubin = nvcc.compile_as("cubin", source, target)
     listing = tool("nvdisasm", "-c", cubin)
     sections = re.split(r"^\.text\.(\S+):$", listing, flags=re.M)[1:]
@@ -97,7 +105,7 @@ def kernels_of(source: Path | str, target: str) -> list[Kernel]:
 
 
 def _threads(listing: str) -> dict[str, int]:
-    """Of a block, by symbol, from the attribute that __launch_bounds__ leaves."""
+    """Returns the threads of a block by symbol: __launch_bounds__ leaves them as an attribute."""
     found = {}
     for section in re.split(r"^\s*\.section\s+\.nv\.info\.", listing, flags=re.M)[1:]:
         limit = re.search(r"EIATTR_MAX_THREADS.*?\.word\s+(0x\w+)", section, re.S)
@@ -106,21 +114,14 @@ def _threads(listing: str) -> dict[str, int]:
 
 
 def short(name: str) -> str:
-    """Without namespaces and arguments."""
+    """Returns the name of a kernel without namespaces and arguments."""
     return re.sub(r"marginkernels::cuda::|mk::", "", name).split("(")[0].replace("> >", ">>")
 
 
 def problems_of(kernel: Kernel) -> list[str]:
-    """What the gate objects to."""
-    facts, problems = kernel.facts, []
-    if facts.spilled:
-        problems.append(f"{facts.spilled} spills")
-    blocks, planned = facts.occupancy(kernel.target), planned_blocks(kernel.name)
-    if blocks < planned:
-        problems.append(
-            f"{blocks} blocks per multiprocessor, {planned} planned ({facts.registers} registers, "
-            f"{facts.threads} threads, {facts.shared} bytes of shared memory)"
-        )
+    """Lists what the gate objects to."""
+    facts, planned = kernel.facts, planned_blocks(kernel.name)
+    problems = machine_code.problems_of(facts, kernel.target, planned, "blocks")
     if kernel.tile:
         if facts.mma == 0:
             problems.append("no matrix instruction")
@@ -132,7 +133,7 @@ def problems_of(kernel: Kernel) -> list[str]:
 
 
 def check_all(sources: list[Path | str], jobs: int) -> list[Kernel]:
-    """Every kernel in the sources for every target."""
+    """Compiles every kernel in the sources for every target."""
     todo = [(source, target) for target in nvcc.TARGETS for source in sources]
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda each: kernels_of(*each), todo)
@@ -140,18 +141,14 @@ def check_all(sources: list[Path | str], jobs: int) -> list[Kernel]:
 
 
 def describe(kernel: Kernel) -> str:
-    where, facts = f"{kernel.target} {kernel.name}", kernel.facts
-    if problems := problems_of(kernel):
-        return f"FAIL {where}: " + "; ".join(problems)
-    return f"ok   {where}: {facts.registers} registers, {facts.shared} bytes shared"
+    """Returns the line that the gate prints about a kernel."""
+    where = f"{kernel.target} {kernel.name}"
+    return machine_code.describe(where, kernel.facts, problems_of(kernel))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", metavar="FILE", help="write the table of facts and stop")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--verbose", action="store_true", help="also what passes")
-    arguments = parser.parse_args()
+    """Runs the gate, or writes the table; returns the exit status."""
+    arguments = machine_code.command_line(__doc__).parse_args()
     if reason := nvcc.why_not():
         print(f"skipped: {reason}")
         return 0

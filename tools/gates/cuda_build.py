@@ -6,6 +6,7 @@ python cuda_build.py
 """
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import marginkernels
@@ -13,14 +14,15 @@ from marginkernels import ArcFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import native
 
 
-def head(x, w, y):
+def head(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Returns a loss over the native backend."""
     return margin_cross_entropy(
         x, w, y, margin=ArcFace(0.5), scale=64.0, backend="native", label_smoothing=0.1
     )
 
 
-def gradients(x, w, y):
-    """Calls the ops as the Function's forward and backward pass do."""
+def gradients(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Calls the ops as the Function's forward and backward pass do; returns dx and dw."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.ones((), dtype=wide, device=x.device)
     settings = dict(
@@ -37,7 +39,8 @@ def gradients(x, w, y):
     return dx, dw
 
 
-def operands(dtype):
+def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns x, w and y on a GPU."""
     x, w = (
         torch.randn(rows, 64, dtype=dtype, device="cuda", requires_grad=True) for rows in (8, 100)
     )
@@ -45,6 +48,7 @@ def operands(dtype):
 
 
 def ops_are_registered() -> None:
+    """Checks that both ops have kernels for the CPU and for CUDA."""
     info = native.extension.build_info()
     print(f"CUDA {info['cuda']} for {', '.join(info['cuda_architectures'])}")
     assert info["cuda"] and info["cuda_architectures"]
@@ -54,6 +58,7 @@ def ops_are_registered() -> None:
 
 
 def a_call_says_that_there_is_no_gpu() -> None:
+    """Checks the error of a call on CUDA tensors, and that a call on the CPU still works."""
     with FakeTensorMode():
         try:
             head(*operands(torch.bfloat16))
@@ -73,14 +78,15 @@ class NativeOnAnyDevice(native.NativeBackend):
     def unavailable_reasons(
         self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
     ) -> list[str]:
+        """Returns none."""
         return []
 
 
 def compilation_traces_cuda_tensors() -> None:
-    """Traces calls over fake tensors as if there were a GPU; nothing is executed.
+    """Traces fake tensors by Dynamo and by AOT autograd as if there were a GPU.
 
-    Dynamo follows the backward pass of the Function too, and AOT autograd comes after it. The
-    autograd engine itself asks for a driver, so that of the backward pass the op is traced alone.
+    Dynamo follows the backward pass of the Function too. AOT autograd traces only the op of the
+    backward pass, since the autograd engine itself asks for a driver. Nothing is executed.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         wide = torch.float64 if dtype == torch.float64 else torch.float32

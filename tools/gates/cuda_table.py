@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The table of facts about the CUDA kernels, as Markdown."""
+"""Writes the table of facts about the CUDA kernels, as Markdown."""
 
 import torch
 
@@ -9,6 +9,7 @@ from tests.emulation import host, simulate
 
 from . import cuda as gate
 from . import nvcc
+from .machine_code import markdown_table
 
 _STATISTICS = [
     "BigTile, StatisticsOptions<mk::Identity>",
@@ -63,27 +64,23 @@ SHAPES = [(256, 512, 128), (70, 300, 100)]
 
 
 def render(kernels: list[gate.Kernel]) -> str:
+    """Returns the page about ``kernels``, which :data:`KERNELS` names."""
     lines = [HEADER, "## Tile kernels", ""]
     lines.append(TILE_NOTES.format(planned=gate.planned_blocks("Tile<1, 32>")))
-    lines += _table(
+    lines += markdown_table(
         "target | kernel | tile | registers | shared KB | blocks | loop | epilogue",
         [_tile_row(kernel) for kernel in kernels if kernel.tile and "bf16" in kernel.name],
     )
     lines += ["", "## In the simulator", "", SIMULATED_NOTES]
-    lines += _table(
+    lines += markdown_table(
         "N, C, D | kernel | blocks | MMA | conflicts | load sectors, used | store sectors, used",
         [row for shape in SHAPES for row in _simulated(*shape)],
     )
     return "\n".join(lines) + "\n"
 
 
-def _table(header: str, rows: list[str]) -> list[str]:
-    rule = "|".join(["---"] * (header.count("|") + 1))
-    return [f"| {header} |", f"|{rule}|", *[f"| {row} |" for row in rows]]
-
-
 def _variant(name: str) -> str:
-    """``statistics_kernel<bf16, Tile<2, 64>, ...>`` in a few words."""
+    """Describes ``statistics_kernel<bf16, Tile<2, 64>, ...>`` in a few words."""
     kind, options = name.split("_kernel<")[0], name.split(">, ")[1]
     flags = [flag.strip(" >") for flag in options.replace("StatisticsOptions<", "").split(",")]
     words = [] if flags[0] == "Identity" else [flags[0]]
@@ -94,6 +91,7 @@ def _variant(name: str) -> str:
 
 def _tile_row(kernel: gate.Kernel) -> str:
     tile, facts, target = kernel.tile, kernel.facts, kernel.target
+    assert tile is not None
     logits = tile.rows * tile.classes / facts.threads
     return (
         f"{target} | {_variant(kernel.name)} | {tile.rows}x{tile.classes}, {gate.stages(target)}s "
@@ -103,7 +101,7 @@ def _tile_row(kernel: gate.Kernel) -> str:
 
 
 def _simulated(n: int, c: int, d: int) -> list[str]:
-    def step():
+    def step() -> None:
         torch.manual_seed(0)
         x, w = (torch.randn(rows, d, dtype=torch.bfloat16).requires_grad_() for rows in (n, c))
         y = torch.randint(0, c, (n,))

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Facts read off compiled kernels: registers, spills, shared memory, the hot path."""
+"""Reads facts off compiled kernels: registers, spills, shared memory, the hot path.
 
+Both gates judge kernels by these facts.
+"""
+
+import argparse
 import heapq
 import re
 import subprocess
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton.compiler import CompiledKernel
 
 MMA = {
     "sm_80": "HMMA",
@@ -21,8 +26,8 @@ MMA = {
     "gfx942": "v_mfma",
 }
 ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
-# of each multiprocessor: bytes of shared memory, the most of one program, threads; compute unit of
-# the gfx942: registers count per SIMD unit there
+# of each multiprocessor, or compute unit of the gfx942: bytes of shared memory, the most of one
+# program, threads
 SHARED = {
     "sm_80": (164 << 10, 163 << 10, 2048),
     "sm_86": (100 << 10, 99 << 10, 1536),
@@ -38,6 +43,8 @@ RESERVED_SHARED = 1 << 10  # per program, by CUDA
 
 @dataclass(frozen=True)
 class Facts:
+    """Holds the facts of one kernel for one target."""
+
     registers: int  # per thread
     spilled: int  # instructions that move registers to local memory and back; AMD: registers
     shared: int  # bytes per program
@@ -50,12 +57,15 @@ class Facts:
     epilogue: int = 0  # instructions per warp from the main loop to the next tile, or to the end
 
     def occupancy(self, target: str) -> int:
-        """Programs that a multiprocessor can hold, by registers, shared memory and threads."""
+        """Returns how many programs a multiprocessor can hold.
+
+        Registers, shared memory and threads limit it.
+        """
         shared, most, threads = SHARED[target]
         if self.shared > most:
             return 0
         if target == "gfx942":
-            waves = 512 // _up(self.registers, 8) * 4  # four SIMD units
+            waves = 512 // _up(self.registers, 8) * 4  # registers count per SIMD unit, of four
             by_registers = waves * 64 // self.threads
             return min(by_registers, shared // max(self.shared, 1), threads // self.threads)
         warps = REGISTERS // (_up(self.registers, 8) * 32)
@@ -63,7 +73,44 @@ class Facts:
         return min(by_registers, shared // (self.shared + RESERVED_SHARED), threads // self.threads)
 
 
-def facts(compiled, target: str) -> Facts:
+def problems_of(found: Facts, target: str, planned: int, unit: str) -> list[str]:
+    """Lists spills, and too few programs (called ``unit`` in the text) on a multiprocessor."""
+    problems = []
+    if found.spilled:
+        problems.append(f"{found.spilled} spills")
+    occupancy = found.occupancy(target)
+    if occupancy < planned:
+        problems.append(
+            f"{occupancy} {unit} per multiprocessor, {planned} planned ({found.registers} "
+            f"registers, {found.threads} threads, {found.shared} bytes of shared memory)"
+        )
+    return problems
+
+
+def describe(where: str, found: Facts | None, problems: list[str]) -> str:
+    """Returns the line that a gate prints about a kernel."""
+    if problems or found is None:
+        return f"FAIL {where}: " + "; ".join(problems)
+    return f"ok   {where}: {found.registers} registers, {found.shared} bytes shared"
+
+
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """Returns a parser of the options that both gates have."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--table", metavar="FILE", help="write the table of facts and stop")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="print kernels that pass too")
+    return parser
+
+
+def markdown_table(header: str, rows: list[str]) -> list[str]:
+    """Returns the lines of a table; ``|`` separates the cells of the header and of each row."""
+    rule = "|".join(["---"] * (header.count("|") + 1))
+    return [f"| {header} |", f"|{rule}|", *[f"| {row} |" for row in rows]]
+
+
+def facts(compiled: CompiledKernel, target: str) -> Facts:
+    """Returns the facts of a kernel that Triton compiled for ``target``."""
     if target == "gfx942":
         return _amd_facts(compiled)
     sass = tool("nvdisasm", "-c", compiled.asm["cubin"])
@@ -74,7 +121,7 @@ def facts(compiled, target: str) -> Facts:
 
 
 def nvidia_facts(sass: str, registers: int, shared: int, threads: int, mma: str) -> Facts:
-    """Of one kernel's listing; ``mma`` is the name of its matrix instructions."""
+    """Returns the facts of one kernel's listing; ``mma`` names its matrix instructions."""
     code = parse(sass)
     text = [instruction.text for instruction in code]
     loop, epilogue = hot_path(code, mma)
@@ -93,7 +140,10 @@ def nvidia_facts(sass: str, registers: int, shared: int, threads: int, mma: str)
 
 
 def _flops(text: str, warps: int) -> int:
-    """Of a matrix instruction that every warp issues; 0 where its shape is not in its name."""
+    """Returns the FLOPs of a matrix instruction that every warp issues.
+
+    They are 0 where the shape is not in the name of the instruction.
+    """
     if shape := re.search(r"\bHMMA\.16816\b|\bHMMA\.1688\b", text):
         return warps * 2 * 16 * 8 * (16 if shape[0].endswith("16816") else 8)
     if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", text):
@@ -102,7 +152,7 @@ def _flops(text: str, warps: int) -> int:
     return 0
 
 
-def _amd_facts(compiled) -> Facts:
+def _amd_facts(compiled: CompiledKernel) -> Facts:
     text = compiled.asm["amdgcn"]
     number = {
         name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -120,15 +170,19 @@ def _amd_facts(compiled) -> Facts:
 
 @dataclass(frozen=True)
 class Instruction:
+    """Holds one machine instruction."""
+
     address: int
     text: str
-    jump: int | None  # address it may go on at
+    jump: int | None  # address where it may continue
     falls_through: bool
 
 
 def parse(sass: str) -> list[Instruction]:
-    """The instructions of the one kernel in nvdisasm's listing."""
-    listing, labels, pending = [], {}, []
+    """Returns the instructions of the one kernel in nvdisasm's listing."""
+    listing: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    pending: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             pending.append(label[1])
@@ -154,8 +208,10 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]:
-    """The innermost loop with matrix instructions, and the length of the shortest way from its end
-    to the next tile or the end of the kernel: that leaves out what only flagged tiles execute.
+    """Returns the innermost loop with matrix instructions, and the length of the epilogue.
+
+    The epilogue is the shortest way from the end of the loop to the next tile or the end of the
+    kernel, so that it leaves out the code that only flagged tiles execute.
     """
     index = {instruction.address: i for i, instruction in enumerate(code)}
     loops = [
@@ -188,7 +244,7 @@ def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]
 
 
 def tool(name: str, option: str, cubin: bytes) -> str:
-    """Output of one of the tools in the triton wheel."""
+    """Returns the output of one of the tools in the triton wheel."""
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -200,6 +256,7 @@ def tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def count(text: list[str], mnemonic: str) -> int:
+    """Counts the lines with an instruction; ``mnemonic`` is a regular expression."""
     return sum(bool(re.search(rf"\b{mnemonic}\b", line)) for line in text)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What nvcc makes of the CUDA kernels, for GPUs that are not here."""
+"""Compiles CUDA kernels by nvcc, for GPUs that are not here."""
 
 import runpy
 import shutil
@@ -14,12 +14,12 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here."""
+    """Returns why nothing can be compiled here, or None."""
     return None if shutil.which("nvcc") else "nvcc is not installed"
 
 
 def compile_as(form: str, source: Path | str, target: str) -> bytes:
-    """A file of kernels, or their text, as "ptx" or "cubin"; with the flags of the extension."""
+    """Compiles a file of kernels, or their text, to "ptx" or "cubin" with the extension's flags."""
     flags = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["NVCC_FLAGS"]
     flags = [flag for flag in flags if not flag.startswith("--threads")]
     with tempfile.TemporaryDirectory() as folder:
@@ -36,8 +36,9 @@ def compile_as(form: str, source: Path | str, target: str) -> bytes:
 
 
 def instances(kernels: list[str]) -> str:
-    """Source text of some kernels, named as in C++ with their arguments' types: of all that the
-    launchers may launch nvcc makes many, which takes its time.
+    """Returns the source text of some kernels alone, since all that may be launched take minutes.
+
+    Kernels are named as in C++, with the types of their arguments.
     """
     includes = [f'#include "cuda/{path.name}"' for path in sorted(KERNELS.glob("*.cuh"))]
     named = [f"template __global__ void {kernel};" for kernel in kernels if "<" in kernel]
@@ -45,6 +46,6 @@ def instances(kernels: list[str]) -> str:
 
 
 def demangled(symbols: list[str]) -> list[str]:
-    """C++ names, with the types of the arguments and without that of the result."""
+    """Returns C++ names with the types of the arguments and without the type of the result."""
     done = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
     return [name.removeprefix("void ") for name in done.stdout.splitlines()]

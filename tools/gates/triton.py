@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Compiles the Triton kernels for every supported GPU and checks what came out.
+"""Compiles the Triton kernels for every supported GPU and checks the machine code.
 
     python -m tools.gates.triton              # one configuration per target
     python -m tools.gates.triton --all        # each with all that may be compiled into it
     python -m tools.gates.triton --table docs/triton_kernels.md
 
-Checked are spills, registers and shared memory for the planned occupancy, matrix instructions, and
-asynchronous copies. No GPU is needed. The exit status is 1 if anything fails.
+The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
+and to tile kernels without matrix instructions or asynchronous copies. It needs no GPU. The exit
+status is 1 if anything fails.
 """
 
-import argparse
 import multiprocessing
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,13 +26,13 @@ from marginkernels.backends.triton.configs import Config
 from marginkernels.backends.triton.forward import head_fwd
 from marginkernels.transforms import TRANSFORMS
 
-from . import aot, triton_table
-from .machine_code import Facts, facts
+from . import aot, machine_code, triton_table
+from .machine_code import Facts
 
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
 ROWS, CLASSES = 30, 100  # any will do: sizes are not compiled in
 
-# what may be compiled in or out, as much as possible at once where that asks for more registers
+# options that are compiled in or out, as many as possible at once where they take registers
 EXTRAS = dict(want_sum=True, want_max=True, extras=True)
 VARIANTS: dict[str, dict] = {
     "plain": {},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict] = {
     "fp16": dict(dtype=torch.float16),
     "not normalised, bias": dict(normalize=(False, False), bias=True, **EXTRAS),
 }
-# these differ from those in the tile kernels alone, or hardly in the others
+# the row kernels of these variants differ from the ones above hardly or not at all
 TILE_VARIANTS: dict[str, dict] = {
     "label smoothing": dict(want_sum=True, want_max=True),
     "bias": dict(bias=True, **EXTRAS),
@@ -56,6 +56,8 @@ ALL_VARIANTS = VARIANTS | TILE_VARIANTS
 
 
 class Case(NamedTuple):
+    """Holds a target, a configuration of its table and a variant, which are compiled together."""
+
     target: str
     kind: str
     config: Config
@@ -64,6 +66,8 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
+    """Holds the facts of one kernel of a case, and what the gate objects to."""
+
     case: Case
     kernel: str
     facts: Facts | None
@@ -71,6 +75,7 @@ class Row(NamedTuple):
 
 
 def cases(everything: bool) -> list[Case]:
+    """Lists all cases that the package ships, or one per target."""
     if everything:
         return [
             Case(target, kind, config, variant, TILE_KERNELS if variant in TILE_VARIANTS else None)
@@ -90,7 +95,7 @@ def cases(everything: bool) -> list[Case]:
 
 
 def fits(variant: str, kind: str, config: Config) -> bool:
-    """Whether a configuration serves a variant."""
+    """Returns whether a configuration serves a variant."""
     settings = ALL_VARIANTS[variant]
     extras = (settings.get(name, False) for name in ("bias", "want_sum", "extras", "save_tiles"))
     load = configs.load(settings.get("transform"), *extras)
@@ -100,14 +105,26 @@ def fits(variant: str, kind: str, config: Config) -> bool:
 
 
 def run_launchers(
-    dtype, w_dtype=None, d=512, normalize=(True, True), bias=False, want_sum=False, want_max=False,
-    extras=False, save_tiles=False, transform="identity", n=ROWS, c=CLASSES, config=None,
-) -> None:  # fmt: skip
-    """One forward and one backward call on operands without content."""
+    dtype: torch.dtype,
+    *,
+    w_dtype: torch.dtype | None = None,
+    d: int = 512,
+    normalize: tuple[bool, bool] = (True, True),  # x, w
+    bias: bool = False,
+    want_sum: bool = False,
+    want_max: bool = False,
+    extras: bool = False,  # the gradients of norms and of the scale
+    save_tiles: bool = False,
+    transform: str = "identity",
+    n: int = ROWS,
+    c: int = CLASSES,
+    config: Config | None = None,
+) -> None:
+    """Calls the forward and the backward launcher on operands of zeros."""
     definition = TRANSFORMS[transform]
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
     y, scale, b = torch.zeros(n, dtype=torch.int64), torch.ones(()), torch.zeros(c)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
         transform=transform, config=config,
         row_parameter=torch.zeros(n) if definition.per_row else None,
@@ -126,7 +143,7 @@ def run_launchers(
 
 
 def launches_of(case: Case) -> list[aot.Launch]:
-    """What the launchers launch for a case, each specialisation once."""
+    """Lists the launches of a case, each specialisation once."""
     dtype = torch.bfloat16 if case.kind == "half" else torch.float32
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.kind == "tf32" else "ieee"
     settings = dict(dict(dtype=dtype), **ALL_VARIANTS[case.variant])
@@ -137,17 +154,9 @@ def launches_of(case: Case) -> list[aot.Launch]:
 
 
 def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
-    """What the gate objects to."""
-    problems = []
-    if found.spilled:
-        problems.append(f"{found.spilled} spills")
-    occupancy = found.occupancy(case.target)
+    """Lists what the gate objects to."""
     planned = case.config.ctas if kernel in TILE_KERNELS else 2
-    if occupancy < planned:
-        problems.append(
-            f"{occupancy} programs per multiprocessor, {planned} planned "
-            f"({found.registers} registers, {found.shared} bytes of shared memory)"
-        )
+    problems = machine_code.problems_of(found, case.target, planned, "programs")
     if kernel in TILE_KERNELS:
         if case.kind != "fp32" and found.mma == 0:
             problems.append("no matrix instruction")
@@ -159,8 +168,9 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
 
 
 def check(case: Case, wanted: set[tuple[str, str]] | None = None) -> list[Row]:
-    """Compiles the kernels of a case, or those wanted, and judges them; a failed compilation is a
-    problem too.
+    """Compiles and judges the kernels of a case, or only those wanted.
+
+    A failed compilation is a problem too.
     """
     rows = []
     for found in launches_of(case):
@@ -168,7 +178,7 @@ def check(case: Case, wanted: set[tuple[str, str]] | None = None) -> list[Row]:
             continue
         try:
             with aot.quiet():
-                code = facts(aot.compile_launch(found, case.target), case.target)
+                code = machine_code.facts(aot.compile_launch(found, case.target), case.target)
             rows.append(Row(case, found.kernel, code, problems_of(case, found.kernel, code)))
         except Exception:
             last = traceback.format_exc().strip().splitlines()[-1]
@@ -177,8 +187,9 @@ def check(case: Case, wanted: set[tuple[str, str]] | None = None) -> list[Row]:
 
 
 def check_all(todo: list[Case], jobs: int = 2) -> list[Row]:
-    """Each kernel once, however many cases launch it; in processes of their own: a compiler that
-    aborts must not take the check along.
+    """Checks each kernel once, however many cases launch it.
+
+    Compilers run in processes of their own: one that aborts must not end the check.
     """
     spawn = multiprocessing.get_context("spawn")
     rows: list[Row] = []
@@ -199,20 +210,17 @@ def check_all(todo: list[Case], jobs: int = 2) -> list[Row]:
 
 
 def describe(row: Row) -> str:
+    """Returns the line that the gate prints about a kernel."""
     case, config = row.case, row.case.config
     tile = f"{config.block_n}x{config.block_c}x{config.block_d}"
     where = f"{case.target} {case.kind} {tile} {case.variant}: {row.kernel}"
-    if row.problems:
-        return f"FAIL {where}: " + "; ".join(row.problems)
-    return f"ok   {where}: {row.facts.registers} registers, {row.facts.shared} bytes shared"
+    return machine_code.describe(where, row.facts, row.problems)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="everything that is shipped")
-    parser.add_argument("--table", metavar="FILE", help="write the table of facts and stop")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--verbose", action="store_true", help="also what passes")
+    """Runs the gate, or writes the table; returns the exit status."""
+    parser = machine_code.command_line(__doc__)
+    parser.add_argument("--all", action="store_true", help="check everything that is shipped")
     arguments = parser.parse_args()
     if arguments.table:
         shown = [case for case in cases(True) if case.variant in triton_table.VARIANTS]

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The table of facts about the compiled kernels, as Markdown."""
+"""Writes the table of facts about the Triton kernels, as Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import triton
+
+from .machine_code import markdown_table
+
+if TYPE_CHECKING:
+    from .triton import Row
 
 D = 512  # of the bytes per logit
 VARIANTS = ("plain", "bias", "airface")
@@ -29,17 +38,18 @@ scale; "airface", the transform with most registers, with the same.
 """
 
 
-def render(rows) -> str:
+def render(rows: list[Row]) -> str:
+    """Returns the page; ``rows`` are of the variants above."""
     lines = [HEADER.format(version=triton.__version__, d=D)]
     tiles = [row for row in rows if row.kernel in ("statistics_kernel", "gradient_kernel")]
     lines += ["## Tile kernels", ""]
-    lines += _table(
+    lines += markdown_table(
         "target | type | kernel | tile | with | registers | shared KB | programs | loop | epilogue "
         "| MMA | bytes per logit",
         [_tile_row(row) for row in tiles],
     )
     lines += ["", "## Row kernels", ""]
-    rest = {}
+    rest: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row.kernel not in ("statistics_kernel", "gradient_kernel"):
             key = row.case.target, row.kernel
@@ -50,7 +60,7 @@ def render(rows) -> str:
         "Linear in N, C D or N D; of the specialisations of each the one with most registers.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         "target | kernel | registers | shared bytes | programs",
         [
             f"{target} | {kernel} | {row.facts.registers} | {row.facts.shared} "
@@ -61,12 +71,7 @@ def render(rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(header: str, rows: list[str]) -> list[str]:
-    rule = "|".join(["---"] * (header.count("|") + 1))
-    return [f"| {header} |", f"|{rule}|", *[f"| {row} |" for row in rows]]
-
-
-def _tile_row(row) -> str:
+def _tile_row(row: Row) -> str:
     config, found, target = row.case.config, row.facts, row.case.target
     name = {"half": "bf16", "tf32": "tf32", "fp32": "fp32"}[row.case.kind]
     tile = f"{config.block_n}x{config.block_c}x{config.block_d}"
