@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The two sweeps over the classes, one stripe of them at a time. A block of classes by a block of
-// rows of logits exists at a time, transposed (class, row), so that statistics of a row are sums of
-// vectors; W is read once forward and once backward, and dw is written once.
+// The classes of a stripe, one block after the other, as both sweeps read and multiply them. One
+// block of classes by a block of rows of logits exists at a time. It is transposed, (class, row),
+// so that statistics of a row are sums of vectors. W is read once forward and once backward, and dw
+// is written once.
 
 #pragma once
 
@@ -26,13 +27,19 @@ constexpr int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// What one thread works in.
+// Some classes, by some rows of x.
+struct Block {
+    int64_t first, count;  // classes [first, first + count)
+    int64_t begin, rows;   // rows [begin, begin + rows) of padded_n
+};
+
+// The memory that one thread works in.
 struct Scratch {
     int64_t class_stride;  // padded_d + kSkew
     float* rounded;        // (block_classes, class_stride) the classes' rows
     uint16_t* halves;      // the same as bf16, (block_classes, 2 * class_stride)
-    float* q;              // (block_classes,)
-    float* panels;         // the rows once more, operand of dx
+    float* q;              // (block_classes,) 1 / |w_j|, or 1
+    float* panels;         // the classes' rows once more, operand of dx
     float* logits;         // (block_classes, kLogitsStride), then exponentials, then G
     uint16_t* g_rows;      // G as bf16, (block_classes, 2 * kLogitsStride)
     float* g_pairs;        // and with two classes to a unit, (block_classes / 2, kLogitsStride)
@@ -41,7 +48,7 @@ struct Scratch {
     float* radial;         // (block_classes,)
 };
 
-// Hands out arrays from a piece of memory, or without one counts what they would take.
+// Hands out arrays from a piece of memory, or without one counts their bytes.
 struct Arena {
     char* base;
     size_t used = 0;
@@ -53,41 +60,41 @@ struct Arena {
     }
 };
 
-// Lays the arrays out from ``base`` on; returns what they take.
-size_t lay_out(const Sweep& s, bool backward, void* base, Scratch& scratch) {
+// Lays the arrays out from ``base`` on; returns how many bytes they take.
+size_t lay_out(const Plan& plan, bool backward, void* base, Scratch& scratch) {
     Arena arena{static_cast<char*>(base)};
-    const int64_t block = s.block_classes;
-    scratch.class_stride = s.padded_d + kSkew;
-    arena.take(scratch.rounded, block * scratch.class_stride);
-    arena.take(scratch.halves, block * 2 * scratch.class_stride);
-    arena.take(scratch.q, block);
-    arena.take(scratch.logits, block * kLogitsStride);
+    const int64_t classes = plan.block_classes;
+    scratch.class_stride = plan.padded_d + kSkew;
+    arena.take(scratch.rounded, classes * scratch.class_stride);
+    arena.take(scratch.halves, classes * 2 * scratch.class_stride);
+    arena.take(scratch.q, classes);
+    arena.take(scratch.logits, classes * kLogitsStride);
     if (!backward) return arena.used;
-    arena.take(scratch.panels, block * s.padded_d);
-    arena.take(scratch.g_rows, block * 2 * kLogitsStride);
-    arena.take(scratch.g_pairs, block * kLogitsStride);
-    arena.take(scratch.dw, block * s.padded_d);
-    arena.take(scratch.dbias, block * kLanes);
-    arena.take(scratch.radial, block);
+    arena.take(scratch.panels, classes * plan.padded_d);
+    arena.take(scratch.g_rows, classes * 2 * kLogitsStride);
+    arena.take(scratch.g_pairs, classes * kLogitsStride);
+    arena.take(scratch.dw, classes * plan.padded_d);
+    arena.take(scratch.dbias, classes * kLanes);
+    arena.take(scratch.radial, classes);
     return arena.used;
 }
 
-size_t scratch_bytes(const Sweep& s, bool backward) {
+size_t scratch_bytes(const Plan& plan, bool backward) {
     Scratch scratch;
-    return lay_out(s, backward, nullptr, scratch);
+    return lay_out(plan, backward, nullptr, scratch);
 }
 
-// (row, class - first) of the rows whose target is one of ``count`` classes from ``first`` on
+// Calls f(row, class - block.first) for the rows of the block whose target is one of its classes.
 template <class F>
-MK_HOST_DEVICE void for_targets(const Sweep& s, int64_t begin, int64_t end, int64_t first,
-                                int64_t count, const F& f) {
-    for (int64_t i = begin; i < end; ++i)
-        if (s.y[i] >= first && s.y[i] < first + count) f(i, s.y[i] - first);
+MK_HOST_DEVICE void for_targets(const Problem& s, const Block& block, const F& f) {
+    const int64_t end = smaller(block.begin + block.rows, s.n);
+    for (int64_t i = block.begin; i < end; ++i)
+        if (s.y[i] >= block.first && s.y[i] < block.first + block.count) f(i, s.y[i] - block.first);
 }
 
-// The classes of one stripe, block by block.
+// Calls f(first class, count) for the blocks of classes of one stripe.
 template <class F>
-MK_HOST_DEVICE void for_blocks(const Sweep& s, int64_t stripe, const F& f) {
+MK_HOST_DEVICE void for_classes(const Problem& s, int64_t stripe, const F& f) {
     const int64_t blocks = (s.c + s.block_classes - 1) / s.block_classes;
     for (int64_t block = blocks * stripe / s.stripes; block < blocks * (stripe + 1) / s.stripes;
          ++block) {
@@ -96,20 +103,27 @@ MK_HOST_DEVICE void for_blocks(const Sweep& s, int64_t stripe, const F& f) {
     }
 }
 
-// x in the two forms that the class blocks multiply with
+// Calls f(block) for the blocks of rows that these classes meet.
+template <class F>
+MK_HOST_DEVICE void for_rows(const Problem& s, int64_t first, int64_t count, const F& f) {
+    for (int64_t begin = 0; begin < s.padded_n; begin += kBlockRows)
+        f(Block{first, count, begin, smaller(kBlockRows, s.padded_n - begin)});
+}
+
+// x in the two forms that blocks of classes are multiplied with
 
 template <class Op>
-Panels logit_panels(const Sweep& s) {
+Panels logit_panels(const Problem& s) {
     return {s.x_panels, s.padded_d / Op::kPerUnit, s.padded_n};
 }
 
 template <class Op>
-Panels gradient_panels(const Sweep& s) {
+Panels gradient_panels(const BackwardSweep& s) {
     return {s.gradient_panels, s.padded_n / Op::kPerUnit, s.padded_d};
 }
 
 template <class Op>
-void prepare_rows(const Sweep& s, int64_t p) {
+void prepare_rows(const Problem& s, int64_t p) {
     const Panels panels = logit_panels<Op>(s);
     const int64_t width = panels.width(p);
     float* out = const_cast<float*>(panels.at(p, 0));
@@ -135,7 +149,7 @@ void prepare_rows(const Sweep& s, int64_t p) {
 }
 
 template <class Op>
-void prepare_gradient(const Sweep& s, int64_t p) {
+void prepare_gradient(const BackwardSweep& s, int64_t p) {
     const Panels panels = gradient_panels<Op>(s);
     const int64_t width = panels.width(p);
     // the weight may be near the end of fp32's range: with tiles the scale comes last, see
@@ -159,22 +173,26 @@ void prepare_gradient(const Sweep& s, int64_t p) {
 
 // w, one block of classes
 
+// Reads the rows of the classes, rounded. Where w_inv_out is given, their inverse norms are
+// measured and go there; else s.w_inv has them.
 template <class Op>
-void read_classes(const Sweep& s, int64_t first, int64_t count, bool measure, Scratch& scratch) {
+void read_classes(const Problem& s, int64_t first, int64_t count, float* w_inv_out,
+                  Scratch& scratch) {
     for (int64_t j = 0; j < count; ++j) {
         float* row = scratch.rounded + j * scratch.class_stride;
         read_row(s, s.w, first + j, row);
-        if (measure)
-            s.w_inv[first + j] = mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));
+        if (w_inv_out != nullptr)
+            w_inv_out[first + j] =
+                mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));
         scratch.q[j] = s.normalize_w ? s.w_inv[first + j] : 1.0F;
         if constexpr (Op::kPerUnit == 2)
             narrow(row, s.padded_d, scratch.halves + j * 2 * scratch.class_stride);
     }
 }
 
-// The classes of the block as operand of dx: [panel][class][feature]
+// Lays the classes of the block out as operand of dx: [panel][class][feature]
 template <class Op>
-Panels pack_classes(const Sweep& s, int64_t count, Scratch& scratch) {
+Panels pack_classes(const Problem& s, int64_t count, Scratch& scratch) {
     const int64_t stride = scratch.class_stride;
     if (count % Op::kPerUnit != 0)  // the last unit of two classes is half empty
         memset(scratch.rounded + count * stride, 0, s.padded_d * sizeof(float));
@@ -195,16 +213,21 @@ Panels pack_classes(const Sweep& s, int64_t count, Scratch& scratch) {
     return panels;
 }
 
-// <x_i, w_j> of the block for rows [begin, begin + rows), transposed
+// Computes <x_i, w_j> of the block, transposed.
 template <class Op>
-void multiply_logits(const Sweep& s, int64_t begin, int64_t rows, int64_t count,
-                     const Scratch& scratch) {
+void multiply_logits(const Problem& s, const Block& block, const Scratch& scratch) {
     const float* classes =
         Op::kPerUnit == 1 ? scratch.rounded : reinterpret_cast<const float*>(scratch.halves);
     const int64_t depth = (s.d + Op::kPerUnit - 1) / Op::kPerUnit;
-    multiply<Op, false>(count, classes, scratch.class_stride, logit_panels<Op>(s), begin / kPanel,
-                        (rows + kPanel - 1) / kPanel, 0, depth, scratch.logits, kLogitsStride,
-                        false);
+    multiply<Op, false>(block.count, classes, scratch.class_stride, logit_panels<Op>(s),
+                        block.begin / kPanel, (block.rows + kPanel - 1) / kPanel, 0, depth,
+                        scratch.logits, kLogitsStride, false);
+}
+
+// Takes the target of row i out of the block.
+MK_HOST_DEVICE void exclude_target(const Block& block, int64_t i, int64_t j,
+                                   const Scratch& scratch) {
+    scratch.logits[j * kLogitsStride + i - block.begin] = -INFINITY;
 }
 
 }  // namespace

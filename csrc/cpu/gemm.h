@@ -46,8 +46,8 @@ struct BFloat16 {
 #endif
 
 // One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else
-// at a[i * lda + k]; b is one panel. What c holds is added last: long sums are sums of shorter
-// ones, which keeps more digits.
+// at a[i * lda + k]; b is one panel. The old value of c is added last: long sums are sums of
+// shorter ones, which keeps more digits.
 template <class Op, int kRows, int kVectors, bool kColumns>
 void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
           bool add) {

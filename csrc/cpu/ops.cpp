@@ -73,115 +73,120 @@ Parallel at_parallel() {
             }};
 }
 
-// The part of the sweep that both ops are called with; the tensors must outlive it.
-Sweep sweep_of(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
-               const OptionalTensor& bias, bool normalize_x, bool normalize_w,
-               at::ScalarType compute_dtype, c10::string_view transform,
-               const OptionalTensor& row_parameter, const OptionalTensor& constants) {
-    check_shapes(x, w, y);
-    Sweep s = {};
-    s.x = rows_of(x, "x");
-    s.w = rows_of(w, "w");
-    s.y = y.const_data_ptr<int64_t>();
-    s.bias = pointer(bias);
-    s.scale = scale.item<float>();
-    s.normalize_x = normalize_x;
-    s.normalize_w = normalize_w;
-    s.compute = type_of(compute_dtype, "compute_dtype");
-    s.n = x.size(0);
-    s.c = w.size(0);
-    s.d = x.size(1);
-    s.transform = checked_transform(transform, bias, row_parameter, constants, s.n);
-    s.row_parameter = pointer(row_parameter);
-    for (int64_t i = 0; constants.has_value() && i < constants->numel(); ++i)
-        s.constants[i] = (*constants)[i].item<float>();
-    return s;
-}
+// The arguments that both ops share, as tensors that kernels can read, and the call that points to
+// them.
+struct Arguments {
+    Tensor x, w, y;
+    OptionalTensor bias, row_parameter;
+    Call call = {};
+
+    Arguments(const Tensor& x_, const Tensor& w_, const Tensor& y_, const Tensor& scale,
+              const OptionalTensor& bias_, bool normalize_x, bool normalize_w,
+              at::ScalarType compute_dtype, c10::string_view transform,
+              const OptionalTensor& row_parameter_, const OptionalTensor& constants)
+        : x(with_dense_rows(x_)),
+          w(with_dense_rows(w_)),
+          y(y_.contiguous()),
+          bias(contiguous(bias_)),
+          row_parameter(contiguous(row_parameter_)) {
+        check_shapes(x, w, y);
+        call.x = rows_of(x, "x");
+        call.w = rows_of(w, "w");
+        call.y = y.const_data_ptr<int64_t>();
+        call.bias = pointer(bias);
+        call.scale = scale.item<float>();
+        call.normalize_x = normalize_x;
+        call.normalize_w = normalize_w;
+        call.compute = type_of(compute_dtype, "compute_dtype");
+        call.n = x.size(0);
+        call.c = w.size(0);
+        call.d = x.size(1);
+        call.transform = checked_transform(transform, bias, row_parameter, constants, call.n);
+        call.row_parameter = pointer(row_parameter);
+        for (int64_t i = 0; constants.has_value() && i < constants->numel(); ++i)
+            call.constants[i] = (*constants)[i].item<float>();
+    }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
-    const Tensor& x_,             // (N, D)
-    const Tensor& w_,             // (C, D)
-    const Tensor& y_,             // (N,)
-    const Tensor& scale,          // ()
-    const OptionalTensor& bias_,  // (C,)
+    const Tensor& x,             // (N, D)
+    const Tensor& w,             // (C, D)
+    const Tensor& y,             // (N,)
+    const Tensor& scale,         // ()
+    const OptionalTensor& bias,  // (C,)
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
-    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter_,
+    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants) {
-    const Tensor x = with_dense_rows(x_), w = with_dense_rows(w_), y = y_.contiguous();
-    const OptionalTensor bias = contiguous(bias_), row_parameter = contiguous(row_parameter_);
-    Sweep s = sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
-                       row_parameter, constants);
-    TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(s) && s.compute != Type::kFloat16),
+    const Arguments arguments(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype,
+                              transform, row_parameter, constants);
+    const Call& call = arguments.call;
+    TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(call) && call.compute != Type::kFloat16),
                       "save_tiles: needs both sides normalised, no bias, a scale below ",
-                      mk::kOffsetScaleLimit, " and float32 or bfloat16, got scale ", s.scale,
+                      mk::kOffsetScaleLimit, " and float32 or bfloat16, got scale ", call.scale,
                       " and ", compute_dtype);
     const auto options = x.options().dtype(at::kFloat);
-    const auto per_row = [&](bool wanted) { return at::empty({wanted ? s.n : 0}, options); };
-    const Tensor lse = per_row(true), d = per_row(true), w_norm = per_row(true);
+    const auto per_row = [&](bool wanted) { return at::empty({wanted ? call.n : 0}, options); };
+    const Tensor lse = per_row(true), target_cosine = per_row(true), w_norm = per_row(true);
     const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
-    const Tensor x_inv = per_row(true), w_inv = at::empty({s.c}, options);
-    const Tensor tiles = save_tiles ? empty_in_huge_pages({s.c, round_up_to(s.n, mk::kTilePadding)},
-                                                          options.dtype(compute_dtype))
-                                    : at::empty({0}, options);
-    s.x_inv = x_inv.mutable_data_ptr<float>();
-    s.w_inv = w_inv.mutable_data_ptr<float>();
-    s.tiles = save_tiles ? tiles.mutable_data_ptr() : nullptr;
-    s.d_out = d.mutable_data_ptr<float>();
-    s.w_norm = w_norm.mutable_data_ptr<float>();
-    s.want_sum = want_sum;
-    s.want_max = want_max;
-    forward(s,
-            {lse.mutable_data_ptr<float>(), logit_sum.mutable_data_ptr<float>(),
-             logit_max.mutable_data_ptr<float>()},
-            at_parallel());
-    return {lse, d, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles};
+    const Tensor x_inv = per_row(true), w_inv = at::empty({call.c}, options);
+    const Tensor tiles = save_tiles
+                             ? empty_in_huge_pages({call.c, round_up_to(call.n, mk::kTilePadding)},
+                                                   options.dtype(compute_dtype))
+                             : at::empty({0}, options);
+    ForwardResults results = {};
+    results.lse = lse.mutable_data_ptr<float>();
+    results.target_cosine = target_cosine.mutable_data_ptr<float>();
+    results.w_norm = w_norm.mutable_data_ptr<float>();
+    results.logit_sum = want_sum ? logit_sum.mutable_data_ptr<float>() : nullptr;
+    results.logit_max = want_max ? logit_max.mutable_data_ptr<float>() : nullptr;
+    results.x_inv = x_inv.mutable_data_ptr<float>();
+    results.w_inv = w_inv.mutable_data_ptr<float>();
+    results.tiles = save_tiles ? tiles.mutable_data_ptr() : nullptr;
+    sweep_forward(call, results, at_parallel());
+    return {lse, target_cosine, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
-    const Tensor& x_,             // (N, D)
-    const Tensor& w_,             // (C, D)
-    const Tensor& y_,             // (N,)
-    const Tensor& scale,          // ()
-    const OptionalTensor& bias_,  // (C,)
-    const Tensor& lse_,           // (N,)
+    const Tensor& x,             // (N, D)
+    const Tensor& w,             // (C, D)
+    const Tensor& y,             // (N,)
+    const Tensor& scale,         // ()
+    const OptionalTensor& bias,  // (C,)
+    const Tensor& lse_,          // (N,)
     const Tensor& x_inv, const Tensor& w_inv_, const Tensor& tiles,
     const Tensor& grad_lse_,     // (N,)
     const Tensor& grad_target_,  // (N,)
     const OptionalTensor& grad_w_norm_, const OptionalTensor& grad_sum_, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
-    bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter_,
+    bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants) {
-    const Tensor x = with_dense_rows(x_), w = with_dense_rows(w_), y = y_.contiguous();
+    const Arguments arguments(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype,
+                              transform, row_parameter, constants);
+    const Call& call = arguments.call;
     const Tensor lse = lse_.contiguous(), w_inv = w_inv_.contiguous();
     const Tensor grad_lse = grad_lse_.contiguous(), grad_target = grad_target_.contiguous();
-    const OptionalTensor bias = contiguous(bias_), grad_w_norm = contiguous(grad_w_norm_),
-                         grad_sum = contiguous(grad_sum_),
-                         row_parameter = contiguous(row_parameter_);
-    Sweep s = sweep_of(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype, transform,
-                       row_parameter, constants);
+    const OptionalTensor grad_w_norm = contiguous(grad_w_norm_), grad_sum = contiguous(grad_sum_);
     const auto options = x.options().dtype(at::kFloat);
     const Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
     const Tensor dw = empty_in_huge_pages(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
-    const Tensor dbias = at::empty({need_bias ? s.c : 0}, options);
+    const Tensor dbias = at::empty({need_bias ? call.c : 0}, options);
     const Tensor dscale = need_scale ? at::zeros({}, options) : at::empty({0}, options);
-    if (s.n == 0) return {dx, dw.zero_(), dbias.zero_(), dscale};
-    // prepare_rows measures x again
-    const Tensor x_inv_again = at::empty({s.n}, options);
-    s.x_inv = x_inv_again.mutable_data_ptr<float>();
-    s.w_inv = const_cast<float*>(w_inv.const_data_ptr<float>());
-    s.tiles = tiles.numel() > 0 ? const_cast<void*>(tiles.const_data_ptr()) : nullptr;
-    s.target = grad_target.const_data_ptr<float>();
-    s.grad_w_norm = pointer(grad_w_norm);
-    s.need_x = need_x;
-    s.need_w = need_w;
-    s.need_bias = need_bias;
-    s.need_scale = need_scale;
-    s.dx = dx.mutable_data_ptr();
-    s.dw = dw.mutable_data_ptr();
-    s.dbias = dbias.mutable_data_ptr<float>();
-    const double scale_gradient = backward(
-        s, {lse.const_data_ptr<float>(), grad_lse.const_data_ptr<float>(), pointer(grad_sum)},
-        at_parallel());
+    if (call.n == 0) return {dx, dw.zero_(), dbias.zero_(), dscale};
+    BackwardInputs inputs = {};
+    inputs.lse = lse.const_data_ptr<float>();
+    inputs.w_inv = w_inv.const_data_ptr<float>();
+    inputs.tiles = tiles.numel() > 0 ? tiles.const_data_ptr() : nullptr;
+    inputs.grad_lse = grad_lse.const_data_ptr<float>();
+    inputs.grad_target = grad_target.const_data_ptr<float>();
+    inputs.grad_w_norm = pointer(grad_w_norm);
+    inputs.grad_sum = pointer(grad_sum);
+    double scale_gradient = 0;
+    BackwardResults results = {};
+    results.dx = need_x ? dx.mutable_data_ptr() : nullptr;
+    results.dw = need_w ? dw.mutable_data_ptr() : nullptr;
+    results.dbias = need_bias ? dbias.mutable_data_ptr<float>() : nullptr;
+    results.dscale = need_scale ? &scale_gradient : nullptr;
+    sweep_backward(call, inputs, results, at_parallel());
     if (need_scale) dscale.fill_(scale_gradient);
     return {dx, dw, dbias, dscale};
 }

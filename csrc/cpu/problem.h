@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What the two sweeps work on, and the table of kernels that each instruction set fills in.
+// The problem that the two sweeps work on, one struct for each phase of its life, and the table of
+// kernels that each instruction set fills in.
 //
 // The classes are cut into stripes, one task each, and a stripe into blocks that stay in the cache.
-// A stripe has its own partial sums, merged in a fixed order: any number of threads gives the same
-// bits as long as it gives the same stripes.
+// Each stripe has its own partial sums, which are merged in a fixed order: the number of stripes
+// decides the bits of the result, the number of threads does not.
+//
+// Every instruction set includes this header before it chooses its own. Functions here are compiled
+// for any processor, and formulas for vectors must not come in (see kernels.h).
 
 #pragma once
 
@@ -17,6 +21,8 @@
 
 namespace marginkernels {
 
+using mk::Transform;  // of the negatives' cosines
+
 enum class Type { kFloat32, kBFloat16, kFloat16 };
 
 struct Rows {
@@ -25,14 +31,12 @@ struct Rows {
     Type type;
 };
 
-using mk::Transform;  // of the negatives' cosines
-
 inline float least_norm(Type compute) {
     return compute == Type::kFloat16 ? mk::kLeastNormFloat16 : mk::kLeastNorm;
 }
 
-struct Sweep {
-    // the call
+// 1. The call: the arguments that both ops share. ops.cpp fills it in.
+struct Call {
     Rows x;             // (N, D)
     Rows w;             // (C, D)
     const int64_t* y;   // (N,) class, -1: none here
@@ -44,61 +48,74 @@ struct Sweep {
     const float* row_parameter;  // (N,) or null
     float constants[mk::kMostConstants];
     int64_t n, c, d;
+};
 
-    // how it is cut
-    int64_t padded_n;       // multiple of mk::kTilePadding
-    int64_t padded_d;       // multiple of the vector
+// 2. The plan: how the call is cut. schedule.cpp makes this and all that follows.
+struct Plan {
+    int64_t padded_n;       // N up to a multiple of mk::kTilePadding
+    int64_t padded_d;       // D up to a multiple of the vector
     int64_t block_classes;  // even
     int64_t stripes;
-
-    // what every class block needs of x; see prepare_rows
-    float* x_inv;      // (N,) 1 / |x_i|, or 1
-    float* x_rows;     // (padded_n, padded_d) as rounded, zeros around
-    float* x_panels;   // operand of the logits
-    float* row_scale;  // (padded_n,) r_i
-    float* parameter;  // (padded_n,) row_parameter, zeros beyond it
-    float* w_inv;      // (C,) 1 / |w_j|
-
-    // exp(z - offset) needs no running maximum
-    bool fixed_offset;
+    bool fixed_offset;  // exp(z - offset) needs no running maximum
     float offset;
-    void* tiles;  // (C, padded_n) exp(z - offset) q_j in the compute type, or null
+};
 
-    // forward
-    float *d_out, *w_norm;  // (N,)
-    bool want_sum, want_max;
+// 3. The operands: x as every block of classes reads it, and the inverse norms.
+struct Operands {
+    float* x_rows;           // (padded_n, padded_d) as rounded, zeros around
+    float* x_panels;         // the same as operand of the logits
+    float* x_inv;            // (N,) 1 / |x_i|, or 1
+    float* row_scale;        // (padded_n,) r_i = scale x_inv_i
+    const float* parameter;  // (padded_n,) row_parameter, zeros beyond it
+    const float* w_inv;      // (C,) 1 / |w_j|
+};
+
+struct Problem : Call, Plan, Operands {};
+
+// 4. Forward: its results, and the partial sums of the stripes.
+struct ForwardSweep : Problem {
+    float *target_cosine, *w_norm;  // (N,)
+    float* w_inv_out;               // (C,) the memory of w_inv, which forward fills in
+    void* tiles;               // (C, padded_n) exp(z - offset) q_j in the compute type, or null
     float* stripe_max;         // (stripes, padded_n) largest logit, or the offset
     double* stripe_sum;        // (stripes, padded_n) sum of exp(z - maximum)
-    float* stripe_logit_max;   // (stripes, padded_n) where want_max
-    double* stripe_logit_sum;  // (stripes, padded_n) where want_sum
+    float* stripe_logit_max;   // (stripes, padded_n), or null where it is not wanted
+    double* stripe_logit_sum;  // (stripes, padded_n), or null where it is not wanted
+};
 
-    // backward
-    bool need_x, need_w, need_bias, need_scale;
-    const float *a, *u, *lse;  // (padded_n,) dL/dlse, dL/dS or null, lse
-    const float* target;       // (N,) dL/d(s d)
+// 5. Backward: the gradients that arrive, then the results, each null where it is not wanted.
+struct BackwardSweep : Problem {
+    const float *a, *lse;      // (padded_n,) dL/dlse; lse
+    const float* u;            // (padded_n,) dL/d(sum of logits), or null
+    const float* target;       // (N,) dL/d(scale target_cosine)
     const float* grad_w_norm;  // (N,) or null
-    const float* row_weight;  // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack it, or 1
-    float* gradient_panels;   // row_weight_i r_i x_i, with tiles over the scale: operand of dw
-    float* dx_partial;        // (stripes, N, padded_d)
-    void* dx;                 // (N, D) in x's type
-    void* dw;                 // (C, D) in w's type
-    float* dbias;             // (C,)
-    double* stripe_dscale;    // (stripes,)
+    const void* tiles;         // what forward kept, or null
+    // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack this factor, or 1
+    const float* row_weight;
+    // row_weight_i r_i x_i as operand of dw; with tiles it is divided by the scale
+    float* gradient_panels;
+
+    float* dx_partial;      // (stripes, N, padded_d)
+    void* dx;               // (N, D) in x's type
+    void* dw;               // (C, D) in w's type
+    float* dbias;           // (C,)
+    double* stripe_dscale;  // (stripes,)
 };
 
 struct Kernels {
     int64_t lanes;          // fp32 numbers per vector
     int64_t panel_rows;     // rows of x per panel: the unit of prepare_rows
     int64_t block_classes;  // at most, for small D
-    size_t (*scratch_bytes)(const Sweep&, bool backward);
-    // one panel of rows: x_rows, x_inv, row_scale, x_panels
-    void (*prepare_rows)(const Sweep&, int64_t panel);
-    // one panel of features: gradient_panels
-    void (*prepare_gradient)(const Sweep&, int64_t panel);
-    void (*forward)(const Sweep&, int64_t stripe, void* scratch);
-    void (*backward)(const Sweep&, int64_t stripe, void* scratch);
-    // rows [begin, end) of dx from the stripes' partial sums
-    void (*finish_dx)(const Sweep&, int64_t begin, int64_t end, void* scratch);
+    // memory that a thread works in
+    size_t (*scratch_bytes)(const Plan&, bool backward);
+    // fills in one panel of rows of x: x_rows, x_panels, x_inv, row_scale
+    void (*prepare_rows)(const Problem&, int64_t panel);
+    // fills in one panel of features of gradient_panels
+    void (*prepare_gradient)(const BackwardSweep&, int64_t panel);
+    void (*forward_stripe)(const ForwardSweep&, int64_t stripe, void* scratch);
+    void (*backward_stripe)(const BackwardSweep&, int64_t stripe, void* scratch);
+    // adds up the stripes' parts of rows [begin, end) of dx
+    void (*finish_dx)(const BackwardSweep&, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace marginkernels

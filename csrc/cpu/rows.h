@@ -44,7 +44,7 @@ struct Tag {
     static constexpr Type value = kType;
 };
 
-// f(Tag<type>) for a type known at run time
+// Calls f(Tag<type>) for a type that is known at run time.
 template <class F>
 MK_HOST_DEVICE void with_type(Type type, const F& f) {
     switch (type) {
@@ -54,11 +54,11 @@ MK_HOST_DEVICE void with_type(Type type, const F& f) {
     }
 }
 
-// Row i rounded to the compute type, as fp32 and with zeros from d to padded_d.
-void read_row(const Sweep& s, const Rows& rows, int64_t i, float* out) {
+// Reads row i, rounded to the compute type, as fp32 and with zeros from d to padded_d.
+void read_row(const Problem& s, const Rows& rows, int64_t i, float* out) {
     const char* row = static_cast<const char*>(rows.data) + i * rows.stride * size_of(rows.type);
     const int64_t whole = s.d / kLanes * kLanes;
-    // what fills no vector goes through one that is zero elsewhere
+    // numbers that fill no vector go through one that is zero elsewhere
     float rest[kLanes] = {};
     memcpy(rest, row + whole * size_of(rows.type), (s.d - whole) * size_of(rows.type));
     with_type(rows.type, [&](auto from) {
@@ -71,8 +71,8 @@ void read_row(const Sweep& s, const Rows& rows, int64_t i, float* out) {
     });
 }
 
-// The first d numbers of ``values`` to row i of a contiguous (count, d) matrix, past the cache
-// where they can be.
+// Writes the first d numbers of ``values`` to row i of a contiguous (count, d) matrix, past the
+// cache where the address allows it.
 void write_row(void* data, Type type, int64_t i, int64_t d, const float* values) {
     char* row = static_cast<char*>(data) + i * d * size_of(type);
     const int64_t whole = d / kLanes * kLanes;
@@ -101,7 +101,7 @@ float dot(const float* a, const float* b, int64_t padded_d) {
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// to += factor * from
+// Adds factor * from to ``to``.
 void add_scaled(float* to, float factor, const float* from, int64_t padded_d) {
     for (int64_t k = 0; k < padded_d; k += kLanes)
         store(to + k, factor * load(from + k) + load(to + k));
@@ -111,25 +111,25 @@ bool is_zero_row(float inverse_norm, Type compute) {
     return inverse_norm >= mk::inverse_norm(0, least_norm(compute));
 }
 
-// From the gradient with the row's norm held fixed, which has 1 / norm in it, to that of the row:
-// its radial part goes, and all of it for a zero row.
-void project(float* gradient, const float* row, float inverse_norm, const Sweep& s) {
+// Turns the gradient of the unit row, times 1 / norm, into the gradient of the row: removes its
+// radial part, and all of it for a zero row.
+void project(float* gradient, const float* row, float inverse_norm, const Problem& s) {
     if (is_zero_row(inverse_norm, s.compute)) {
         memset(gradient, 0, s.padded_d * sizeof(float));
         return;
     }
-    // of the unit row, whose factor does not overflow where that of a small row would
+    // along the unit row: the factor of a small row might overflow
     const float radial = dot(gradient, row, s.padded_d) * inverse_norm;
     for (int64_t k = 0; k < s.padded_d; k += kLanes)
         store(gradient + k, -radial * (inverse_norm * load(row + k)) + load(gradient + k));
 }
 
-// As bf16 numbers, of values that are ones already.
+// Narrows fp32 values that bf16 represents exactly.
 void narrow(const float* values, int64_t count, uint16_t* out) {
     for (int64_t k = 0; k < count; k += kLanes) store(out + k, to_bf16(load(values + k)));
 }
 
-// Units of two bf16 numbers, the first one in the low half.
+// Returns units of two bf16 numbers, the first one in the low half.
 MK_HOST_DEVICE vfloat bf16_units(vfloat first, vfloat second) {
     const vuint low = mk::bit_cast<vuint>(first) >> 16;
     return mk::bit_cast<vfloat>(vuint(low | (mk::bit_cast<vuint>(second) & 0xffff0000U)));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The two sweeps from end to end on plain pointers: memory, threads, and what joins the stripes.
+// The two sweeps from end to end on plain pointers: memory, threads, and the merging of stripes.
 
 #pragma once
 
@@ -25,26 +25,37 @@ inline float fixed_offset(float scale) {
     return scale > mk::kOffsetStart ? scale - mk::kOffsetStart : 0.0F;
 }
 
-inline bool has_fixed_offset(const Sweep& s) {
-    return s.normalize_x && s.normalize_w && s.bias == nullptr &&
-           s.transform == Transform::kIdentity && s.scale < mk::kOffsetScaleLimit;
+inline bool has_fixed_offset(const Call& call) {
+    return call.normalize_x && call.normalize_w && call.bias == nullptr &&
+           call.transform == Transform::kIdentity && call.scale < mk::kOffsetScaleLimit;
 }
 
-// (N,) each; the last two where wanted. They and marginkernels/ops.py say what they are.
-struct RowStatistics {
-    float *lse, *logit_sum, *logit_max;
+// Where forward's results go. marginkernels/ops.py says what each is.
+struct ForwardResults {
+    float *lse, *target_cosine, *w_norm;  // (N,)
+    float *logit_sum, *logit_max;         // (N,), or null where not wanted
+    float *x_inv, *w_inv;                 // (N,), (C,)
+    void* tiles;                          // (C, N up to a multiple of mk::kTilePadding), or null
 };
 
-// ``s`` has the call, x_inv, w_inv, tiles, d_out, w_norm, want_*; the rest is set here.
-void forward(Sweep s, const RowStatistics& out, const Parallel& parallel);
+void sweep_forward(const Call& call, const ForwardResults& results, const Parallel& parallel);
 
-// (N,) each, u and grad_w_norm or null.
-struct RowGradients {
-    const float *lse, *a, *u;
+// What forward left for backward, and the gradients that arrive for its results.
+struct BackwardInputs {
+    const float *lse, *w_inv;             // (N,), (C,)
+    const void* tiles;                    // as forward kept them, or null
+    const float *grad_lse, *grad_target;  // (N,)
+    const float *grad_w_norm, *grad_sum;  // (N,) or null
 };
 
-// ``s`` has the call, x_inv, w_inv, tiles, target, grad_w_norm, need_*, dx, dw, dbias. Returns
-// dscale.
-double backward(Sweep s, const RowGradients& rows, const Parallel& parallel);
+// Where backward's results go, each null where it is not wanted.
+struct BackwardResults {
+    void *dx, *dw;   // (N, D), (C, D) in the types of x and w
+    float* dbias;    // (C,)
+    double* dscale;  // ()
+};
+
+void sweep_backward(const Call& call, const BackwardInputs& inputs, const BackwardResults& results,
+                    const Parallel& parallel);
 
 }  // namespace marginkernels

@@ -2,8 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // Vectors of MK_VECTOR_BYTES in the compiler's own vector types: the same source is AVX-512, AVX2,
-// SSE2 or NEON. What those types cannot say (bf16 dot products, stores past the cache) is said by
-// intrinsics, and with MK_EMULATE in plain C++, so that every variant can be tested anywhere.
+// SSE2 or NEON. Intrinsics do what those types cannot (bf16 dot products, stores past the cache);
+// with MK_EMULATE plain C++ takes their place, so that every variant can be tested anywhere.
 
 #pragma once
 
@@ -89,7 +89,7 @@ MK_HOST_DEVICE vfloat round_to_bf16(vfloat v) {
     return v == v ? mk::bit_cast<vfloat>(rounded) : v;
 }
 
-// of a v that is a bf16 number
+// Narrows a v that bf16 represents exactly.
 MK_HOST_DEVICE vhalf to_bf16(vfloat v) {
     return __builtin_convertvector(vuint(mk::bit_cast<vuint>(v) >> 16), vhalf);
 }
@@ -119,7 +119,7 @@ MK_HOST_DEVICE vfloat round_to_fp16(vfloat v) {
     return v == v ? rounded : v;
 }
 
-// of a v that is an fp16 number
+// Narrows a v that fp16 represents exactly.
 MK_HOST_DEVICE vhalf to_fp16(vfloat v) {
     const vuint bits = mk::bit_cast<vuint>(v);
     const vuint sign = (bits >> 16) & 0x8000;

@@ -80,7 +80,7 @@ struct Stored {
     }
 };
 
-// Output in a type, read back as double.
+// An output in its own type, read back as double.
 struct Output {
     std::vector<float> wide;
     std::vector<uint16_t> half;
@@ -98,7 +98,7 @@ struct Output {
     }
 };
 
-// largest row error over the largest row norm, or over 1e-3 where all is smaller
+// Returns the largest row error over the largest row norm, or over 1e-3 where all is smaller.
 double relative_error(const Matrix& got, const Matrix& want, int64_t width) {
     double worst = 0, largest = 1e-6;
     for (size_t at = 0; at < want.size(); at += width) {
@@ -124,120 +124,178 @@ const Parallel two_threads = {2, [](const std::function<void()>& f) {
                                   other.join();
                               }};
 
-bool run(const Case& one) {
-    const auto [n, c, d, compute, x_type, w_type, normalize_x, normalize_w, has_bias, tiles,
-                extras] = one;
-    const float scale = normalize_x && normalize_w ? 16 : 0.5;
-    const Stored x(normal(n * d), n, d, x_type), w(normal(c * d), c, d, w_type);
-    const std::vector<float> bias = normal(c);
-    std::vector<int64_t> y(n);
-    for (int64_t i = 0; i < n; ++i) y[i] = i % 5 == 4 ? -1 : int64_t(generator() % c);
-    // upstream gradients; a negative one too
-    const std::vector<float> a = normal(n), target = normal(n), u = normal(n, 1e-3F);
-    const std::vector<float> grad_w_norm = normal(n);
+// The operands of a case and the gradients that arrive, some of them negative.
+struct Inputs {
+    const Case& one;
+    Stored x, w;
+    std::vector<float> bias;
+    std::vector<int64_t> y;
+    std::vector<float> a, target, u, grad_w_norm;
+    float scale;
 
-    Sweep s = {};
-    s.x = {x.data(), x.stride, x_type};
-    s.w = {w.data(), w.stride, w_type};
-    s.y = y.data();
-    s.bias = has_bias ? bias.data() : nullptr;
-    s.scale = scale;
-    s.normalize_x = normalize_x;
-    s.normalize_w = normalize_w;
-    s.compute = compute;
-    s.n = n, s.c = c, s.d = d;
-    std::vector<float> x_inv(n), w_inv(c), lse(n), target_logit(n), w_norm(n), logit_sum(n),
-        logit_max(n);
-    // aligned as tensors are
-    const size_t tile_bytes = c * round_up_to(n, mk::kTilePadding) * 4;
-    void* const tile_memory = std::aligned_alloc(64, round_up_to(tile_bytes, 64));
-    s.x_inv = x_inv.data(), s.w_inv = w_inv.data(), s.tiles = tiles ? tile_memory : nullptr;
-    s.d_out = target_logit.data(), s.w_norm = w_norm.data();
-    s.want_sum = s.want_max = extras;
-    forward(s, {lse.data(), logit_sum.data(), logit_max.data()}, two_threads);
+    explicit Inputs(const Case& one)
+        : one(one),
+          x(normal(one.n * one.d), one.n, one.d, one.x_type),
+          w(normal(one.c * one.d), one.c, one.d, one.w_type),
+          bias(normal(one.c)),
+          y(one.n),
+          scale(one.normalize_x && one.normalize_w ? 16 : 0.5) {
+        for (int64_t i = 0; i < one.n; ++i) y[i] = i % 5 == 4 ? -1 : int64_t(generator() % one.c);
+        a = normal(one.n), target = normal(one.n), u = normal(one.n, 1e-3F);
+        grad_w_norm = normal(one.n);
+    }
 
-    Output dx(n * d, x_type), dw(c * d, w_type);
-    std::vector<float> dbias(c);
-    s.target = target.data();
-    s.grad_w_norm = extras ? grad_w_norm.data() : nullptr;
-    s.need_x = s.need_w = true;
-    s.need_bias = s.need_scale = extras;
-    s.dx = dx.data(), s.dw = dw.data(), s.dbias = dbias.data();
-    const double dscale =
-        backward(s, {lse.data(), a.data(), extras ? u.data() : nullptr}, two_threads);
-    std::free(tile_memory);
+    Call call() const {
+        Call call = {};
+        call.x = {x.data(), x.stride, one.x_type};
+        call.w = {w.data(), w.stride, one.w_type};
+        call.y = y.data();
+        call.bias = one.bias ? bias.data() : nullptr;
+        call.scale = scale;
+        call.normalize_x = one.normalize_x;
+        call.normalize_w = one.normalize_w;
+        call.compute = one.compute;
+        call.n = one.n, call.c = one.c, call.d = one.d;
+        return call;
+    }
+};
 
-    // the same, dense and in fp64
-    const auto norm = [&](const Stored& rows, int64_t i) {
-        double total = 0;
-        for (int64_t k = 0; k < d; ++k) total += std::pow(rows.at(i, k, compute), 2);
-        return std::sqrt(total);
-    };
-    Matrix want_lse(n), want_d(n, 0), want_norm(n, 0), want_sum(n, 0), want_max(n);
-    Matrix t_x(n * d, 0), t_w(c * d, 0), want_dbias(c, 0);
-    double want_dscale = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        Matrix z(c), factor(c);
+// The results of the two sweeps.
+struct Results {
+    std::vector<float> lse, target_cosine, w_norm, logit_sum, logit_max, x_inv, w_inv, dbias;
+    Output dx, dw;
+    double dscale = 0;
+
+    explicit Results(const Inputs& in)
+        : lse(in.one.n),
+          target_cosine(in.one.n),
+          w_norm(in.one.n),
+          logit_sum(in.one.n),
+          logit_max(in.one.n),
+          x_inv(in.one.n),
+          w_inv(in.one.c),
+          dbias(in.one.c),
+          dx(in.one.n * in.one.d, in.one.x_type),
+          dw(in.one.c * in.one.d, in.one.w_type) {
+        const bool extras = in.one.extras;
+        // aligned as tensors are
+        const size_t tile_bytes = in.one.c * round_up_to(in.one.n, mk::kTilePadding) * 4;
+        void* const tile_memory = std::aligned_alloc(64, round_up_to(tile_bytes, 64));
+        void* const tiles = in.one.tiles ? tile_memory : nullptr;
+        sweep_forward(
+            in.call(),
+            {lse.data(), target_cosine.data(), w_norm.data(), extras ? logit_sum.data() : nullptr,
+             extras ? logit_max.data() : nullptr, x_inv.data(), w_inv.data(), tiles},
+            two_threads);
+        sweep_backward(
+            in.call(),
+            {lse.data(), w_inv.data(), tiles, in.a.data(), in.target.data(),
+             extras ? in.grad_w_norm.data() : nullptr, extras ? in.u.data() : nullptr},
+            {dx.data(), dw.data(), extras ? dbias.data() : nullptr, extras ? &dscale : nullptr},
+            two_threads);
+        std::free(tile_memory);
+    }
+};
+
+double norm(const Stored& rows, int64_t i, const Case& one) {
+    double total = 0;
+    for (int64_t k = 0; k < one.d; ++k) total += std::pow(rows.at(i, k, one.compute), 2);
+    return std::sqrt(total);
+}
+
+// The same results, dense and in fp64.
+struct Expected {
+    Matrix lse, target_cosine, w_norm, logit_sum, logit_max, dx, dw, dbias;
+    double dscale = 0;
+
+    explicit Expected(const Inputs& in) {
+        const Case& one = in.one;
+        lse.resize(one.n), logit_max.resize(one.n);
+        target_cosine.resize(one.n), w_norm.resize(one.n), logit_sum.resize(one.n);
+        dx.resize(one.n * one.d), dw.resize(one.c * one.d), dbias.resize(one.c);
+        for (int64_t i = 0; i < one.n; ++i) add_row(in, i);
+        if (one.normalize_x) project(dx, in.x, one.n, one);
+        if (one.normalize_w) project(dw, in.w, one.c, one);
+        for (int64_t i = 0; i < one.n && one.extras; ++i)
+            for (int64_t k = 0; k < one.d && in.y[i] >= 0; ++k)
+                dw[in.y[i] * one.d + k] +=
+                    in.grad_w_norm[i] * in.w.at(in.y[i], k, one.compute) / norm(in.w, in.y[i], one);
+    }
+
+  private:
+    // The statistics of row i, and its gradients as if norms were held fixed.
+    void add_row(const Inputs& in, int64_t i) {
+        const Case& one = in.one;
+        Matrix z(one.c), factor(one.c);
         double largest = -std::numeric_limits<double>::infinity(), total = 0;
-        for (int64_t j = 0; j < c; ++j) {
+        for (int64_t j = 0; j < one.c; ++j) {
             double product = 0;
-            for (int64_t k = 0; k < d; ++k) product += x.at(i, k, compute) * w.at(j, k, compute);
-            factor[j] = (normalize_x ? 1 / norm(x, i) : 1) * (normalize_w ? 1 / norm(w, j) : 1);
-            if (j == y[i]) want_d[i] = factor[j] * product, want_norm[i] = norm(w, j);
-            z[j] = scale * factor[j] * product + (has_bias ? bias[j] : 0);
-            if (j != y[i]) largest = std::max(largest, z[j]), want_sum[i] += z[j];
+            for (int64_t k = 0; k < one.d; ++k)
+                product += in.x.at(i, k, one.compute) * in.w.at(j, k, one.compute);
+            factor[j] = (one.normalize_x ? 1 / norm(in.x, i, one) : 1) *
+                        (one.normalize_w ? 1 / norm(in.w, j, one) : 1);
+            if (j == in.y[i])
+                target_cosine[i] = factor[j] * product, w_norm[i] = norm(in.w, j, one);
+            z[j] = in.scale * factor[j] * product + (one.bias ? in.bias[j] : 0);
+            if (j != in.y[i]) largest = std::max(largest, z[j]), logit_sum[i] += z[j];
         }
-        for (int64_t j = 0; j < c; ++j) total += j == y[i] ? 0 : std::exp(z[j] - largest);
-        want_max[i] = largest;
-        want_lse[i] = std::isinf(largest) ? largest : largest + std::log(total);
-        for (int64_t j = 0; j < c; ++j) {
-            double g = target[i];
-            if (j != y[i]) {
-                g = a[i] * std::exp(z[j] - want_lse[i]) + (extras ? u[i] : 0);
-                want_dbias[j] += g;
-                want_dscale += g * (z[j] - (has_bias ? bias[j] : 0)) / scale;
+        for (int64_t j = 0; j < one.c; ++j) total += j == in.y[i] ? 0 : std::exp(z[j] - largest);
+        logit_max[i] = largest;
+        lse[i] = std::isinf(largest) ? largest : largest + std::log(total);
+        for (int64_t j = 0; j < one.c; ++j) {
+            double g = in.target[i];
+            if (j != in.y[i]) {
+                g = in.a[i] * std::exp(z[j] - lse[i]) + (one.extras ? in.u[i] : 0);
+                dbias[j] += g;
+                dscale += g * (z[j] - (one.bias ? in.bias[j] : 0)) / in.scale;
             }
-            for (int64_t k = 0; k < d; ++k) {
-                t_x[i * d + k] += g * scale * factor[j] * w.at(j, k, compute);
-                t_w[j * d + k] += g * scale * factor[j] * x.at(i, k, compute);
+            for (int64_t k = 0; k < one.d; ++k) {
+                dx[i * one.d + k] += g * in.scale * factor[j] * in.w.at(j, k, one.compute);
+                dw[j * one.d + k] += g * in.scale * factor[j] * in.x.at(i, k, one.compute);
             }
         }
     }
-    const auto project = [&](Matrix& t, const Stored& rows, int64_t count) {
+
+    // Removes the radial part of each row's gradient.
+    static void project(Matrix& gradient, const Stored& rows, int64_t count, const Case& one) {
         for (int64_t i = 0; i < count; ++i) {
             double radial = 0;
-            for (int64_t k = 0; k < d; ++k) radial += t[i * d + k] * rows.at(i, k, compute);
-            radial /= std::pow(norm(rows, i), 2);
-            for (int64_t k = 0; k < d; ++k) t[i * d + k] -= radial * rows.at(i, k, compute);
+            for (int64_t k = 0; k < one.d; ++k)
+                radial += gradient[i * one.d + k] * rows.at(i, k, one.compute);
+            radial /= std::pow(norm(rows, i, one), 2);
+            for (int64_t k = 0; k < one.d; ++k)
+                gradient[i * one.d + k] -= radial * rows.at(i, k, one.compute);
         }
-    };
-    if (normalize_x) project(t_x, x, n);
-    if (normalize_w) project(t_w, w, c);
-    for (int64_t i = 0; i < n && extras; ++i)
-        for (int64_t k = 0; k < d && y[i] >= 0; ++k)
-            t_w[y[i] * d + k] += grad_w_norm[i] * w.at(y[i], k, compute) / norm(w, y[i]);
+    }
+};
 
+// Runs a case; prints each result that is off and returns whether none is.
+bool run(const Case& one) {
+    const Inputs in(one);
+    Results got(in);
+    Expected want(in);
     bool good = true;
-    const double fine = 2e-5, coarse = compute == Type::kBFloat16 ? 1e-2 : 2e-5;
-    const auto check = [&](const char* name, const Matrix& got, const Matrix& want, int64_t width,
+    const double fine = 2e-5, coarse = one.compute == Type::kBFloat16 ? 1e-2 : 2e-5;
+    const auto bound = [&](Type type) { return type == Type::kBFloat16 ? 1e-2 : coarse; };
+    const auto check = [&](const char* name, const Matrix& ours, const Matrix& exact, int64_t width,
                            double bound) {
-        const double error = relative_error(got, want, width);
+        const double error = relative_error(ours, exact, width);
         if (error <= bound) return;
         good = false;
         std::printf("  %s: relative error %.2g, at most %.2g\n", name, error, bound);
     };
-    for (int64_t i = 0; i < n; ++i)  // no negatives: -inf in both
-        if (std::isinf(want_lse[i]) && lse[i] == want_lse[i]) want_lse[i] = lse[i] = 0;
-    check("lse", wide(lse), want_lse, 1, fine);
-    check("d", wide(target_logit), want_d, 1, fine);
-    check("w_norm", wide(w_norm), want_norm, 1, fine);
-    check("dx", dx.values(), t_x, d, x_type == Type::kBFloat16 ? 1e-2 : coarse);
-    check("dw", dw.values(), t_w, d, w_type == Type::kBFloat16 ? 1e-2 : coarse);
-    if (extras) {
-        if (c > 1) check("logit_max", wide(logit_max), want_max, 1, fine);
-        check("logit_sum", wide(logit_sum), want_sum, 1, fine);
-        check("dbias", wide(dbias), want_dbias, 1, 1e-4);
-        check("dscale", {dscale}, {want_dscale}, 1, 1e-3);
+    for (int64_t i = 0; i < one.n; ++i)  // no negatives: -inf in both
+        if (std::isinf(want.lse[i]) && got.lse[i] == want.lse[i]) want.lse[i] = got.lse[i] = 0;
+    check("lse", wide(got.lse), want.lse, 1, fine);
+    check("target_cosine", wide(got.target_cosine), want.target_cosine, 1, fine);
+    check("w_norm", wide(got.w_norm), want.w_norm, 1, fine);
+    check("dx", got.dx.values(), want.dx, one.d, bound(one.x_type));
+    check("dw", got.dw.values(), want.dw, one.d, bound(one.w_type));
+    if (one.extras) {
+        if (one.c > 1) check("logit_max", wide(got.logit_max), want.logit_max, 1, fine);
+        check("logit_sum", wide(got.logit_sum), want.logit_sum, 1, fine);
+        check("dbias", wide(got.dbias), want.dbias, 1, 1e-4);
+        check("dscale", {got.dscale}, {want.dscale}, 1, 1e-3);
     }
     return good;
 }
