@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Inputs that break margin heads and fused cross-entropy kernels elsewhere."""
+"""Tests inputs that break margin heads and fused cross-entropy kernels elsewhere."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_target_cosine_of_plus_and_minus_one(branch, compute_dtype, backend, dev
 @TYPES
 @pytest.mark.parametrize("normalize", ["both", "weight", "none"])
 def test_cosines_stay_within_one(normalize, compute_dtype, backend, device):
-    """Norms are those of the rounded operands; of the given ones they are off by up to 4e-3."""
+    """Takes norms of the rounded operands; those of the given ones are off by up to 4e-3."""
     w = torch.randn(30, 200, device=device)
     _, stats = margin_cross_entropy(
         2 * w, w, torch.arange(30, device=device), margin=ArcFace(), scale=1.0, backend=backend,
@@ -93,7 +93,7 @@ def test_extreme_norms(size, normalize, compute_dtype, backend, device):
 @pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [(1.1e-12, 1), (1, 1.1e-12)], ids=["x", "w"])
 def test_large_gradients_of_small_rows(sizes, compute_dtype, backend, device):
-    """They are of 1e27, and the part that projection takes from them is 1e39 times the row."""
+    """Has gradients of 1e27, from which projection takes 1e39 times the row."""
     base = random_problem(40, 61, 8, device=device)
     x, w = (
         size * torch.nn.functional.normalize(t)
@@ -106,7 +106,7 @@ def test_large_gradients_of_small_rows(sizes, compute_dtype, backend, device):
 
 @pytest.mark.parametrize("compute_dtype", [F16, BF16], ids=["fp16", "bf16"])
 def test_gradients_of_norms_are_wide(compute_dtype, backend, device):
-    """Normalisation has no radial gradient: all of it is the regulariser's, beyond fp16 here."""
+    """Compares the radial gradient, which is the regulariser's alone, and beyond fp16 here."""
     x, w = torch.randn(6, 24, device=device), torch.randn(9, 24, device=device)
     x = x.to(compute_dtype).float().requires_grad_()  # so that its norm is that of the rounded row
     loss = margin_cross_entropy(
@@ -124,8 +124,9 @@ def test_gradients_of_norms_are_wide(compute_dtype, backend, device):
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("normalize", ["weight", "none"])
 def test_gradients_that_cancel_are_added_before_they_are_rounded(normalize, dtype, backend, device):
-    """A row along its class has a slope of 1e4 in its cosine, once through its logit and once, with
-    the other sign, through its norm.
+    """Takes rows along their class, which have a slope of 1e4 in their cosine twice.
+
+    One comes through the logit, the other, with the other sign, through the norm.
     """
     w = torch.linspace(0.5, 2, 40, dtype=dtype, device=device)[:, None]
     w = w * torch.eye(24, dtype=dtype, device=device).repeat(2, 1)[:40]
@@ -236,7 +237,7 @@ def test_row_margins_and_tables(backend, device):
 
 
 def test_bf16_error_does_not_grow_with_the_number_of_blocks(backend, device):
-    """Adding dx up in bf16 over a thousand blocks of classes loses a factor of 7, fp32 nothing."""
+    """Expects dx to be added up in fp32: over a thousand blocks bf16 would lose a factor of 7."""
     for c in (256, 65536):
         problem = random_problem(
             8, c, 16, device=device, dtypes=(BF16, BF16, None), margin=NSoftmax(), scale=4.0

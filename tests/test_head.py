@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Every backend against the fp64 reference, within the error budget of the plain PyTorch path."""
+"""Tests every backend against fp64, within the error budget of the plain PyTorch path."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Forward hands to backward: log-sum-exps, logits that are made twice, classes left out."""
+"""Tests what forward hands to backward: log-sum-exps, logits made twice, classes left out."""
 
 import math
 
@@ -17,8 +17,9 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def test_lse_is_rounded_once(backend, device):
-    """It is the log of the sum of the tiles kept, to half a unit in the last place: backward weighs
-    them by exp(-lse).
+    """Compares lse with the log of the sum of the kept tiles, to half a unit in the last place.
+
+    Backward weighs the tiles by exp(-lse).
     """
     skip_without_tiles(backend)
     n, c, scale = 200, 8, 58.0  # below 59, where exponentials are not relative to anything
@@ -44,7 +45,7 @@ def test_backward_makes_the_logits_that_forward_made(learns, compute_dtype, back
 
 @pytest.mark.parametrize("compute_dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_a_bias_of_minus_infinity_masks_a_class(compute_dtype, backend, device):
-    """The loss and the gradients are those without the class, and its own are 0."""
+    """Compares loss and gradients with those without the class, whose own gradients are 0."""
     problem = random_problem(23, 70, 16, device=device, margin=ArcFace(0.3), scale=8.0, bias=True)
     problem.compute_dtype = compute_dtype
     problem.y %= 60
@@ -78,7 +79,7 @@ def test_sum_of_logits_that_a_bias_masks(backend, device):
 
 @pytest.mark.parametrize("options", ["tiles", "bias", "transform"])
 def test_saved_tensors_come_back_with_other_strides(options, backend, device):
-    """As from hooks that keep them elsewhere: every second number of a longer tensor."""
+    """Unpacks every second number of a longer tensor, as hooks may that keep tensors elsewhere."""
     if options == "tiles":
         skip_without_tiles(backend)
     settings = {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Every loss against its dense definition (losses.py): values, gradients, ends, composition."""
+"""Tests every loss against its dense definition: values, gradients, ends, composition."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_the_definition_in_fp64(name, kind):
 
 @EACH
 def test_the_definition_at_all_angles(name):
-    """In the plane, where targets and negatives come close to -1 and 1 too."""
+    """Compares in the plane, where targets and negatives come close to -1 and 1 too."""
     x, w, y = operands(n=60, d=2)
     loss = LOSSES[name]
     ours = solve(lambda x, w: fused(loss, x, w, y, backend="reference"), x, w)
@@ -125,7 +125,7 @@ def test_thresholds_follow_the_margins_of_classes_and_rows(kind, backend, device
 
 @EACH
 def test_one_class_and_no_rows(name, backend, device):
-    """No negatives: the loss is 0, whatever the others would have become."""
+    """Expects a loss of 0 without negatives, whatever those would have become."""
     w, y = torch.randn(C, 8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     x = torch.randn(3, 8, device=device)
     if name not in ("MagFace", "AdaM-Softmax"):  # they regularise; and AdaM has a table
@@ -136,7 +136,7 @@ def test_one_class_and_no_rows(name, backend, device):
 
 
 def test_focal_factor_of_a_certain_row(device):
-    """p = 1 exactly: the slope of (1 - p)^gamma is infinite there for gamma < 1."""
+    """Takes p = 1 exactly, where the slope of (1 - p)^gamma is infinite for gamma < 1."""
     w = torch.eye(8, device=device)
     y = torch.arange(8, device=device)
     settings = dict(margin=NSoftmax(), scale=200.0, focal_gamma=0.5, reduction="none")

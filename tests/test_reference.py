@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The reference backend goes over blocks of classes: their number changes nothing but memory."""
+"""Tests that the number of blocks of classes of the reference changes nothing but memory."""
 
 import copy
 
@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 class Seen(TorchDispatchMode):
-    """The size of the largest tensor that is made, and the types of all, those in the ops too."""
+    """Notes the size of the largest tensor and the types of all, inside the ops too."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Seen(TorchDispatchMode):
 
 
 def solve(problem, dtype=None):
-    """Loss, statistics and all gradients, of the scale too."""
+    """Returns loss, statistics and all gradients, of the scale too."""
     leaves = [t if t is None else t.to(dtype or t.dtype) for t in (problem.x, problem.w)]
     settings = dict(copy.deepcopy(problem.settings), backend="reference", return_stats=True)
     if problem.bias is not None:
@@ -68,8 +68,8 @@ def test_no_tensor_has_all_logits(options, compute_dtype, device):
     problem.compute_dtype = compute_dtype
     with Seen() as seen:
         solve(problem)
-    assert n * c > 2 * reference._BLOCK_NUMBERS
-    assert seen.largest <= reference._BLOCK_NUMBERS
+    assert n * c > 2 * reference.BLOCK_NUMBERS
+    assert seen.largest <= reference.BLOCK_NUMBERS
 
 
 def test_rows_of_a_block_are_bounded_too(device):
@@ -81,7 +81,7 @@ def test_rows_of_a_block_are_bounded_too(device):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_fp64_for_fp32_operands(options, device):
-    """Some devices have no such type."""
+    """Serves devices that have no such type."""
     problem = random_problem(6, 20, 4, device=device, **OPTIONS[options])
     with Seen() as seen:
         solve(problem)
@@ -95,16 +95,16 @@ def test_any_number_of_blocks_gives_the_same(options, n, c, device, monkeypatch)
     if n:
         problem.y[0] = -100
     expected = solve(problem, F64)
-    monkeypatch.setattr(reference, "_BLOCK_NUMBERS", 1)
-    monkeypatch.setattr(reference, "_BLOCK_CLASSES", 5)
+    monkeypatch.setattr(reference, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(reference, "BLOCK_CLASSES", 5)
     for a, b in zip(solve(problem, F64), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("options", ["plain", "norms", "bias", "weight"])
 def test_gradcheck_over_blocks(options, device, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK_NUMBERS", 1)
-    monkeypatch.setattr(reference, "_BLOCK_CLASSES", 2)
+    monkeypatch.setattr(reference, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(reference, "BLOCK_CLASSES", 2)
     problem = random_problem(4, 7, 3, device=device, **OPTIONS[options])
     settings = dict(problem.settings, backend="reference", reduction="none")
     scale = torch.tensor(settings.pop("scale"), dtype=F64, device=device)

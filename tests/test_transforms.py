@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The negative transforms: their definitions, and every backend's against them, point by point.
+"""Tests the definitions of the negative transforms, and every backend against them.
 
 Cases follow from the rows of ``TRANSFORMS``; a new transform is tested without a change here.
 """
@@ -71,7 +71,7 @@ def test_slopes_are_the_derivatives(name, constants):
 
 
 def test_breaks_belong_to_the_easy_side():
-    """Classes exactly at a threshold are neither hard nor filtered."""
+    """Finds classes exactly at a threshold neither hard nor filtered."""
     at = torch.tensor([[0.5]], dtype=F64)
     half = torch.tensor([0.5], dtype=F64)
     for name in ("interclass_filter", "mv_softmax", "curricular"):

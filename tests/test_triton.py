@@ -101,7 +101,7 @@ def test_ttsem_normalize_modes_with_bias_and_smoothing(normalize, compute_dtype,
     "name, dtype", [("CurricularFace", F16), ("ArcNegFace", BF16), ("inter-class filter", F32)]
 )
 def test_ttsem_transforms_across_tiles(name, dtype, poisoned):
-    """Two tiles of rows, several of classes, in each type; the definition is the plain path."""
+    """Has two tiles of rows and several of classes; the definition is the plain path."""
     x, w, y = losses.operands(n=70, d=48, dtype=dtype)
     w = torch.cat([w, x[:11] + torch.randn(11, 48).to(dtype), torch.randn(200, 48).to(dtype)])
     loss, settings = LOSSES[name], losses.settings_of("label_smoothing", len(x))
@@ -121,8 +121,9 @@ def test_ttsem_transforms_across_tiles(name, dtype, poisoned):
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, None), (F32, F32, F16)], ids=["bf16", "fp16"])
 def test_ptx_matches_fp64(dtypes, poisoned):
-    """What the GPU's assembler gets, with every check on: races and unfinished copies inside a
-    program, which the IR cannot show.
+    """Executes the input of the GPU's assembler with every check on.
+
+    It shows races and unfinished copies inside a program, which the IR cannot show.
     """
     problem = random_problem(20, 150, 72, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
     with simulated("ptxsim"):
@@ -131,7 +132,7 @@ def test_ptx_matches_fp64(dtypes, poisoned):
 
 @needs_triton
 def test_interpreter_agrees(request):
-    """Triton's own interpreter, in a process that starts with it; fp32 and fp16 only."""
+    """Runs Triton's own interpreter, in a process that starts with it, in fp32 and fp16 only."""
     require_interpreter()
     if os.environ.get("TRITON_INTERPRET") != "1":
         command = [sys.executable, "-m", "pytest", "-q", "-x", f"{__file__}::{request.node.name}"]
@@ -149,8 +150,9 @@ def test_interpreter_agrees(request):
 
 
 def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
-    """Rounded w, G and dw go through small buffers many times instead of once. A vendor's GEMM may
-    round another way for each shape.
+    """Sends rounded w, G and dw through small buffers many times instead of once.
+
+    A vendor's GEMM may round another way for each shape.
     """
     from marginkernels.backends.triton import backward, operands
 
@@ -189,7 +191,7 @@ def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
 
 @needs_triton
 def test_offsets_beyond_32_bits():
-    """The last rows of operands of more than 2^31 elements; only pages that are touched exist."""
+    """Reads the last rows of operands of more than 2^31 elements; only touched pages exist."""
     adapter = pytest.importorskip("ptxsim.triton_adapter", reason="ptxsim is not installed")
     from marginkernels.backends.triton.row_kernels import norm_kernel
     from marginkernels.backends.triton.tile_kernels import statistics_kernel
@@ -224,11 +226,11 @@ def test_offsets_beyond_32_bits():
 
 @needs_triton
 def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
-    """Clock replaced: the second configuration is the fastest, and is found once, then read."""
+    """Replaces the clock: the second configuration is the fastest, is found once, and then read."""
     from marginkernels.backends.triton import configs, tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "found", {})
     calls, table = [], configs.TABLE["sm_80"]["half"]
 
     def op(x, w, *, config=None, compute_dtype):
@@ -242,7 +244,7 @@ def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
     x, w = torch.zeros(100, 8), torch.zeros(1000, 8)
     assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
     assert tuning.fastest(op, x[:70], w[:900], compute_dtype=BF16) == table[1]
-    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(tuning, "found", {})
     assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
     assert tuning.fastest(op, x, w[:100], compute_dtype=BF16) and len(calls) == 2 * len(table)
 
@@ -272,7 +274,7 @@ def test_triton_is_imported_only_when_it_is_used():
 
 @pytest.mark.parametrize("save_tiles", [False, True])
 def test_fakes_agree_with_the_ops(save_tiles):
-    """Shapes, types and strides under torch.compile, and no input changed."""
+    """Compares shapes, types and strides under torch.compile, and finds no input changed."""
     x, w, y = torch.randn(5, 8), torch.randn(70, 8), torch.tensor([0, 69, 3, -1, 3])
     functor = dict(transform="identity", row_parameter=None, constants=None)
     sides = dict(normalize_x=True, normalize_w=True, compute_dtype=BF16, **functor)

@@ -19,7 +19,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def mutated(module, old, new, tmp_path):
-    """A kernel module with one piece of its text replaced."""
+    """Returns a kernel module with one piece of its text replaced."""
     text = Path(module.__file__).read_text()
     assert text.count(old) == 1
     path = tmp_path / "mutated_kernels.py"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Where values are not checked, as on a GPU, bad labels and samples give a NaN loss, and nothing is
-read or written out of bounds.
+"""Tests bad labels and samples where values are not checked, as on a GPU.
+
+They give a NaN loss, and nothing is read or written out of bounds.
 """
 
 import warnings
@@ -104,7 +105,7 @@ def test_a_bad_sample_of_one_rank_is_an_error_of_all(case):
 
 
 class Chooses(PartialFC_V2):
-    """A head of which a user has overridden the choice of classes."""
+    """Stands for a head whose choice of classes a user has overridden."""
 
     def sample(self, label):
         return torch.tensor(self.index)

@@ -21,8 +21,8 @@ from ..transforms import TRANSFORMS, Transform
 from .base import Backend
 
 # numbers in a block: of its logits, and of its classes' rows; and the fewest classes in one
-_BLOCK_NUMBERS = 1 << 20
-_BLOCK_CLASSES = 128
+BLOCK_NUMBERS = 1 << 20
+BLOCK_CLASSES = 128
 
 
 class ReferenceBackend(Backend):
@@ -83,7 +83,7 @@ class _Classes(NamedTuple):
 
     def blocks(self, x_unit: Tensor) -> Iterator[_Block]:
         """Makes the logits of ``x_unit`` (N, D) block by block."""
-        count = max(_BLOCK_NUMBERS // max(*x_unit.shape, 1), _BLOCK_CLASSES)
+        count = max(BLOCK_NUMBERS // max(*x_unit.shape, 1), BLOCK_CLASSES)
         for first in range(0, len(self.w), count):
             yield self._block(x_unit, slice(first, min(first + count, len(self.w))))
 

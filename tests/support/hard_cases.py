@@ -12,6 +12,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def zero_rows(compute_dtype, backend, device="cpu"):
+    """Checks that rows of zeros have gradients of zero and spoil no other row."""
     problem = random_problem(12, 50, 20, device=device, margin=ArcFace(0.5), scale=30.0)
     problem.compute_dtype = compute_dtype
     zero_row, zero_classes = 3, [int(problem.y[4]), int(problem.y[0] + 1) % 50]
@@ -28,6 +29,7 @@ def zero_rows(compute_dtype, backend, device="cpu"):
 
 
 def duplicates(backend, device="cpu"):
+    """Checks batches in which one class is the target of all rows, or of many."""
     problem = random_problem(130, 600, 32, device=device, margin=ArcFace(0.4), scale=32.0)
     problem.y[:] = 599
     problem.check(backend)
@@ -36,7 +38,7 @@ def duplicates(backend, device="cpu"):
 
 
 def easy_rows(save_tiles, backend, device="cpu"):
-    """Loss and gradients keep a relative error of 1e-4 where lse - z_y has no correct digit."""
+    """Checks for a relative error of 1e-4 where lse - z_y has no correct digit."""
     w = torch.randn(500, 64, device=device)
     y = torch.arange(16, device=device)
     x = w[y] + 0.02 * torch.randn(16, 64, device=device)
@@ -51,7 +53,7 @@ def easy_rows(save_tiles, backend, device="cpu"):
 
 
 def cosines_of_one_sign(sign, scale, backend, device="cpu"):
-    """All logits near -s underflow an unshifted exp, all near +s overflow it."""
+    """Checks logits near -s, which underflow an unshifted exp, or near +s, which overflow it."""
     direction = torch.randn(1, 32, device=device)
     x = direction + 0.1 * torch.randn(20, 32, device=device)
     w = sign * direction + 0.1 * torch.randn(333, 32, device=device)
@@ -64,7 +66,7 @@ def cosines_of_one_sign(sign, scale, backend, device="cpu"):
 
 
 def small_opposite_rows(backend, device="cpu"):
-    """With tiles saved exp(s), 1 / |x| and s are factors of a row, beyond fp32 together."""
+    """Checks rows whose factors exp(s), 1 / |x| and s of saved tiles exceed fp32 together."""
     direction = torch.randn(1, 32, device=device)
     x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32, device=device))
     w = -direction + 1e-2 * torch.randn(5, 32, device=device)
@@ -74,6 +76,7 @@ def small_opposite_rows(backend, device="cpu"):
 
 
 def extreme_norms(size, normalize, compute_dtype, backend, device="cpu"):
+    """Checks rows and classes of tiny and huge norms, alone and beside usual ones."""
     base = random_problem(21, 130, 40, device=device, margin=ArcFace(0.3), scale=1.0)
     # logits stay of order 10: on un-normalised sides the scale answers for the norms
     norms = {"both": 1.0, "weight": size, "none": size * size}[normalize]
@@ -89,6 +92,7 @@ def extreme_norms(size, normalize, compute_dtype, backend, device="cpu"):
 
 
 def smallest_problems(n, c, backend, device="cpu"):
+    """Checks shapes and values where there are no rows or no negatives."""
     problem = random_problem(n, c, 3, device=device, margin=ArcFace(0.2), scale=64.0)
     loss, dx, dw = problem.solve_fused(backend)
     assert loss.shape == (n,) and dx.shape == (n, 3) and dw.shape == (c, 3)
@@ -104,6 +108,7 @@ def smallest_problems(n, c, backend, device="cpu"):
 
 
 def nothing_to_average(compute_dtype, backend, device="cpu"):
+    """Checks that a mean over no rows, or over weights of zero, is 0 and has gradients of 0."""
     problem = random_problem(6, 9, 5, device=device, margin=ArcFace(0.3), scale=20.0)
     for y, weight in (
         (torch.full_like(problem.y, -100), None),
@@ -119,13 +124,14 @@ def nothing_to_average(compute_dtype, backend, device="cpu"):
 
 
 def large_biases(offset, backend, device="cpu"):
-    """A row offset of any size is harmless: the running maximum takes it out."""
+    """Checks that an offset of a row is harmless: the running maximum takes it out."""
     problem = random_problem(15, 200, 16, device=device, margin=ArcFace(0.3), scale=10.0, bias=True)
     problem.bias += offset
     problem.check(backend)
 
 
 def gradients_through_the_norms(normalize, backend, device="cpu"):
+    """Checks a margin that depends on the norms of rows and classes."""
     settings = dict(margin=MarginOfNorms(), scale=4.0, normalize=normalize)
     problem = random_problem(20, 70, 3, device=device, **settings)
     problem.x, problem.w = 0.4 * problem.x, 0.4 * problem.w  # where tanh still rises
@@ -133,6 +139,7 @@ def gradients_through_the_norms(normalize, backend, device="cpu"):
 
 
 def learnable_scale_and_bias(backend, device="cpu"):
+    """Checks the gradient of a scale, with a bias and label smoothing."""
     problem = random_problem(25, 90, 33, device=device, margin=ArcFace(0.2), scale=None, bias=True)
 
     def scale_gradient(dtype, backend):

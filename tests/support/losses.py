@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Every loss beside its textbook definition: dense, naive, in the order of the papers' equations.
+"""Holds every loss beside its textbook definition: dense, naive, in the order of the papers.
 
-A definition maps the cosines (N, C), labels and norms to what stands in their place before the
-scale (and the norms that are kept), and may add to the rows' losses.
+A definition gets the cosines (N, C), labels and norms. It returns the numbers that replace the
+cosines before the scale (and the norms that are kept), and a term that is added to each row's loss.
 """
 
 import math
@@ -24,7 +24,7 @@ F64 = torch.float64
 
 
 def on_target(t):
-    """A definition that replaces the target's cosine by t(c_y, x_norm)."""
+    """Returns a definition that replaces the target's cosine by t(c_y, x_norm)."""
 
     def definition(c, y, x_norm):
         replaced = t(c.gather(1, y[:, None])[:, 0], x_norm)
@@ -34,7 +34,7 @@ def on_target(t):
 
 
 def with_negatives(t, negatives):
-    """t(c_y) for the target, negatives(c, c_y) (N, C) for the others."""
+    """Returns a definition: t(c_y) for the target, negatives(c, c_y) (N, C) for the others."""
 
     def definition(c, y, x_norm):
         c_y = c.gather(1, y[:, None])
@@ -191,7 +191,7 @@ LOSSES = {
 
 
 def dense(loss, x, w, y, *, label_smoothing=0.0, sample_weight=None, z_loss=0.0, focal_gamma=0.0):
-    """The definition's losses of the rows (N,)."""
+    """Returns the losses of the rows (N,) by the definition."""
     x_norm, w_norm = x.norm(dim=1), w.norm(dim=1)
     c = (F.normalize(x) @ F.normalize(w).T).clamp(-1, 1)
     t, extra = loss.define(c, y, x_norm)
@@ -204,7 +204,7 @@ def dense(loss, x, w, y, *, label_smoothing=0.0, sample_weight=None, z_loss=0.0,
 
 
 def fused(loss, x, w, y, **settings):
-    """The library's losses of the rows (N,)."""
+    """Returns the losses of the rows (N,) by the library."""
     margin = loss.make()
     if x.dtype == torch.float64:
         margin.double()  # or the buffers would round to fp32
@@ -215,7 +215,7 @@ def fused(loss, x, w, y, **settings):
 
 
 def operands(n=40, d=8, dtype=torch.float64, seed=0):
-    """Rows from far beyond the margins' branch points to close to their class."""
+    """Returns rows from far beyond the margins' branch points to close to their class."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(C, d, generator=generator, dtype=torch.float64)
     y = torch.randint(0, C, (n,), generator=generator)
@@ -225,7 +225,7 @@ def operands(n=40, d=8, dtype=torch.float64, seed=0):
 
 
 def solve(function, x, w):
-    """Row losses of function(x, w), and the gradients of an uneven sum of them."""
+    """Returns the row losses of function(x, w), and the gradients of an uneven sum of them."""
     leaves = [t.detach().requires_grad_() for t in (x, w)]
     rows = function(*leaves)
     upstream = torch.linspace(0.5, 1.5, len(rows), dtype=rows.dtype)
@@ -233,14 +233,17 @@ def solve(function, x, w):
 
 
 def settings_of(kind, n):
-    """What composes with every loss, one at a time and together."""
+    """Returns settings that compose with every loss: one of them, all, or none ("alone")."""
     weights = torch.linspace(0.2, 2, n, dtype=F64)
     each = dict(label_smoothing=0.1, sample_weight=weights, z_loss=1e-2, focal_gamma=2.0)
     return {"alone": {}, "all": each}.get(kind, {kind: each.get(kind)})
 
 
 def stays_in_the_definitions_budget(name, dtype, backend, device="cpu"):
-    """The definition in the same type, the features in several orders, is the plain path."""
+    """Checks a loss against its definition in fp64.
+
+    The plain path is the definition in the same type, with the features in several orders.
+    """
     x, w, y = operands(d=96, dtype=dtype)
     loss, settings = LOSSES[name], settings_of("all", len(x))
     settings["sample_weight"] = settings["sample_weight"].float()
@@ -259,11 +262,12 @@ def stays_in_the_definitions_budget(name, dtype, backend, device="cpu"):
 
 
 def plain(loss, x, w, y, settings):
+    """Returns the losses of the rows by the definition, as the plain path computes them."""
     return dense(loss, x.float(), w.float(), y, **settings)
 
 
 def finite_at_the_ends(name, dtype, backend, device="cpu"):
-    """Features along and against their class, and along another: |c| = 1 on both sides."""
+    """Checks that nothing is infinite for features along and against their class, and another."""
     if why_not := reasons(backend, device, dtype):
         pytest.skip("; ".join(why_not))
     w = torch.randn(C, 24, device=device)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Problems to solve with a backend, with the plain path in the same type, and with fp64."""
+"""Makes problems to solve with a backend, with the plain path in the same type, and with fp64."""
 
 import contextlib
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from marginkernels.testing import assert_within_budget, plain_margin_cross_entro
 
 @dataclass
 class Problem:
-    """Operands of one call; ``compute_dtype`` None is x's own."""
+    """Holds the operands of one call; ``compute_dtype`` None is x's own."""
 
     x: torch.Tensor
     w: torch.Tensor
@@ -23,7 +23,7 @@ class Problem:
     settings: dict = field(default_factory=dict)  # margin, scale, normalize, ...
 
     def solve(self, function, dtype=None, **more):
-        """Row losses from ``function``, and the gradients of a weighted sum of them."""
+        """Returns row losses from ``function``, and the gradients of a weighted sum of them."""
         leaves = [
             t if t is None else t.detach().to(dtype or t.dtype) for t in (self.x, self.w, self.bias)
         ]
@@ -48,7 +48,7 @@ class Problem:
         return self.solve(margin_cross_entropy, torch.float64, backend="reference")
 
     def solve_plain(self, draws=12):
-        """Today's path in the same type, under autocast where x is wider: several draws of it.
+        """Solves several times by today's path in the same type, under autocast where x is wider.
 
         An orthogonal map of the features changes nothing but the rounding errors: a permutation,
         and a reflection too where the operands are wider than the type they are rounded to.
@@ -76,7 +76,7 @@ class Problem:
         return solutions
 
     def check(self, backend, exact=None, plain=None, conditioning=1.0, **more):
-        """Loss and gradients of ``backend`` are finite and within the budget.
+        """Checks that loss and gradients of ``backend`` are finite and within the budget.
 
         Easy rows, whose loss the plain path cannot resolve, are judged apart, and so are the
         classes that are targets.
@@ -101,7 +101,7 @@ class Problem:
 def random_problem(
     n, c, d, *, device="cpu", dtypes=(torch.float32, torch.float32, None), bias=False, **settings
 ):
-    """Embeddings that lean towards their class, so that losses range from easy to hard."""
+    """Returns a problem whose embeddings lean towards their class: losses from easy to hard."""
     x_dtype, w_dtype, compute_dtype = dtypes
     w = torch.randn(c, d, device=device)
     y = torch.randint(0, c, (n,), device=device)

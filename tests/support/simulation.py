@@ -42,8 +42,9 @@ def require(simulator: str) -> None:
 
 
 def require_interpreter() -> None:
-    """Skips the test where Triton's interpreter cannot run: before 3.8 it makes a scalar of an
-    array of one number, which numpy 2.4 refuses.
+    """Skips the test where Triton's interpreter cannot run.
+
+    Before 3.8 it makes a scalar of an array of one number, which numpy 2.4 refuses.
     """
     version, numpy = _version("triton"), _version("numpy")
     if _release(version) < (3, 8) and _release(numpy) >= (2, 4):

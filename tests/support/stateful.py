@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Every loss that remembers something, with settings that show it at the next step."""
+"""Makes heads of every loss that remembers something, with settings that show it at once."""
 
 import torch
 
@@ -19,11 +19,11 @@ from tests.support.losses import C, operands
 
 
 def annealed():
-    """L-Softmax whose lambda falls from 50 to 33 and 25."""
+    """Returns an L-Softmax whose lambda falls from 50 to 33 and 25."""
     return LSoftmax(3, base=100.0, gamma=1.0, power=1.0)
 
 
-# a fresh head's settings
+# settings of a fresh head
 STATEFUL = {
     "L-Softmax": lambda: dict(margin=annealed(), scale=1.0, normalize="none"),
     "A-Softmax": lambda: dict(margin=ASoftmax(4), scale=1.0, normalize="weight"),
@@ -38,17 +38,21 @@ STATEFUL = {
 
 
 def head_of(settings):
+    """Returns a head with the same weights at each call."""
     torch.manual_seed(1)
     return MarginSoftmaxHead(8, C, **dict(dict(backend="reference"), **settings))
 
 
 def state_of(head):
+    """Returns copies of what the head remembers."""
     return {k: v.clone() for k, v in head.state_dict().items() if k != "weight"}
 
 
 def batches():
+    """Returns four batches of features and labels."""
     return [operands(dtype=torch.float32, seed=seed)[::2] for seed in range(4)]
 
 
 def same(a, b):
+    """Compares two results of :func:`state_of`."""
     return all(torch.equal(a[k], b[k]) for k in a)

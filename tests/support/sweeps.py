@@ -26,11 +26,12 @@ CONSTANTS = {
 
 
 def usual_constants(name: str) -> tuple[float, ...]:
+    """Returns constants as a loss has them."""
     return CONSTANTS[TRANSFORMS[name].constants][0]
 
 
 def cosines(constants: tuple[float, ...]) -> Tensor:
-    """A grid over [-1, 1] with the ends, their neighbours and both sides of each break.
+    """Returns a grid over [-1, 1] with the ends, their neighbours and both sides of each break.
 
     A definition may break at the parameter of the row and at each constant.
     """
@@ -45,7 +46,7 @@ def cosines(constants: tuple[float, ...]) -> Tensor:
 def operands(
     name: str, n: int, dtype: torch.dtype = F64, constants: tuple[float, ...] | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The row parameter (n,) and the constants (K,) that the transform takes."""
+    """Returns the row parameter (n,) and the constants (K,) that the transform takes."""
     constants = usual_constants(name) if constants is None else constants
     return (
         torch.full((n,), THRESHOLD, dtype=dtype) if TRANSFORMS[name].per_row else None,
@@ -56,13 +57,16 @@ def operands(
 def value_and_slope(
     name: str, c: Tensor, row_parameter: Tensor | None, constants: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition at cosines (N,), each of a row of its own."""
+    """Evaluates the definition at cosines (N,), each in a row of its own."""
     value, slope = TRANSFORMS[name].function(c[:, None], row_parameter, constants)
     return value[:, 0], slope[:, 0]
 
 
 def sweep(backend, device, name, scale=2.0, constants=None):
-    """f(z) / scale and f' of each cosine, read off the two ops: D = 1, one class, no target."""
+    """Runs both ops with D = 1, one class and no target, to read f(z) and f' of each cosine off.
+
+    Returns the results, and the arguments of both calls.
+    """
     constants = usual_constants(name) if constants is None else constants
     c = cosines(constants).float().to(device)
     n = len(c)
@@ -90,6 +94,7 @@ def sweep(backend, device, name, scale=2.0, constants=None):
 
 
 def agrees_with_the_definition(name, constants, backend, device="cpu"):
+    """Checks a transform of a backend point by point."""
     scale, c = 2.0, cosines(constants)
     (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale, constants)
     value, slope = value_and_slope(name, c, *operands(name, len(c), F64, constants))
@@ -118,6 +123,7 @@ WRONG = {
 
 
 def wrong_operands_are_named(case, backend, device="cpu"):
+    """Checks the error for operands that are not the transform's."""
     transform, parameter, constants, bias, complaint = WRONG[case]
     x, w, y = torch.rand(3, 2), torch.rand(4, 2), torch.zeros(3, dtype=torch.int64)
     x, w, y, scale, bias, parameter, constants = (
@@ -133,8 +139,10 @@ def wrong_operands_are_named(case, backend, device="cpu"):
 
 
 def backward_makes_the_logits_of_forward(learns, compute_dtype, backend, device="cpu"):
-    """A row's only negative has the probability exp(z - lse) = 1: a rounding more in one of the
-    sweeps would be a tenth of it here.
+    """Checks that both sweeps round a logit alike.
+
+    A row's only negative has the probability exp(z - lse) = 1. A rounding more in one of the sweeps
+    would change it by a tenth here.
     """
     n, d, scale = 60, 20, 0.37
     x, w = 1000 * torch.randn(n, d, device=device), 1000 * torch.randn(2, d, device=device)
@@ -160,8 +168,10 @@ def backward_makes_the_logits_of_forward(learns, compute_dtype, backend, device=
 
 
 def sum_of_logits_that_a_bias_masks(backend, device="cpu"):
-    """Label smoothing wants a probability for every class: the sum is -inf, as in its formula, and
-    has the gradient that it has with any other bias.
+    """Checks that the sum of the logits is -inf where a bias masks a class.
+
+    Label smoothing wants a probability for every class, and its formula gives that. The gradient is
+    that with any other bias.
     """
     n, c = 19, 50
     x, w = torch.randn(n, 8, device=device), torch.randn(c, 8, device=device)
@@ -190,6 +200,7 @@ def sum_of_logits_that_a_bias_masks(backend, device="cpu"):
 
 
 def op_arguments(backend, device, compute_dtype, save_tiles):
+    """Returns arguments of the forward and of the backward op, as (positional, keywords) each."""
     x, y = batch(device)
     w, scale = torch.randn(C, D, device=device), torch.tensor(16.0, device=device)
     y[3] = -1
@@ -212,6 +223,7 @@ def op_arguments(backend, device, compute_dtype, save_tiles):
 
 
 def opcheck(compute_dtype, save_tiles, backend, device="cpu"):
+    """Checks schemas, fakes and dispatch of both ops."""
     if save_tiles:
         skip_without_tiles(backend)
     fwd, bwd = op_arguments(backend, device, compute_dtype, save_tiles)

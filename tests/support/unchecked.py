@@ -17,12 +17,13 @@ WRONG = {2: C, 3: -5, 5: 2**40}  # labels, by row; row 6 is ignored
 
 @contextlib.contextmanager
 def values_unchecked():
+    """Looks at no value of a tensor inside this context, as on a GPU."""
     with unittest.mock.patch("marginkernels.device_checks.checks_values", lambda _: False):
         yield
 
 
 def solve(y, x, w, leaves=(), **settings):
-    """Losses of the rows, statistics, and gradients of the losses of the rows that are right."""
+    """Returns losses and statistics of the rows, and gradients of the losses of the right rows."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     losses, stats = margin_cross_entropy(x, w, y, reduction="none", return_stats=True, **settings)
     right = torch.ones(len(losses), dtype=torch.bool, device=losses.device)
@@ -32,6 +33,7 @@ def solve(y, x, w, leaves=(), **settings):
 
 
 def problem(device="cpu"):
+    """Returns features, weights, labels of which some are wrong, and labels without those."""
     torch.manual_seed(0)
     x, w = torch.randn(N, D, device=device), torch.randn(C, D, device=device)
     y = torch.randint(0, C, (N,), device=device)
@@ -43,7 +45,7 @@ def problem(device="cpu"):
 
 
 def labels_out_of_range(normalize, dtype, backend, device="cpu"):
-    """Their rows are NaN; all else is as if they were ignored."""
+    """Checks that their rows are NaN, and all else is as if they were ignored."""
     x, w, wrong, left_out = problem(device)
     x, w = x.to(dtype), w.to(dtype)
     table = torch.nn.Parameter(torch.rand(C, device=device))
@@ -62,6 +64,7 @@ def labels_out_of_range(normalize, dtype, backend, device="cpu"):
 
 
 def choose(index):
+    """Returns a sampler that chooses the same classes at each call."""
     return lambda label: torch.as_tensor(index, device=label.device)
 
 
@@ -78,6 +81,7 @@ SAMPLES = {  # what a sampler returns for rows of the classes 3, 7, 7; words of 
 
 
 def sampled_call(index, device="cpu", logq=False, **settings):
+    """Returns the losses of three rows, of the classes 3, 7 and 7, over a sample."""
     x, w, *_ = problem(device)
     y = torch.tensor([3, 7, 7], device=device)
     settings = dict(margin=ArcFace(0.2), scale=8.0, reduction="none") | settings
@@ -85,7 +89,7 @@ def sampled_call(index, device="cpu", logq=False, **settings):
 
 
 def samples_are_checked(case, backend, device="cpu"):
-    """Their type and shape everywhere, their values on the CPU."""
+    """Checks the errors for type and shape everywhere, and for values on the CPU."""
     index, words = SAMPLES[case]
     typed = case in ("floats", "empty", "2-d")
     if typed or device == "cpu":

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config
 
-_found: dict[str, Config] = {}
+found: dict[str, Config] = {}
 
 
 def cache_file() -> Path:
@@ -35,9 +35,9 @@ def fastest(
     if len(x) == 0:
         return None
     key = _shape_class(op, x, w, settings)
-    if key not in _found:
-        _found.update(_read())
-    if key not in _found:
+    if key not in found:
+        found.update(_read())
+    if key not in found:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         target = configs.target(x.device).name
@@ -48,9 +48,9 @@ def fastest(
             )
             for config in configs.TABLE[target][kind]
         }
-        _found[key] = min(times, key=lambda config: times[config])
-        _write(key, _found[key])
-    return _found[key]
+        found[key] = min(times, key=lambda config: times[config])
+        _write(key, found[key])
+    return found[key]
 
 
 def _shape_class(op: Callable, x: Tensor, w: Tensor, settings: dict) -> str:
