@@ -12,12 +12,12 @@ from typing import NamedTuple
 PATH = Path(__file__).parents[2] / "docs" / "scaling.md"
 IDENTITIES, GPUS = (10**6, 10**7, 10**8), (8, 64, 512)
 
-# what the triton backend works in, at most
+# the Triton backend's chunks have at most so many bytes
 G_CHUNK_BYTES, DW_CHUNK_BYTES, W_CHUNK_BYTES = 64 << 20, 16 << 20, 32 << 20
 
 
 class Setup(NamedTuple):
-    """One training step."""
+    """Describes one training step."""
 
     classes: int  # of all GPUs together
     gpus: int  # that the classes are split over
@@ -28,24 +28,24 @@ class Setup(NamedTuple):
 
     @property
     def held(self) -> int:
-        """The classes of a GPU, of that which has most."""
+        """Returns the number of classes on the GPU that has most."""
         return -(-self.classes // self.gpus)
 
     @property
     def batch(self) -> int:
-        """The rows of all GPUs."""
+        """Returns the number of rows of all GPUs."""
         return self.rows * self.gpus
 
 
 def lasting(s: Setup) -> int:
-    """Bytes of weights, gradient and optimizer state on a GPU, in fp32."""
+    """Counts the bytes of weights, gradient and optimizer state on a GPU, in fp32."""
     return 4 * (2 + s.optimizer_numbers) * s.held * s.features
 
 
 def working(s: Setup) -> int:
-    """Bytes that a step takes on a GPU besides, at its peak: that of forward or that of backward.
+    """Counts the bytes that a step takes on a GPU besides, at the higher peak of its two sweeps.
 
-    Without the exponentials that forward may keep, at most 256 MiB unless asked for more.
+    The exponentials that forward may keep are not counted: at most 256 MiB, unless asked for more.
     """
     chunk = min(s.held, max(1, G_CHUNK_BYTES // (s.batch * s.itemsize)))  # of classes, backward
     rounded = 0 if s.itemsize == 4 else W_CHUNK_BYTES  # w is rounded chunk by chunk
@@ -66,7 +66,7 @@ def working(s: Setup) -> int:
 
 
 def volume(s: Setup) -> dict[str, int]:
-    """Bytes of the results of the collectives of a step (of the operand of the last)."""
+    """Counts the bytes that the collectives of a step return, or take in the case of the last."""
     return {
         "features": s.batch * s.features * s.itemsize,
         "labels": 8 * s.batch,
@@ -76,7 +76,7 @@ def volume(s: Setup) -> dict[str, int]:
 
 
 def operations(s: Setup) -> int:
-    """Floating-point operations of a step on a GPU; a quarter are logits computed again."""
+    """Counts the floating-point operations of a step on a GPU; a quarter recompute logits."""
     return 8 * s.batch * s.held * s.features
 
 
@@ -90,11 +90,11 @@ Classes are split over W GPUs, each of which brings n rows: N = n W rows meet C 
 GPU. Below, n = 128, D = 512, x and the arithmetic are bf16, weights, their gradient and SGD's
 momentum are fp32. Nothing here has been timed on a GPU.
 
-**Memory of each GPU.** What lasts is 12 C D / W bytes (AdamW: 16). What a step takes besides does
-not depend on the number of classes but for 8 bytes each: buffers of fixed size, and for every row
-of the batch its features, its gradient and a few numbers, and in the forward merge 16 N W bytes.
-The last column is what the usual head would add for a single fp32 matrix of its logits, of which
-it holds several.
+**Memory of each GPU.** Weights, gradient and momentum last: 12 C D / W bytes (AdamW: 16). A step
+takes 8 bytes more for each class. The rest does not depend on the number of classes: buffers of
+fixed size, for every row of the batch its features, its gradient and a few numbers, and 16 N W
+bytes in the forward merge. The last column is one fp32 matrix of logits; the usual head holds
+several.
 
 """
 
@@ -103,20 +103,21 @@ So 10^7 identities fit beside a backbone on 8 GPUs of any kind, and 10^8 on 64; 
 10^8 leave it little room.
 
 **Communication of each GPU in a step**: two gathers and a merge forward, a reduce-scatter backward.
-Their results (of the last: its operand) have N D e bytes of features, 8 N of labels, 12 N W of
-merged rows, and N D e of dx, with e = 2 for bf16; in a ring a GPU sends and receives (W - 1) / W of
-that. None of it depends on C. The merge grows with the square of W, because every GPU receives
-three numbers for every row from every other. With `device_mesh["classes"]` of a larger mesh the
-classes are split over some GPUs only, and W is their number; the gradients of the replicas of a
-class are then to be averaged, 4 C D / W bytes. The backbone's own all-reduce is not counted.
+They have N D e bytes of features, 8 N of labels, 12 N W of merged rows, and N D e of dx, with e = 2
+for bf16. In a ring a GPU sends and receives (W - 1) / W of that. None of it depends on C. The merge
+grows with the square of W, because every GPU receives three numbers for every row from every other.
+With `device_mesh["classes"]` of a larger mesh the classes are split over some GPUs only, and W is
+their number; then the gradients of the replicas of a class have to be averaged, 4 C D / W bytes.
+The backbone's own all-reduce is not counted.
 
 """
 
 AFTER_VOLUME = """
-A gather of five integers per rank more tells the numbers of rows, unless `even_batches=True` or
-`max_local_batch=n` promises them; sample weights, row margins, random margins, and losses that look
-at the target's cosine first take 4 N to 8 N bytes more each, a bias, label smoothing or statistics
-4 N W. `sampling=PartialFC(rate)` divides the arithmetic, and neither memory nor communication.
+Options add to this. A gather of five integers per rank tells the numbers of rows, unless
+`even_batches=True` or `max_local_batch=n` promises them. Sample weights, row margins, random
+margins, and losses that look at the target's cosine first take 4 N to 8 N bytes each; a bias, label
+smoothing or statistics take 4 N W. `sampling=PartialFC(rate)` divides the arithmetic, but neither
+memory nor communication.
 
 **One machine without a GPU**: `python examples/million_identities.py` trains 10^6 identities, whose
 weights, gradient and momentum take 5.7 GiB, in a process of 6.1 GiB. The rest is mostly
@@ -125,16 +126,19 @@ PyTorch's code; what the C++ backend takes besides is 4 C bytes and a few MiB pe
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """Writes a table in Markdown."""
     lines = [header, ["---:"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def number(value: float, unit: float) -> str:
+    """Writes a value in a unit, with three digits."""
     value /= unit
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def document() -> str:
+    """Writes the page."""
     memory, communication = [], []
     for s in (Setup(classes, gpus) for classes in IDENTITIES for gpus in GPUS):
         total, logits = lasting(s) + working(s), 4 * s.batch * s.held
