@@ -19,8 +19,12 @@ PAGES = sorted(
     str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
 )
 WRITTEN = [page for page in PAGES if page not in GENERATED]
-# the site has them beside the pages of docs/
-FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+# the site has them beside the pages of docs/; tools/docs/site.py
+FROM_ROOT = {
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "csrc.md": "csrc/README.md",
+}
 FOLDERS = "csrc|tests|tools|examples|benchmarks|marginkernels|docs"
 
 
@@ -58,6 +62,15 @@ def test_files_modules_and_commands_that_pages_name_exist(page: str) -> None:
         assert target in targets, f"{page}: make {target}"
 
 
+def test_the_walk_names_what_is_there() -> None:
+    folders = ("marginkernels", "csrc/cpu", "csrc/cuda", "marginkernels/backends/triton")
+    named = re.findall(r"`([\w/]+\.\w+)`: `(?:\w+\.)?(\w+)`", text("docs/design.md"))
+    assert len(named) > 30
+    for file, name in named:
+        found = [path for folder in folders if (path := ROOT / folder / file).exists()]
+        assert any(re.search(rf"\b{name}\b", path.read_text()) for path in found), (file, name)
+
+
 @pytest.mark.parametrize("page", WRITTEN)
 def test_code_that_claims_to_be_a_file_is_taken_from_it(page: str) -> None:
     """The site puts the file in the place of the line with its name; excerpts are copies."""
@@ -73,6 +86,16 @@ def test_the_reference_has_every_public_name() -> None:
     documented = set(re.findall(r"^::: marginkernels\.(\w+)$", pages, re.M))
     assert set(mk.__all__) - {"__version__", "AMSoftmax"} <= documented
     assert documented <= set(mk.__all__) | {"ops", "testing", "transforms"}
+
+
+def test_docstrings_refer_to_what_is_there() -> None:
+    sources = list((ROOT / "marginkernels").glob("**/*.py"))
+    code = "".join(path.read_text() for path in sources)
+    defined = set(re.findall(r"^ *(?:class|def) (\w+)|^(\w+)(?:: .*)? = ", code, re.M))
+    names = {name for pair in defined for name in pair}
+    names |= {part for path in sources for part in path.with_suffix("").parts}
+    for target in re.findall(r":(?:class|func|meth|mod|data):`~?([\w.]+)`", code):
+        assert target.rpartition(".")[2] in names, target
 
 
 def test_the_table_of_environment_variables_is_complete() -> None:

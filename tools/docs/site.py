@@ -13,6 +13,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "csrc/README.md": "csrc.md",
     "tools/ptxsim/README.md": "ptxsim.md",
 }
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?://|#)([^)]+)\)")
