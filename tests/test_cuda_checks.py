@@ -19,6 +19,7 @@ import pytest
 from tests.emulation import host
 from tools.gates import cuda as gate
 from tools.gates import nvcc
+from tools.ptxsim import Module, SimError
 
 TOY = Path(__file__).parent / "emulation" / "toy.cu"
 BUGS = (
@@ -116,10 +117,9 @@ toy(int(sys.argv[1]), rows, out, {ROWS}, {shared_bytes("none")})
 
 @functools.cache
 def ptx_module():
-    simulator = pytest.importorskip("ptxsim", reason="the package ptxsim is not installed")
     if reason := nvcc.why_not():
         pytest.skip(reason)
-    return simulator.Module.from_ptx(nvcc.compile_as("ptx", TOY, "sm_80"))
+    return Module.from_ptx(nvcc.compile_as("ptx", TOY, "sm_80"))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,7 @@ def test_ptx_simulator(bug, complaint):
         assert not any(launch().bank_conflicts().values())
         assert np.array_equal(out, expected)
     else:
-        errors = pytest.importorskip("ptxsim.errors")
-        with pytest.raises(errors.SimError, match=complaint):
+        with pytest.raises(SimError, match=complaint):
             launch()
 
 

@@ -23,6 +23,7 @@ from tests.support import hard_cases, losses, sweeps, unchecked
 from tests.support.losses import LOSSES, dense, fused, solve
 from tests.support.problems import random_problem
 from tests.support.simulation import needs_triton, require_interpreter, simulated
+from tools.ptxsim import triton_adapter
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -192,7 +193,6 @@ def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
 @needs_triton
 def test_offsets_beyond_32_bits():
     """Reads the last rows of operands of more than 2^31 elements; only touched pages exist."""
-    adapter = pytest.importorskip("ptxsim.triton_adapter", reason="ptxsim is not installed")
     from marginkernels.backends.triton.row_kernels import norm_kernel
     from marginkernels.backends.triton.tile_kernels import statistics_kernel
 
@@ -202,7 +202,7 @@ def test_offsets_beyond_32_bits():
     q = torch.zeros(c)
     common = dict(inverse_limit=1e12, num_warps=8)
     last = c // 8 - 1
-    adapter.run(
+    triton_adapter.run(
         norm_kernel, (c // 8,), w, q, c, c, d // 64, TILE_D=64, BLOCK_R=8, BLOCK_D=256,
         ctas=range(last - 15, last + 1), **common,
     )  # fmt: skip
@@ -210,7 +210,7 @@ def test_offsets_beyond_32_bits():
 
     x, y, tiles = torch.randn(n, d).to(BF16), torch.full((n,), -1), c // 128
     partials = torch.zeros(4, tiles, n)
-    adapter.run(
+    triton_adapter.run(
         statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None, None, None,
         torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
         tiles, 0, 0, TRANSFORM=None, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False,

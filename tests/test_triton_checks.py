@@ -14,6 +14,7 @@ import torch
 from marginkernels import ArcFace
 from tests.support.problems import random_problem
 from tests.support.simulation import needs_triton, require, simulated
+from tools.ptxsim import SimError
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -61,13 +62,12 @@ def test_ttsem_finds_planted_faults(kernel, old, new, complaint, tmp_path, monke
 
 @needs_triton
 def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
-    errors = pytest.importorskip("ptxsim.errors", reason="ptxsim is not installed")
     from marginkernels.backends.triton import forward, tile_kernels
 
     mutant = mutated(tile_kernels, *RACE, tmp_path)
     monkeypatch.setattr(forward, "statistics_kernel", mutant.statistics_kernel)
     problem = random_problem(20, 150, 64, margin=ArcFace(0.3), scale=32.0)
-    with simulated("ptxsim"), pytest.raises(errors.SimError, match="different value"):
+    with simulated("ptxsim"), pytest.raises(SimError, match="different value"):
         problem.solve_fused("triton")
 
 

@@ -10,12 +10,14 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from tools.gates import nvcc
+from tools.ptxsim import Module, Stats
+from tools.ptxsim.memory import Alloc
 
 from . import host
 
@@ -23,11 +25,6 @@ _HEAR = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),
 )  # fmt: skip
-
-
-if TYPE_CHECKING:
-    from ptxsim import Module
-    from ptxsim.memory import Alloc
 
 
 class Launch(NamedTuple):
@@ -77,26 +74,23 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 @functools.cache
-def _module(symbols: frozenset[str]) -> "Module":
-    from ptxsim import Module
-
+def _module(symbols: frozenset[str]) -> Module:
     source = nvcc.instances(nvcc.demangled(sorted(symbols)))
     return Module.from_ptx(nvcc.compile_as("ptx", source, "sm_80"))
 
 
-def twice(function: Callable[[], Any]) -> tuple[Any, Any, list[tuple[Launch, Any]]]:
+def twice(function: Callable[[], Any]) -> tuple[Any, Any, list[tuple[Launch, Stats]]]:
     """Calls ``function`` twice: fibers execute its launches, then the simulator, with every check.
 
     Returns both results, and the simulator's counters of each launch. The function has to create
     its operands itself.
     """
-    pytest.importorskip("ptxsim", reason="the package ptxsim is not installed")
     if reason := nvcc.why_not():
         pytest.skip(reason)
     with recorded() as launches:
         by_fibers = function()
     module = _module(frozenset(launch.symbol for launch in launches))
-    counters: list[tuple[Launch, Any]] = []
+    counters: list[tuple[Launch, Stats]] = []
 
     def run(launch: Launch) -> bool:
         module.device.allocs, module.device.bases = _allocations()
@@ -118,10 +112,8 @@ def twice(function: Callable[[], Any]) -> tuple[Any, Any, list[tuple[Launch, Any
     return by_fibers, by_ptx, counters
 
 
-def _allocations() -> tuple[list["Alloc"], list[int]]:
+def _allocations() -> tuple[list[Alloc], list[int]]:
     """Returns what torch has allocated, and the addresses."""
-    from ptxsim.memory import Alloc
-
     library = host.load()
     count = library.allocations(None, None, 0)
     pointers, sizes = (ctypes.c_size_t * count)(), (ctypes.c_size_t * count)()

@@ -3,7 +3,8 @@
 """Runs the Triton backend on CPU tensors: its own launchers, each launch executed by a simulator.
 
 ttsem        Triton's IR in numpy: finds accesses out of bounds and races between programs
-ptxsim       the PTX for sm_80: also finds races within a program and unfinished copies
+ptxsim       the PTX for sm_80 (tools/ptxsim): also finds races within a program and unfinished
+             copies
 interpreter  Triton's own, which needs TRITON_INTERPRET=1 from the start of the process; fp32, fp16
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from marginkernels import backends
 from marginkernels.backends import triton
+from tools.ptxsim import triton_adapter
 
 NAME = triton.TritonBackend.name
 SIMULATORS = ("ttsem", "ptxsim", "interpreter")
@@ -35,10 +37,10 @@ def require(simulator: str) -> None:
             pytest.skip("the process was not started with TRITON_INTERPRET=1")
     elif interpreted:
         pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler")
-    else:
-        pytest.importorskip(simulator, reason=f"the package {simulator} is not installed")
-    if simulator == "ttsem" and _release(version) < (3, 8):
-        pytest.skip(f"ttsem does not read what Triton {version} prints")
+    elif simulator == "ttsem":
+        pytest.importorskip("ttsem", reason="the package ttsem is not installed")
+        if _release(version) < (3, 8):
+            pytest.skip(f"ttsem does not read what Triton {version} prints")
 
 
 def require_interpreter() -> None:
@@ -91,8 +93,7 @@ def _session(simulator, **settings):
         sanitize = importlib.import_module("ttsem.sanitize")
         return sanitize.session(cc=80, cuda_is_cpu=False, **settings)
     if simulator == "ptxsim":
-        adapter = importlib.import_module("ptxsim.triton_adapter")
-        return adapter.simulated_launches(checks="strict", **settings)
+        return triton_adapter.simulated_launches(checks="strict", **settings)
     return contextlib.nullcontext()
 
 

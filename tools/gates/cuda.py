@@ -7,8 +7,8 @@
 
 The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
 and to tile kernels without matrix instructions, loads of matrices from shared memory or
-asynchronous copies. It needs no GPU; the table needs ptxsim too. The exit status is 1 if anything
-fails.
+asynchronous copies. It needs no GPU. The table also has counters from the simulator of PTX. The
+exit status is 1 if anything fails.
 """
 
 import re
