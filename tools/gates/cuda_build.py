@@ -49,6 +49,7 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def ops_are_registered() -> None:
     """Checks that both ops have kernels for the CPU and for CUDA."""
+    assert native.extension is not None
     info = native.extension.build_info()
     print(f"CUDA {info['cuda']} for {', '.join(info['cuda_architectures'])}")
     assert info["cuda"] and info["cuda_architectures"]

@@ -43,12 +43,12 @@ TILE_NOTES = """\
   planned.
 - loop: instructions of the main loop per HMMA in it, for one warp.
 - epilogue: instructions per logit and thread from the end of the main loop to the next tile (or the
-  end of the program), along the shortest way, so a lower bound: what only tiles with a target
+  end of the program), along the shortest way, so a lower bound: code that only tiles with a target
   execute is left out, and so may be other branches.
 
-"sum" is what label smoothing needs, "maximum" the accuracy where the statistics have it not anyway;
-"more" are label smoothing, the gradients of a bias and of a learnable scale. Curricular stands for
-the transforms (`csrc/transforms.h`), bf16 for fp16.
+Label smoothing needs "sum". The accuracy needs "maximum", where the statistics do not have it
+anyway. "more" stands for label smoothing and the gradients of a bias and of a learnable scale.
+Curricular stands for the transforms (`csrc/transforms.h`), bf16 for fp16.
 """
 
 SIMULATED_NOTES = """\
@@ -105,16 +105,18 @@ def _simulated(n: int, c: int, d: int) -> list[str]:
         torch.manual_seed(0)
         x, w = (torch.randn(rows, d, dtype=torch.bfloat16).requires_grad_() for rows in (n, c))
         y = torch.randint(0, c, (n,))
-        settings = dict(margin=CosFace(0.3), scale=32.0, backend=host.NAME, save_tiles=False)
-        margin_cross_entropy(x, w, y, **settings).backward()
+        loss = margin_cross_entropy(
+            x, w, y, margin=CosFace(0.3), scale=32.0, backend=host.NAME, save_tiles=False
+        )
+        loss.backward()
 
     rows = []
     for launch, stats in simulate.twice(step)[2]:
         (symbol,) = nvcc.demangled([launch.symbol])
         name, used = gate.short(symbol), stats.efficiency
         mma = f"{stats.mma_flops / (2 * n * c * d):.2f}" if stats.mma_flops else "-"
-        if gate.tile_of(name):
-            name = f"{_variant(name)}, {gate.tile_of(name).rows}x{gate.tile_of(name).classes}"
+        if tile := gate.tile_of(name):
+            name = f"{_variant(name)}, {tile.rows}x{tile.classes}"
         load = stats.global_load_sectors / max(stats.global_load_requests, 1)
         store = stats.global_store_sectors / max(stats.global_store_requests, 1)
         conflicts = ", ".join(str(count) for count in stats.bank_conflicts().values()) or "-"

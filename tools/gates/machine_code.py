@@ -115,7 +115,7 @@ def facts(compiled: CompiledKernel, target: str) -> Facts:
         return _amd_facts(compiled)
     sass = tool("nvdisasm", "-c", compiled.asm["cubin"])
     usage = tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    registers = _number(r"REG:(\d+)", usage)
     metadata = compiled.metadata
     return nvidia_facts(sass, registers, metadata.shared, metadata.num_warps * 32, MMA[target])
 
@@ -155,7 +155,7 @@ def _flops(text: str, warps: int) -> int:
 def _amd_facts(compiled: CompiledKernel) -> Facts:
     text = compiled.asm["amdgcn"]
     number = {
-        name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        name: _number(rf"\.{name}:\s+(\d+)", text)
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
     return Facts(
@@ -199,8 +199,8 @@ def parse(sass: str) -> list[Instruction]:
         if target := re.search(r"(?:BRA|BRX)\S*\s.*`\((\.L_x_\d+)\)", body):
             jump = labels[target[1]]
             # a branch may take its condition as an operand too
-            conditions = re.match(r"\S+\s+(\S+,\s*)?`", body)[1] or re.search(r"\bU?P\d", body)
-            falls_through = predicated or bool(conditions)
+            conditional = re.match(r"\S+\s+\S+,\s*`", body) or re.search(r"\bU?P\d", body)
+            falls_through = predicated or bool(conditional)
         elif body.startswith("EXIT"):
             falls_through = predicated
         code.append(Instruction(address, text, jump, falls_through))
@@ -235,7 +235,8 @@ def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]
         if code[i].text.endswith("EXIT") or i < start:
             return code[start : stop + 1], length
         following = [i + 1] if code[i].falls_through else []
-        following += [] if code[i].jump is None else [index[code[i].jump]]
+        if (jump := code[i].jump) is not None:
+            following.append(index[jump])
         for j in following:
             if not start <= j <= stop and length + 1 < distance.get(j, 1 << 30):
                 distance[j] = length + 1
@@ -258,6 +259,13 @@ def tool(name: str, option: str, cubin: bytes) -> str:
 def count(text: list[str], mnemonic: str) -> int:
     """Counts the lines with an instruction; ``mnemonic`` is a regular expression."""
     return sum(bool(re.search(rf"\b{mnemonic}\b", line)) for line in text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise LookupError(f"expected {pattern} in a tool's output, found none")
+    return int(found[1])
 
 
 def _up(value: int, multiple: int) -> int:

@@ -70,8 +70,15 @@ class Row(NamedTuple):
 
     case: Case
     kernel: str
-    facts: Facts | None
+    facts: Facts | None  # None: it does not compile
     problems: list[str]
+
+    @property
+    def compiled(self) -> Facts:
+        """The facts of a kernel that compiled."""
+        if self.facts is None:
+            raise RuntimeError(f"{self.case}: {self.kernel}: {'; '.join(self.problems)}")
+        return self.facts
 
 
 def cases(everything: bool) -> list[Case]:
@@ -123,14 +130,14 @@ def run_launchers(
     """Calls the forward and the backward launcher on operands of zeros."""
     definition = TRANSFORMS[transform]
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
-    y, scale, b = torch.zeros(n, dtype=torch.int64), torch.ones(()), torch.zeros(c)
+    y, scale = torch.zeros(n, dtype=torch.int64), torch.ones(())
+    b = torch.zeros(c) if bias else None
     shared: dict[str, Any] = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
         transform=transform, config=config,
         row_parameter=torch.zeros(n) if definition.per_row else None,
         constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip
-    b = b if bias else None
     lse, _, _, _, _, x_inv, w_inv, tiles = head_fwd(
         x, w, y, scale, b, save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **shared
     )

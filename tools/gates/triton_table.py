@@ -26,15 +26,16 @@ Facts read off the machine code of each target. Nothing here was timed: no GPU w
 - programs: how many fit on a multiprocessor, by registers, shared memory and threads.
 - loop: instructions of the main loop per matrix instruction in it, for one warp.
 - epilogue: instructions per logit and thread from the end of the main loop to the next tile (or the
-  end of the program), along the shortest way: what only a tile with a target executes is left out.
-  Address arithmetic and the store of G are in it.
+  end of the program), along the shortest way: code that only a tile with a target executes is left
+  out. Address arithmetic and the store of G are in it.
 - MMA: FLOPs of the matrix instructions in the main loop over those that the tile needs. Sizes that
   are no multiple of the tile are rounded up to one on top of this.
 - bytes per logit at D = {d}: operands that a program reads, from L2 mostly, and G that it writes.
 
-"bf16" stands for fp16 too. Each tile with what the table of configurations uses it for: "plain",
-both sides normalised and nothing else; "bias", with label smoothing, the statistics and a learnable
-scale; "airface", the transform with most registers, with the same.
+"bf16" stands for fp16 too. Each tile appears with the loads that the table of configurations uses
+it for. "plain": both sides are normalised, and nothing else is asked for. "bias": with label
+smoothing, the statistics and a learnable scale. "airface", the transform with most registers: with
+the same.
 """
 
 
@@ -54,17 +55,17 @@ def render(rows: list[Row]) -> str:
         if row.kernel not in ("statistics_kernel", "gradient_kernel"):
             key = row.case.target, row.kernel
             best = rest.get(key)
-            if best is None or row.facts.registers > best.facts.registers:
+            if best is None or row.compiled.registers > best.compiled.registers:
                 rest[key] = row
     lines += [
-        "Linear in N, C D or N D; of the specialisations of each the one with most registers.",
+        "Linear in N, C D or N D. Each appears in the specialisation with most registers.",
         "",
     ]
     lines += markdown_table(
         "target | kernel | registers | shared bytes | programs",
         [
-            f"{target} | {kernel} | {row.facts.registers} | {row.facts.shared} "
-            f"| {row.facts.occupancy(target)}"
+            f"{target} | {kernel} | {row.compiled.registers} | {row.compiled.shared} "
+            f"| {row.compiled.occupancy(target)}"
             for (target, kernel), row in rest.items()
         ],
     )
@@ -72,7 +73,7 @@ def render(rows: list[Row]) -> str:
 
 
 def _tile_row(row: Row) -> str:
-    config, found, target = row.case.config, row.facts, row.case.target
+    config, found, target = row.case.config, row.compiled, row.case.target
     name = {"half": "bf16", "tf32": "tf32", "fp32": "fp32"}[row.case.kind]
     tile = f"{config.block_n}x{config.block_c}x{config.block_d}"
     tile += f", {config.num_warps}w {config.num_stages}s"
