@@ -6,6 +6,7 @@ The CUDA kernels run on the CPU too, as the backend of tests/emulation/host.py.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ ON_FIBERS = (
 )
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--simulate",
         choices=simulation.SIMULATORS,
@@ -37,18 +38,18 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
+def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         fibers = [host.NAME] if metafunc.module.__name__ in ON_FIBERS else []
         metafunc.parametrize("backend", BACKENDS + fibers, indirect=True)
 
 
 @pytest.fixture
-def backend(request, device):
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     """Returns a backend that can run on ``device``, or skips the test with its reasons."""
     name, simulator = request.param, request.config.getoption("--simulate")
     with contextlib.ExitStack() as stack:
@@ -64,7 +65,7 @@ def backend(request, device):
 
 
 @pytest.fixture
-def poisoned():
+def poisoned() -> Iterator[None]:
     """Fills fresh tensors with NaN, which shows a kernel that reads or leaves unwritten numbers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -74,5 +75,5 @@ def poisoned():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded() -> None:
     torch.manual_seed(0)

@@ -3,15 +3,17 @@
 """Holds the calls of margin_cross_entropy that have to be refused, and what the errors say."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from marginkernels import ArcFace, CosFace, NSoftmax, ParametricMargin, X2Softmax
 
 N, C, D = 6, 11, 5
 
 
-def operands():
+def operands() -> dict[str, Any]:
     """Returns the arguments of a good call."""
     return dict(
         x=torch.randn(N, D),
@@ -22,14 +24,14 @@ def operands():
     )
 
 
-def row(values, index, value):
+def row(values: Tensor, index: Any, value: Any) -> Tensor:
     """Returns a copy of ``values`` with another value at an index."""
     values = values.clone()
     values[index] = value
     return values
 
 
-def changed(margin, m):
+def changed(margin: ParametricMargin, m: Any) -> ParametricMargin:
     """Sets a margin past the checks of its constructor, as training may."""
     if isinstance(margin.m, torch.Tensor):
         margin.m.fill_(m)
@@ -41,7 +43,7 @@ def changed(margin, m):
 class Unbounded(ParametricMargin):
     """Subtracts a number of any size, as a margin of a user's own may."""
 
-    def target(self, c, m):
+    def target(self, c: Tensor, m: float | Tensor) -> Tensor:
         return c - m
 
 
@@ -49,21 +51,21 @@ class Split(torch.Tensor):
     """Has the attributes that a DTensor is known by."""
 
     @staticmethod
-    def __new__(cls, *shape):
+    def __new__(cls, *shape: int) -> "Split":
         return torch.zeros(*shape).as_subclass(cls)
 
-    def to_local(self):
+    def to_local(self) -> "Split":
         return self
 
 
 class Returns(torch.nn.Module):
     """Returns one value for any cosines, and is no margin."""
 
-    def __init__(self, value):
+    def __init__(self, value: Any) -> None:
         super().__init__()
         self.value = value
 
-    def forward(self, *_):
+    def forward(self, *_: Any) -> Any:
         return self.value
 
 

@@ -3,6 +3,7 @@
 """Checks a backend on inputs that break margin heads and fused cross-entropy kernels elsewhere."""
 
 import torch
+from torch import Tensor
 
 from marginkernels import ArcFace, CosFace, NSoftmax, margin_cross_entropy
 from marginkernels.testing import assert_within_budget, row_errors
@@ -11,7 +12,7 @@ from tests.support.problems import MarginOfNorms, Problem, random_problem
 F32, F64 = torch.float32, torch.float64
 
 
-def zero_rows(compute_dtype, backend, device="cpu"):
+def zero_rows(compute_dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Checks that rows of zeros have gradients of zero and spoil no other row."""
     problem = random_problem(12, 50, 20, device=device, margin=ArcFace(0.5), scale=30.0)
     problem.compute_dtype = compute_dtype
@@ -28,7 +29,7 @@ def zero_rows(compute_dtype, backend, device="cpu"):
         assert_within_budget(name, value[kept], [draw[kept] for draw in draws], reference[kept])
 
 
-def duplicates(backend, device="cpu"):
+def duplicates(backend: str, device: str = "cpu") -> None:
     """Checks batches in which one class is the target of all rows, or of many."""
     problem = random_problem(130, 600, 32, device=device, margin=ArcFace(0.4), scale=32.0)
     problem.y[:] = 599
@@ -37,7 +38,7 @@ def duplicates(backend, device="cpu"):
     problem.check(backend)
 
 
-def easy_rows(save_tiles, backend, device="cpu"):
+def easy_rows(save_tiles: bool | str, backend: str, device: str = "cpu") -> None:
     """Checks for a relative error of 1e-4 where lse - z_y has no correct digit."""
     w = torch.randn(500, 64, device=device)
     y = torch.arange(16, device=device)
@@ -52,7 +53,7 @@ def easy_rows(save_tiles, backend, device="cpu"):
     assert (error / norm).max() < 1e-4
 
 
-def cosines_of_one_sign(sign, scale, backend, device="cpu"):
+def cosines_of_one_sign(sign: int, scale: float, backend: str, device: str = "cpu") -> None:
     """Checks logits near -s, which underflow an unshifted exp, or near +s, which overflow it."""
     direction = torch.randn(1, 32, device=device)
     x = direction + 0.1 * torch.randn(20, 32, device=device)
@@ -65,7 +66,7 @@ def cosines_of_one_sign(sign, scale, backend, device="cpu"):
     problem.check(backend, conditioning=scale / 2, save_tiles=False)
 
 
-def small_opposite_rows(backend, device="cpu"):
+def small_opposite_rows(backend: str, device: str = "cpu") -> None:
     """Checks rows whose factors exp(s), 1 / |x| and s of saved tiles exceed fp32 together."""
     direction = torch.randn(1, 32, device=device)
     x = 1e-10 * (direction + 1e-2 * torch.randn(6, 32, device=device))
@@ -75,7 +76,9 @@ def small_opposite_rows(backend, device="cpu"):
     problem.check(backend, conditioning=72.9 / 2, save_tiles="auto")
 
 
-def extreme_norms(size, normalize, compute_dtype, backend, device="cpu"):
+def extreme_norms(
+    size: float, normalize: str, compute_dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Checks rows and classes of tiny and huge norms, alone and beside usual ones."""
     base = random_problem(21, 130, 40, device=device, margin=ArcFace(0.3), scale=1.0)
     # logits stay of order 10: on un-normalised sides the scale answers for the norms
@@ -91,7 +94,7 @@ def extreme_norms(size, normalize, compute_dtype, backend, device="cpu"):
     mixed.check(backend)
 
 
-def smallest_problems(n, c, backend, device="cpu"):
+def smallest_problems(n: int, c: int, backend: str, device: str = "cpu") -> None:
     """Checks shapes and values where there are no rows or no negatives."""
     problem = random_problem(n, c, 3, device=device, margin=ArcFace(0.2), scale=64.0)
     loss, dx, dw = problem.solve_fused(backend)
@@ -107,7 +110,7 @@ def smallest_problems(n, c, backend, device="cpu"):
         assert stats.correct.all()
 
 
-def nothing_to_average(compute_dtype, backend, device="cpu"):
+def nothing_to_average(compute_dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Checks that a mean over no rows, or over weights of zero, is 0 and has gradients of 0."""
     problem = random_problem(6, 9, 5, device=device, margin=ArcFace(0.3), scale=20.0)
     for y, weight in (
@@ -123,14 +126,14 @@ def nothing_to_average(compute_dtype, backend, device="cpu"):
         assert loss == 0 and (x.grad == 0).all() and (w.grad == 0).all()
 
 
-def large_biases(offset, backend, device="cpu"):
+def large_biases(offset: float, backend: str, device: str = "cpu") -> None:
     """Checks that an offset of a row is harmless: the running maximum takes it out."""
     problem = random_problem(15, 200, 16, device=device, margin=ArcFace(0.3), scale=10.0, bias=True)
     problem.bias += offset
     problem.check(backend)
 
 
-def gradients_through_the_norms(normalize, backend, device="cpu"):
+def gradients_through_the_norms(normalize: str, backend: str, device: str = "cpu") -> None:
     """Checks a margin that depends on the norms of rows and classes."""
     settings = dict(margin=MarginOfNorms(), scale=4.0, normalize=normalize)
     problem = random_problem(20, 70, 3, device=device, **settings)
@@ -138,11 +141,11 @@ def gradients_through_the_norms(normalize, backend, device="cpu"):
     problem.check(backend)
 
 
-def learnable_scale_and_bias(backend, device="cpu"):
+def learnable_scale_and_bias(backend: str, device: str = "cpu") -> None:
     """Checks the gradient of a scale, with a bias and label smoothing."""
     problem = random_problem(25, 90, 33, device=device, margin=ArcFace(0.2), scale=None, bias=True)
 
-    def scale_gradient(dtype, backend):
+    def scale_gradient(dtype: torch.dtype, backend: str) -> Tensor:
         scale = torch.tensor(8.0, dtype=dtype, device=device, requires_grad=True)
         problem.settings.update(scale=scale, label_smoothing=0.05)
         operands = [t.to(dtype) for t in (problem.x, problem.w)]

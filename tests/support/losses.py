@@ -9,82 +9,83 @@ cosines before the scale (and the norms that are kept), and a term that is added
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import marginkernels as mk
 from marginkernels.backends import reasons
 from marginkernels.generators import mixed
 from marginkernels.testing import assert_within_budget
 
+# replacements of the cosines (N, C), and what is added to the losses of the rows
+Defined = tuple[Tensor, Tensor | float]
+Definition = Callable[[Tensor, Tensor, Tensor], Defined]  # of c, y and x_norm
 PI = math.pi
 F64 = torch.float64
 
 
-def on_target(t):
+def on_target(t: Callable) -> Definition:
     """Returns a definition that replaces the target's cosine by t(c_y, x_norm)."""
 
-    def definition(c, y, x_norm):
+    def definition(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
         replaced = t(c.gather(1, y[:, None])[:, 0], x_norm)
         return c.scatter(1, y[:, None], replaced[:, None]), 0.0
 
     return definition
 
 
-def with_negatives(t, negatives):
+def with_negatives(t: Callable, negatives: Callable) -> Definition:
     """Returns a definition: t(c_y) for the target, negatives(c, c_y) (N, C) for the others."""
 
-    def definition(c, y, x_norm):
+    def definition(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
         c_y = c.gather(1, y[:, None])
         return negatives(c, c_y).scatter(1, y[:, None], t(c_y)), 0.0
 
     return definition
 
 
-def hard(c, m=0.5):
+def hard(c: Tensor, m: float = 0.5) -> Tensor:
     theta = torch.acos(c)
     return torch.where(theta < PI - m, torch.cos(theta + m), c - m * math.sin(m))
 
 
-def easy(c, m=0.5):
+def easy(c: Tensor, m: float | Tensor = 0.5) -> Tensor:
     return torch.where(c > 0, torch.cos(torch.acos(c) + m), c)
 
 
-def psi(c, m):
+def psi(c: Tensor, m: float) -> Tensor:
     k = torch.floor(m * torch.acos(c) / PI).detach()
     return (-1) ** k * torch.cos(m * torch.acos(c)) - 2 * k
 
 
-def annealed(m, weight):
+def annealed(m: float, weight: float) -> Definition:
     return on_target(lambda c, _: (weight * c + psi(c, m)) / (1 + weight))
 
 
-def x2_softmax(c, _):
+def x2_softmax(c: Tensor, _: Any) -> Tensor:
     return (-0.9 * torch.acos(c) ** 2 + 0.65).detach() + c - c.detach()
 
 
-def adaface(c, x_norm):
+def adaface(c: Tensor, x_norm: Tensor) -> Tensor:
     n = x_norm.detach()
     mean, std = 0.01 * n.mean() + 0.99 * 20, 0.01 * n.std() + 0.99 * 100
     h = ((n - mean) / (std + 1e-3) * 0.333).clip(-1, 1)
     return torch.cos((torch.acos(c) - 0.4 * h).clip(1e-3, PI - 1e-3)) - (0.4 + 0.4 * h)
 
 
-def magface(c, y, x_norm):
+def magface(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
     a = x_norm.clip(1.5, 4)
     m = (0.8 - 0.45) / (4 - 1.5) * (a - 1.5) + 0.45
-    c, _ = on_target(lambda c_y, _: easy_rows(c_y, m))(c, y, x_norm)
+    c, _ = on_target(lambda c_y, _: easy(c_y, m))(c, y, x_norm)
     return c, 35 * (a / 4**2 + 1 / a)
 
 
-def easy_rows(c, m):
-    return torch.where(c > 0, torch.cos(torch.acos(c) + m), c)
-
-
-def elastic(plus):
-    def t(c, _):
+def elastic(plus: bool) -> Definition:
+    def t(c: Tensor, _: Any) -> Tensor:
         generator = torch.Generator().manual_seed(mixed(5, 0, 1))  # seed, rank, step
         noise = torch.randn(len(c), generator=generator).to(c.dtype)
         if plus:
@@ -97,36 +98,36 @@ def elastic(plus):
     return on_target(t)
 
 
-def elastic_margin(plus):
+def elastic_margin(plus: bool) -> torch.nn.Module:
     return mk.ElasticFace(plus=plus, seed=5)
 
 
-def adam(c, y, x_norm):
+def adam(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
     m = TABLE.to(c)
     return on_target(lambda c_y, _: c_y - m[y])(c, y, x_norm)[0], 70 * (1 - m.mean())
 
 
-def adam_margin():
+def adam_margin() -> torch.nn.Module:
     margin = mk.AdaMSoftmax(len(TABLE))
     with torch.no_grad():
         margin.m.copy_(TABLE)
     return margin
 
 
-def airface(c, y, x_norm):
+def airface(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
     theta = torch.acos(c)
     return with_negatives(
         lambda c_y: (PI - 2 * (torch.acos(c_y) + 0.4)) / PI, lambda *_: (PI - 2 * theta) / PI
     )(c, y, x_norm)
 
 
-def curricular(c, c_y):
+def curricular(c: Tensor, c_y: Tensor) -> Tensor:
     t = (0.01 * c_y.mean() + 0.99 * 0.0).detach()
     threshold = torch.cos(torch.acos(c_y) + 0.5).detach()
     return torch.where(c > threshold, c * (t + c), c)
 
 
-def arc_negative(c, c_y):
+def arc_negative(c: Tensor, c_y: Tensor) -> Tensor:
     t = (1.2 * torch.exp(-((c - hard(c_y)) ** 2) / 2)).detach()
     return t * c + t - 1
 
@@ -134,7 +135,7 @@ def arc_negative(c, c_y):
 @dataclass
 class Loss:
     make: Callable[[], torch.nn.Module]  # a fresh margin
-    define: Callable
+    define: Definition
     normalize: str = "both"
     scale: float = 16.0
 
@@ -190,7 +191,17 @@ LOSSES = {
 }
 
 
-def dense(loss, x, w, y, *, label_smoothing=0.0, sample_weight=None, z_loss=0.0, focal_gamma=0.0):
+def dense(
+    loss: Loss,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> Tensor:
     """Returns the losses of the rows (N,) by the definition."""
     x_norm, w_norm = x.norm(dim=1), w.norm(dim=1)
     c = (F.normalize(x) @ F.normalize(w).T).clamp(-1, 1)
@@ -203,7 +214,7 @@ def dense(loss, x, w, y, *, label_smoothing=0.0, sample_weight=None, z_loss=0.0,
     return rows if sample_weight is None else rows * sample_weight
 
 
-def fused(loss, x, w, y, **settings):
+def fused(loss: Loss, x: Tensor, w: Tensor, y: Tensor, **settings: Any) -> Tensor:
     """Returns the losses of the rows (N,) by the library."""
     margin = loss.make()
     if x.dtype == torch.float64:
@@ -214,7 +225,9 @@ def fused(loss, x, w, y, **settings):
     )  # fmt: skip
 
 
-def operands(n=40, d=8, dtype=torch.float64, seed=0):
+def operands(
+    n: int = 40, d: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows from far beyond the margins' branch points to close to their class."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(C, d, generator=generator, dtype=torch.float64)
@@ -224,7 +237,7 @@ def operands(n=40, d=8, dtype=torch.float64, seed=0):
     return x.to(dtype), w.to(dtype), y
 
 
-def solve(function, x, w):
+def solve(function: Callable, x: Tensor, w: Tensor) -> list[Tensor]:
     """Returns the row losses of function(x, w), and the gradients of an uneven sum of them."""
     leaves = [t.detach().requires_grad_() for t in (x, w)]
     rows = function(*leaves)
@@ -232,14 +245,16 @@ def solve(function, x, w):
     return [rows.detach(), *torch.autograd.grad((rows * upstream).sum(), leaves)]
 
 
-def settings_of(kind, n):
+def settings_of(kind: str, n: int) -> dict[str, Any]:
     """Returns settings that compose with every loss: one of them, all, or none ("alone")."""
     weights = torch.linspace(0.2, 2, n, dtype=F64)
     each = dict(label_smoothing=0.1, sample_weight=weights, z_loss=1e-2, focal_gamma=2.0)
     return {"alone": {}, "all": each}.get(kind, {kind: each.get(kind)})
 
 
-def stays_in_the_definitions_budget(name, dtype, backend, device="cpu"):
+def stays_in_the_definitions_budget(
+    name: str, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Checks a loss against its definition in fp64.
 
     The plain path is the definition in the same type, with the features in several orders.
@@ -261,12 +276,12 @@ def stays_in_the_definitions_budget(name, dtype, backend, device="cpu"):
         assert_within_budget(what, ours[index].cpu(), [d[index] for d in draws], exact[index])
 
 
-def plain(loss, x, w, y, settings):
+def plain(loss: Loss, x: Tensor, w: Tensor, y: Tensor, settings: dict[str, Any]) -> Tensor:
     """Returns the losses of the rows by the definition, as the plain path computes them."""
     return dense(loss, x.float(), w.float(), y, **settings)
 
 
-def finite_at_the_ends(name, dtype, backend, device="cpu"):
+def finite_at_the_ends(name: str, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Checks that nothing is infinite for features along and against their class, and another."""
     if why_not := reasons(backend, device, dtype):
         pytest.skip("; ".join(why_not))

@@ -3,11 +3,15 @@
 """Makes problems to solve with a backend, with the plain path in the same type, and with fp64."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from marginkernels import margin_cross_entropy
+from marginkernels.margins import Rows
 from marginkernels.testing import assert_within_budget, plain_margin_cross_entropy
 
 
@@ -22,7 +26,9 @@ class Problem:
     bias: torch.Tensor | None = None
     settings: dict = field(default_factory=dict)  # margin, scale, normalize, ...
 
-    def solve(self, function, dtype=None, **more):
+    def solve(
+        self, function: Callable, dtype: torch.dtype | None = None, **more: Any
+    ) -> list[Tensor]:
         """Returns row losses from ``function``, and the gradients of a weighted sum of them."""
         leaves = [
             t if t is None else t.detach().to(dtype or t.dtype) for t in (self.x, self.w, self.bias)
@@ -39,15 +45,15 @@ class Problem:
         wanted = [t for t in leaves if t is not None]
         return [loss, *torch.autograd.grad((loss * upstream).sum(), wanted)]
 
-    def solve_fused(self, backend, **more):
+    def solve_fused(self, backend: str, **more: Any) -> list[Tensor]:
         return self.solve(
             margin_cross_entropy, backend=backend, compute_dtype=self.compute_dtype, **more
         )
 
-    def solve_exact(self):
+    def solve_exact(self) -> list[Tensor]:
         return self.solve(margin_cross_entropy, torch.float64, backend="reference")
 
-    def solve_plain(self, draws=12):
+    def solve_plain(self, draws: int = 12) -> list[list[Tensor]]:
         """Solves several times by today's path in the same type, under autocast where x is wider.
 
         An orthogonal map of the features changes nothing but the rounding errors: a permutation,
@@ -65,7 +71,7 @@ class Problem:
             if compute.itemsize < min(self.x.itemsize, self.w.itemsize):
                 normal = torch.nn.functional.normalize(torch.randn_like(normal), dim=0)
 
-            def reflect(t, normal=normal):
+            def reflect(t: Tensor, normal: Tensor = normal) -> Tensor:
                 return t.double() - 2 * (t.double() @ normal)[:, None] * normal
 
             x, w = (reflect(t[:, order]).to(t.dtype) for t in (self.x, self.w))
@@ -75,7 +81,14 @@ class Problem:
             solutions.append([loss, dx, dw, *dbias])
         return solutions
 
-    def check(self, backend, exact=None, plain=None, conditioning=1.0, **more):
+    def check(
+        self,
+        backend: str,
+        exact: list[Tensor] | None = None,
+        plain: list[list[Tensor]] | None = None,
+        conditioning: float = 1.0,
+        **more: Any,
+    ) -> None:
         """Checks that loss and gradients of ``backend`` are finite and within the budget.
 
         Easy rows, whose loss the plain path cannot resolve, are judged apart, and so are the
@@ -99,8 +112,19 @@ class Problem:
 
 
 def random_problem(
-    n, c, d, *, device="cpu", dtypes=(torch.float32, torch.float32, None), bias=False, **settings
-):
+    n: int,
+    c: int,
+    d: int,
+    *,
+    device: str = "cpu",
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None] = (
+        torch.float32,
+        torch.float32,
+        None,
+    ),
+    bias: bool = False,
+    **settings: Any,
+) -> Problem:
     """Returns a problem whose embeddings lean towards their class: losses from easy to hard."""
     x_dtype, w_dtype, compute_dtype = dtypes
     w = torch.randn(c, d, device=device)
@@ -114,6 +138,6 @@ def random_problem(
 class MarginOfNorms(torch.nn.Module):
     """Depends on both norms and is differentiable in them, as MagFace is in one."""
 
-    def forward(self, c, rows):
+    def forward(self, c: Tensor, rows: Rows) -> Tensor:
         given = 0.0 if rows.row_margin is None else rows.row_margin
         return c - 0.1 * torch.tanh(rows.x_norm) - 0.2 * torch.tanh(rows.w_norm) - given

@@ -11,9 +11,12 @@ interpreter  Triton's own, which needs TRITON_INTERPRET=1 from the start of the 
 import contextlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from marginkernels import backends
 from marginkernels.backends import triton
@@ -64,12 +67,14 @@ def _release(version: str) -> tuple[int, ...]:
 class SimulatedTriton(triton.TritonBackend):
     """Accepts CPU tensors, whose launches :func:`simulated` has executed by a simulator."""
 
-    def unavailable_reasons(self, device=None, compute_dtype=None):
+    def unavailable_reasons(
+        self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
+    ) -> list[str]:
         return ["no fp64 kernels"] if compute_dtype == torch.float64 else []
 
 
 @contextlib.contextmanager
-def simulated(simulator: str, **settings):
+def simulated(simulator: str, **settings: Any) -> Iterator[None]:
     """Makes ``backend="triton"`` accept CPU tensors inside this context."""
     require(simulator)
     from marginkernels.backends.triton.backward import head_bwd
@@ -88,7 +93,7 @@ def simulated(simulator: str, **settings):
         yield
 
 
-def _session(simulator, **settings):
+def _session(simulator: str, **settings: Any) -> contextlib.AbstractContextManager:
     if simulator == "ttsem":
         sanitize = importlib.import_module("ttsem.sanitize")
         return sanitize.session(cc=80, cuda_is_cpu=False, **settings)
@@ -97,8 +102,8 @@ def _session(simulator, **settings):
     return contextlib.nullcontext()
 
 
-def _without_autocast(op):
-    def call(x, *args, **settings):
+def _without_autocast(op: Callable) -> Callable:
+    def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", enabled=False):
             return op(x, *args, **settings)
 

@@ -2,7 +2,10 @@
 # Copyright (c) 2026 The marginkernels authors
 """Makes heads of every loss that remembers something, with settings that show it at once."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from marginkernels import (
     AdaCos,
@@ -18,7 +21,7 @@ from marginkernels import (
 from tests.support.losses import C, operands
 
 
-def annealed():
+def annealed() -> LSoftmax:
     """Returns an L-Softmax whose lambda falls from 50 to 33 and 25."""
     return LSoftmax(3, base=100.0, gamma=1.0, power=1.0)
 
@@ -37,22 +40,22 @@ STATEFUL = {
 }
 
 
-def head_of(settings):
+def head_of(settings: dict[str, Any]) -> MarginSoftmaxHead:
     """Returns a head with the same weights at each call."""
     torch.manual_seed(1)
     return MarginSoftmaxHead(8, C, **dict(dict(backend="reference"), **settings))
 
 
-def state_of(head):
+def state_of(head: MarginSoftmaxHead) -> dict[str, Tensor]:
     """Returns copies of what the head remembers."""
     return {k: v.clone() for k, v in head.state_dict().items() if k != "weight"}
 
 
-def batches():
+def batches() -> list[tuple[Tensor, Tensor]]:
     """Returns four batches of features and labels."""
     return [operands(dtype=torch.float32, seed=seed)[::2] for seed in range(4)]
 
 
-def same(a, b):
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Compares two results of :func:`state_of`."""
     return all(torch.equal(a[k], b[k]) for k in a)

@@ -3,6 +3,7 @@
 """Checks the two ops of a backend themselves, without the loss around them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.backends import skip_without_tiles
 from tests.support.small import C, D, N, batch
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by name
 THRESHOLD = 0.3
 EDGE = 1e-4  # beside a threshold, where fp32 is on the same side as fp64
 # constants by their number: usual ones first, then awkward ones
@@ -62,7 +64,13 @@ def value_and_slope(
     return value[:, 0], slope[:, 0]
 
 
-def sweep(backend, device, name, scale=2.0, constants=None):
+def sweep(
+    backend: str,
+    device: str,
+    name: str,
+    scale: float = 2.0,
+    constants: tuple[float, ...] | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Call, Call]]:
     """Runs both ops with D = 1, one class and no target, to read f(z) and f' of each cosine off.
 
     Returns the results, and the arguments of both calls.
@@ -93,7 +101,9 @@ def sweep(backend, device, name, scale=2.0, constants=None):
     return (lse, logit_sum, logit_max, dx, dw, dscale), (forward, backward)
 
 
-def agrees_with_the_definition(name, constants, backend, device="cpu"):
+def agrees_with_the_definition(
+    name: str, constants: tuple[float, ...], backend: str, device: str = "cpu"
+) -> None:
     """Checks a transform of a backend point by point."""
     scale, c = 2.0, cosines(constants)
     (lse, logit_sum, logit_max, dx, dw, dscale), _ = sweep(backend, device, name, scale, constants)
@@ -122,7 +132,7 @@ WRONG = {
 }
 
 
-def wrong_operands_are_named(case, backend, device="cpu"):
+def wrong_operands_are_named(case: str, backend: str, device: str = "cpu") -> None:
     """Checks the error for operands that are not the transform's."""
     transform, parameter, constants, bias, complaint = WRONG[case]
     x, w, y = torch.rand(3, 2), torch.rand(4, 2), torch.zeros(3, dtype=torch.int64)
@@ -138,7 +148,9 @@ def wrong_operands_are_named(case, backend, device="cpu"):
         )  # fmt: skip
 
 
-def backward_makes_the_logits_of_forward(learns, compute_dtype, backend, device="cpu"):
+def backward_makes_the_logits_of_forward(
+    learns: str, compute_dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Checks that both sweeps round a logit alike.
 
     A row's only negative has the probability exp(z - lse) = 1. A rounding more in one of the sweeps
@@ -167,7 +179,7 @@ def backward_makes_the_logits_of_forward(learns, compute_dtype, backend, device=
         assert dbias[0] == n
 
 
-def sum_of_logits_that_a_bias_masks(backend, device="cpu"):
+def sum_of_logits_that_a_bias_masks(backend: str, device: str = "cpu") -> None:
     """Checks that the sum of the logits is -inf where a bias masks a class.
 
     Label smoothing wants a probability for every class, and its formula gives that. The gradient is
@@ -199,7 +211,9 @@ def sum_of_logits_that_a_bias_masks(backend, device="cpu"):
         torch.testing.assert_close(a, b)
 
 
-def op_arguments(backend, device, compute_dtype, save_tiles):
+def op_arguments(
+    backend: str, device: str, compute_dtype: torch.dtype, save_tiles: bool
+) -> tuple[Call, Call]:
     """Returns arguments of the forward and of the backward op, as (positional, keywords) each."""
     x, y = batch(device)
     w, scale = torch.randn(C, D, device=device), torch.tensor(16.0, device=device)
@@ -222,7 +236,9 @@ def op_arguments(backend, device, compute_dtype, save_tiles):
     )
 
 
-def opcheck(compute_dtype, save_tiles, backend, device="cpu"):
+def opcheck(
+    compute_dtype: torch.dtype, save_tiles: bool, backend: str, device: str = "cpu"
+) -> None:
     """Checks schemas, fakes and dispatch of both ops."""
     if save_tiles:
         skip_without_tiles(backend)

@@ -4,9 +4,12 @@
 
 import contextlib
 import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from marginkernels import ArcFace, margin_cross_entropy
 from marginkernels.sampling import ChosenBy
@@ -16,13 +19,15 @@ WRONG = {2: C, 3: -5, 5: 2**40}  # labels, by row; row 6 is ignored
 
 
 @contextlib.contextmanager
-def values_unchecked():
+def values_unchecked() -> Iterator[None]:
     """Looks at no value of a tensor inside this context, as on a GPU."""
     with unittest.mock.patch("marginkernels.device_checks.checks_values", lambda _: False):
         yield
 
 
-def solve(y, x, w, leaves=(), **settings):
+def solve(
+    y: Tensor, x: Tensor, w: Tensor, leaves: tuple[Tensor, ...] = (), **settings: Any
+) -> tuple[list[Tensor], Tensor]:
     """Returns losses and statistics of the rows, and gradients of the losses of the right rows."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     losses, stats = margin_cross_entropy(x, w, y, reduction="none", return_stats=True, **settings)
@@ -32,7 +37,7 @@ def solve(y, x, w, leaves=(), **settings):
     return [losses.detach(), *stats, *gradients], right
 
 
-def problem(device="cpu"):
+def problem(device: str = "cpu") -> tuple[Tensor, ...]:
     """Returns features, weights, labels of which some are wrong, and labels without those."""
     torch.manual_seed(0)
     x, w = torch.randn(N, D, device=device), torch.randn(C, D, device=device)
@@ -44,7 +49,9 @@ def problem(device="cpu"):
     return x, w, wrong, left_out
 
 
-def labels_out_of_range(normalize, dtype, backend, device="cpu"):
+def labels_out_of_range(
+    normalize: str, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Checks that their rows are NaN, and all else is as if they were ignored."""
     x, w, wrong, left_out = problem(device)
     x, w = x.to(dtype), w.to(dtype)
@@ -63,7 +70,7 @@ def labels_out_of_range(normalize, dtype, backend, device="cpu"):
         assert torch.equal(a, b)
 
 
-def choose(index):
+def choose(index: Any) -> Callable[[Tensor], Tensor]:
     """Returns a sampler that chooses the same classes at each call."""
     return lambda label: torch.as_tensor(index, device=label.device)
 
@@ -80,7 +87,7 @@ SAMPLES = {  # what a sampler returns for rows of the classes 3, 7, 7; words of 
 }
 
 
-def sampled_call(index, device="cpu", logq=False, **settings):
+def sampled_call(index: Any, device: str = "cpu", logq: bool = False, **settings: Any) -> Tensor:
     """Returns the losses of three rows, of the classes 3, 7 and 7, over a sample."""
     x, w, *_ = problem(device)
     y = torch.tensor([3, 7, 7], device=device)
@@ -88,7 +95,7 @@ def sampled_call(index, device="cpu", logq=False, **settings):
     return margin_cross_entropy(x[:3], w, y, sampling=ChosenBy(choose(index), logq), **settings)
 
 
-def samples_are_checked(case, backend, device="cpu"):
+def samples_are_checked(case: str, backend: str, device: str = "cpu") -> None:
     """Checks the errors for type and shape everywhere, and for values on the CPU."""
     index, words = SAMPLES[case]
     typed = case in ("floats", "empty", "2-d")

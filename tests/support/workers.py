@@ -11,6 +11,9 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +24,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch.distributed.tensor", "torch.nn.parallel", "torch._dynamo", "marginkernels"]
 )
-_pools = {}
+_pools: dict[int, "Pool"] = {}
 
 
-def run(world_size, function, *args):
+def run(world_size: int, function: Callable, *args: Any) -> list[Any]:
     """Runs function(*args) in ``world_size`` processes and returns the results by rank.
 
     gloo is the default group of the processes. They import the function, which has to be one of a
@@ -47,7 +50,7 @@ def run(world_size, function, *args):
 class Pool:
     """Holds the processes of one group. Tests that end processes have a pool of their own."""
 
-    def __init__(self, world_size, timeout=TIMEOUT):
+    def __init__(self, world_size: int, timeout: float = TIMEOUT) -> None:
         self.directory = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
@@ -63,7 +66,7 @@ class Pool:
             self.processes.append(process)
         atexit.register(self.kill)
 
-    def run(self, function, *args):
+    def run(self, function: Callable, *args: Any) -> list[Any]:
         """Runs the function in each process and returns the results by rank.
 
         Raises:
@@ -76,18 +79,18 @@ class Pool:
                 raise RuntimeError(f"rank {rank} of {len(results)}: {result}")
         return [result for _, result in results]
 
-    def start(self, function, *args):
+    def start(self, function: Callable, *args: Any) -> None:
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
 
-    def outcomes(self):
+    def outcomes(self) -> list[tuple[bool, Any]]:
         """Returns for each rank whether it succeeded, and its result or traceback.
 
         A process that ended has None.
         """
         return [self._outcome(pipe) for pipe in self.pipes]
 
-    def _outcome(self, pipe):
+    def _outcome(self, pipe: Connection) -> tuple[bool, Any]:
         try:
             if not pipe.poll(TIMEOUT + 30):
                 return False, "no answer in time"
@@ -95,14 +98,14 @@ class Pool:
         except EOFError:
             return False, None
 
-    def kill(self):
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
         self.directory.cleanup()
 
 
-def _serve(pipe, rank, world_size, url, timeout):
+def _serve(pipe: Connection, rank: int, world_size: int, url: str, timeout: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
