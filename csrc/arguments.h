@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What the ops of every device check of their arguments.
+// Checks of arguments that the ops of every device make.
 
 #pragma once
 

@@ -21,7 +21,8 @@
 
 namespace mk {
 
-// What T's own operators cannot say. Vector types have a specialisation beside their definition.
+// Operations that T has no operator for. Vector types have a specialisation beside their
+// definition.
 template <class T>
 struct Lanes {
     using Scalar = float;  // of one lane
@@ -45,11 +46,11 @@ MK_HOST_DEVICE To bit_cast(const From& from) {
     return to;
 }
 
-// exp(x) within 1.2e-7 of its value for x <= 88; exactly 0 below -kLargestExponent, so for
-// -inf too.
+// Returns exp(x) within a relative error of 1.2e-7 for x <= 88. It is exactly 0 below
+// -kLargestExponent, and so for -inf too.
 //
-// exp(x) = 2^n exp(f) with n = round(x / ln 2) and |f| <= ln(2) / 2; the polynomial is that of
-// Cephes' expf (S. L. Moshier), n goes into the exponent bits.
+// exp(x) = 2^n exp(f) with n = round(x / ln 2) and |f| <= ln(2) / 2. The polynomial is taken from
+// Cephes' expf (S. L. Moshier); n goes into the exponent bits.
 template <class T>
 MK_HOST_DEVICE T exp(T x) {
     using I = typename Lanes<T>::Bits;
@@ -75,7 +76,8 @@ MK_HOST_DEVICE double exp(double x) {
     return __builtin_exp(x);
 }
 
-// 1 / norm of a row from its sum of squares; a zero row (norm below eps) has that of norm eps.
+// Returns 1 / norm of a row from its sum of squares. A zero row (norm below eps) counts as one of
+// norm eps.
 MK_HOST_DEVICE float inverse_norm(float sum_of_squares, float eps) {
     const float smallest = eps * eps;
     return 1.0F / __builtin_sqrtf(sum_of_squares < smallest ? smallest : sum_of_squares);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The Python module marginkernels._C: what was built, and for parity tests the numbers of
+// The Python module marginkernels._C. It says what was built, and hands tests the numbers of
 // numerics.h, the facts of transforms.h and the host side of math.h. The ops are not here: loading
 // the library registers them with PyTorch (cpu/ops.cpp, cuda/ops.cpp).
 
@@ -35,7 +35,7 @@ std::string compiler() {
 }
 
 #if defined(MARGINKERNELS_CUDA)
-// Compute capabilities that the kernels were compiled for: "8.0", "8.6".
+// Returns the compute capabilities that the kernels were compiled for: "8.0", "8.6".
 std::vector<std::string> cuda_architectures() {
     std::vector<std::string> found;
     std::istringstream list(marginkernels::cuda::architectures());
@@ -66,7 +66,7 @@ py::dict build_info() {
     return info;
 }
 
-// By name: what marginkernels/transforms.py says of each transform too.
+// Returns the facts of each transform by its name; tests compare marginkernels/transforms.py.
 py::dict transforms() {
     py::dict known;
     mk::Transforms::for_each([&](mk::Transform, auto functor) {
@@ -83,7 +83,7 @@ py::dict transforms() {
     return known;
 }
 
-// By name: the numbers of numerics.h.
+// Returns the numbers of numerics.h by the names in marginkernels/numerics.py.
 py::dict numerics() {
     py::dict numbers;
     numbers["LEAST_NORM"] = mk::kLeastNorm;

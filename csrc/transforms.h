@@ -24,15 +24,16 @@ struct Transformed {
 
 constexpr double kTwoOverPi = 0.63661977236758134;
 
-// For constants that are numbers; for tensors at::abs is found by their namespace.
+// The absolute value of a constant that is a number; for a tensor at::abs is found by its
+// namespace.
 constexpr double abs(double constant) {
     return constant < 0 ? -constant : constant;
 }
 
 // Each functor has its name in marginkernels/transforms.py, its number of constants, and whether it
 // takes a parameter of the row. `apply` gets the cosine, the row's parameter and the constants.
-// `steepest_slope` is an upper bound of |slope| over all cosines, by the constants: numbers, or
-// tensors, which no host code may read.
+// `steepest_slope` returns an upper bound of |slope| over all cosines. It takes the constants as
+// numbers, or as a tensor whose values only the device knows.
 
 struct Identity {
     static constexpr const char* kName = "identity";
@@ -50,7 +51,8 @@ struct Identity {
     }
 };
 
-// acos(c) for c in [0, 1], where root = sqrt(1 - c), within 2e-8: Abramowitz and Stegun 4.4.46
+// Returns acos(c) for c in [0, 1] within 2e-8, with root = sqrt(1 - c): Abramowitz and
+// Stegun 4.4.46
 template <class T>
 MK_HOST_DEVICE T acos_of_positive(T c, T root) {
     T p = c * -0.0012624911F + 0.0066700901F;
@@ -175,7 +177,7 @@ template <class... Others>
 struct TransformList<Identity, Others...> {
     static_assert(((Others::kConstants <= kMostConstants) && ...), "transform.h has no room");
 
-    // f(position in the list, functor) for each in turn
+    // Calls f(position in the list, functor) for each in turn.
     template <class F>
     static MK_INLINE void for_each(const F& f) {
         int position = 0;

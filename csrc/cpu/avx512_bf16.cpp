@@ -10,8 +10,7 @@
 #include <cmath>
 #include <cstring>
 
-// the standard headers above stay outside: their functions are shared with code for older
-// processors
+// standard headers come first: their functions are shared with code for older processors
 #if defined(MK_EMULATE)
 #elif defined(__clang__)
 #pragma clang attribute push(                                                     \

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// c (+)= a b for blocks that lie in the cache: 6 rows of c by a few vectors are kept in registers,
-// and each step of k costs one broadcast per row, one load per vector, and no more than that.
+// Computes c = a b or c += a b for blocks that lie in the cache. 6 rows of c by a few vectors stay
+// in registers, so that a step of k costs one broadcast per row and one load per vector beside the
+// arithmetic.
 //
 // Everything counts in units of 32 bits: one fp32 number, or two bf16 numbers with consecutive k.
 
@@ -45,9 +46,9 @@ struct BFloat16 {
 };
 #endif
 
-// One tile of c: kRows x kVectors. kColumns: element (i, k) of a lies at a[k * lda + i], and else
-// at a[i * lda + k]; b is one panel. The old value of c is added last: long sums are sums of
-// shorter ones, which keeps more digits.
+// Computes one tile of c, kRows x kVectors, from one panel of b. With kColumns element (i, k) of a
+// lies at a[k * lda + i], without it at a[i * lda + k]. The old value of c is added last: long sums
+// are sums of shorter ones, which keeps more digits.
 template <class Op, int kRows, int kVectors, bool kColumns>
 void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
           bool add) {
@@ -79,7 +80,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, 
         }
 }
 
-// All rows of c against one panel; the last rows that fill no tile have a smaller one.
+// Computes all rows of c from one panel; the last rows, which fill no tile, have a smaller one.
 template <class Op, int kVectors, bool kColumns>
 void panel(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
            int64_t ldc, bool add) {
@@ -112,8 +113,9 @@ struct Panels {
     const float* at(int64_t p, int64_t k) const { return data + p * kPanel * depth + k * width(p); }
 };
 
-// Columns [first_panel * kPanel, ...) of c, ``panels`` panels of them, (+)= a times units
-// [k, k + depth) of b. Sums longer than kDepth are cut, so that a panel's part stays in the cache.
+// Multiplies a by units [k, k + depth) of b, from ``first_panel`` on ``panels`` panels of it. The
+// product is added to c, or replaces it. Sums longer than kDepth are cut, so that a panel's part
+// stays in the cache.
 template <class Op, bool kColumns>
 void multiply(int64_t rows, const float* a, int64_t lda, const Panels& b, int64_t first_panel,
               int64_t panels, int64_t k, int64_t depth, float* c, int64_t ldc, bool add) {

@@ -31,7 +31,7 @@ Type type_of(at::ScalarType type, const char* name) {
     }
 }
 
-// (count, D) with the numbers of a row next to each other: a copy where they are not
+// Returns (count, D) with the numbers of a row next to each other, as a copy where they are not.
 Tensor with_dense_rows(const Tensor& t) {
     return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous();
 }
@@ -48,8 +48,8 @@ OptionalTensor contiguous(const OptionalTensor& t) {
     return t.has_value() ? OptionalTensor(t->contiguous()) : t;
 }
 
-// A new tensor whose first touch, inside the sweep, faults in 2 MiB at a time where Linux lets it:
-// in 4 KiB pages that costs as much as a third of the sweep.
+// Returns a new tensor whose first touch, inside the sweep, faults in 2 MiB at a time where Linux
+// lets it. Faults of 4 KiB pages cost as much as a third of the sweep.
 Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
     Tensor t = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Rows of any type to fp32 numbers, rounded to the compute type, and back; norms and projections.
+// Conversion of rows of any type to fp32 numbers, rounded to the compute type, and back; norms and
+// projections.
 
 #pragma once
 

@@ -40,7 +40,7 @@ struct ForwardResults {
 
 void sweep_forward(const Call& call, const ForwardResults& results, const Parallel& parallel);
 
-// What forward left for backward, and the gradients that arrive for its results.
+// Results of forward that backward needs, and the gradients that arrive.
 struct BackwardInputs {
     const float *lse, *w_inv;             // (N,), (C,)
     const void* tiles;                    // as forward kept them, or null

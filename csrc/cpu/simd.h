@@ -44,8 +44,9 @@ MK_HOST_DEVICE vfloat max(vfloat a, vfloat b) {
     return a > b ? a : b;
 }
 
-// a b + c, rounded once where the processor can. The compiler may or may not make one of a product
-// and a sum, in each place as it likes: where two places must give the same bits, this is called.
+// Returns a b + c, rounded once where the processor can. From a product and a sum the compiler
+// makes such an instruction or not, as it likes in each place. Places that must give the same bits
+// call this.
 MK_HOST_DEVICE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
 #if defined(MK_EMULATE) || (defined(__x86_64__) && MK_VECTOR_BYTES == 16)
     return a * b + c;
@@ -65,7 +66,7 @@ MK_HOST_DEVICE float sum(vfloat v) {
     return total;
 }
 
-// A store past the cache, for what is not read again soon; p is aligned to the vector.
+// Stores past the cache numbers that are not read again soon; p is aligned to the vector.
 MK_HOST_DEVICE void stream(float* p, vfloat v) {
 #if defined(MK_EMULATE) || MK_VECTOR_BYTES == 16
     store(p, v);
@@ -82,7 +83,7 @@ MK_HOST_DEVICE vfloat from_bf16(vhalf bits) {
     return mk::bit_cast<vfloat>(vuint(__builtin_convertvector(bits, vuint) << 16));
 }
 
-// v as the nearest bf16 number, ties to even; NaN stays NaN
+// Rounds v to the nearest bf16 number, ties to even; NaN stays NaN.
 MK_HOST_DEVICE vfloat round_to_bf16(vfloat v) {
     const vuint bits = mk::bit_cast<vuint>(v);
     const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000U;
@@ -98,20 +99,20 @@ MK_HOST_DEVICE vhalf to_bf16(vfloat v) {
 
 MK_HOST_DEVICE vfloat from_fp16(vhalf half) {
     const vuint bits = __builtin_convertvector(half, vuint);
-    // the multiplication moves the exponent, and normalises what was subnormal
+    // the multiplication moves the exponent, and normalises subnormal numbers
     vfloat magnitude = mk::bit_cast<vfloat>(vuint((bits & 0x7fff) << 13)) * 0x1p112F;
     const vuint special = mk::bit_cast<vuint>(magnitude) | 0x7f800000U;
     magnitude = magnitude >= 65536.0F ? mk::bit_cast<vfloat>(special) : magnitude;
     return mk::bit_cast<vfloat>(vuint(mk::bit_cast<vuint>(magnitude) | ((bits & 0x8000) << 16)));
 }
 
-// v as the nearest fp16 number, ties to even; inf from 65520 on, NaN stays NaN
+// Rounds v to the nearest fp16 number, ties to even; inf from 65520 on, NaN stays NaN.
 MK_HOST_DEVICE vfloat round_to_fp16(vfloat v) {
     const vuint bits = mk::bit_cast<vuint>(v);
     const vuint sign = bits & 0x80000000U;
     const vfloat magnitude = mk::bit_cast<vfloat>(vuint(bits ^ sign));
     const vuint normal = ((bits ^ sign) + 0xfff + ((bits >> 13) & 1)) & 0xffffe000U;
-    // below 2^-14 the last place is 2^-24, as that of fp32 numbers between 0.5 and 1
+    // below 2^-14 the last place is 2^-24, as for fp32 numbers between 0.5 and 1
     const vfloat subnormal = (magnitude + 0.75F) - 0.75F;
     vfloat rounded = magnitude < 0x1p-14F ? subnormal : mk::bit_cast<vfloat>(normal);
     rounded = rounded >= 65536.0F ? splat(__builtin_inff()) : rounded;
