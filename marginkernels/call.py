@@ -68,23 +68,24 @@ def check(
     validation.check_operands(operands, shard)
     x, w, y, bias, sample_weight, row_margin = operands
     observer = observer_of(scale)
-    learns_scale = isinstance(scale, nn.Parameter)
+    value: float | Tensor
     if isinstance(scale, nn.Module):
-        learns_scale = any(True for _ in scale.parameters())
-        scale = scale()
-    learns_scale |= isinstance(scale, Tensor) and scale.requires_grad
+        value, learns_scale = scale(), any(True for _ in scale.parameters())
+    else:
+        value, learns_scale = scale, isinstance(scale, nn.Parameter)
+    learns_scale |= isinstance(value, Tensor) and value.requires_grad
     compute_dtype = resolve_compute_dtype(x, w, settings.compute_dtype)
     stats_dtype = ops.statistics_dtype(compute_dtype)
-    validation.check_scale(scale)
+    validation.check_scale(value)
     validation.check_numbers(
-        stats_dtype, scale=scale, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
+        stats_dtype, scale=value, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
     )
     num_classes = w.shape[0] if shard is None else shard.total
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
     backend = backends.select(settings.backend, x.device, compute_dtype)
-    obstacles = _tile_obstacles(settings, bias, hooks, scale, sampling, compute_dtype, backend)
+    obstacles = _tile_obstacles(settings, bias, hooks, value, sampling, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
     x_dtype = x.dtype
@@ -92,26 +93,22 @@ def check(
         x = x.to(stats_dtype)
     call = Call(
         settings, x, w, bias, y, row_norm(x, compute_dtype), sample_weight, row_margin, hooks,
-        scale, observer, learns_scale, sampling, x_dtype, compute_dtype, stats_dtype, backend,
+        value, observer, learns_scale, sampling, x_dtype, compute_dtype, stats_dtype, backend,
         obstacles, num_classes,
     )  # fmt: skip
     return call._replace(label=validation.check_values(call))
 
 
-def agreed(
-    call: Call, margin: nn.Module, scale: float | Tensor | nn.Module, shard: ClassShard
-) -> dict[str, object]:
+def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> dict[str, object]:
     """Lists what changes what ranks exchange or compute, and so has to be the same on all."""
-    training, described = margin.training, scale
+    training: object = margin.training
+    described: object = type(scale).__name__ if isinstance(scale, Tensor) else scale
     if isinstance(scale, nn.Module):
         training, described = (margin.training, scale.training), _described(scale)
-    elif isinstance(scale, Tensor):
-        described = type(scale).__name__
     # compute_dtype is compared as resolved; ranks may differ in how they compute
     own = ("compute_dtype", "save_tiles", "backend")
     given = dict(sample_weight=call.sample_weight, row_margin=call.row_margin)
     return {
-        "shard": f"{shard.total} classes with grad_scale={shard.grad_scale!r}",
         "margin": _described(margin),
         "training": training,
         "scale": described,

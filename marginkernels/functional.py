@@ -2,8 +2,11 @@
 # Copyright (c) 2026 The marginkernels authors
 """Tells the story of one call of :func:`margin_cross_entropy`."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import loss
 from .call import Call, Operands, agreed, check
@@ -12,9 +15,33 @@ from .distributed.shard import ClassShard, global_rank
 from .loss import HeadStats
 from .margins import Rows
 from .norms import row_norm
+from .options import Options
 from .sampling import Sampling
 from .settings import Settings
 from .sweep import Batch, Sweep
+
+
+@overload
+def margin_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def margin_cross_entropy(
+    x: Tensor, w: Tensor, y: Tensor, *, return_stats: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, HeadStats]: ...
+
+
+@overload
+def margin_cross_entropy(
+    x: Tensor, w: Tensor, y: Tensor, *, return_stats: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, HeadStats]: ...
 
 
 def margin_cross_entropy(
@@ -110,7 +137,7 @@ def margin_cross_entropy(
     exchange, call = opened(
         shard, x, w,
         lambda: check(settings, operands, margin, scale, shard, sampling),
-        lambda call: agreed(call, margin, scale, shard),
+        lambda call: agreed(call, margin, scale),
         return_stats,
     )  # fmt: skip
 
@@ -140,4 +167,4 @@ def _gathered(exchange: Exchange, call: Call) -> Batch:
     valid = kept & (class_id >= 0) & (class_id < call.num_classes)  # a GPU does not check labels
     rows = Rows(torch.where(valid, class_id, 0), x_norm, None, row_margin, valid, noise)
     local_class = exchange.held(torch.where(valid, class_id, -1))
-    return Batch(x, rows, kept, local_class, sample_weight)
+    return Batch(x, rows, kept, valid, local_class, sample_weight)

@@ -42,12 +42,13 @@ class Target(NamedTuple):
 def target_of(call: Call, batch: Batch, result: SweepResult) -> Target:
     """Returns the target of each row, from the result of the sweep."""
     found = result.w_norm.detach() > 0
-    rows = batch.rows._replace(w_norm=torch.where(found, result.w_norm, 1.0))
+    w_norm = torch.where(found, result.w_norm, 1.0)
+    rows = batch.rows._replace(w_norm=w_norm)
     cosine, norms = result.target_cosine, None
     if call.settings.normalize != "both":
         norms = rows.x_norm
         if call.settings.normalize == "none":
-            norms = rows.x_norm * rows.w_norm
+            norms = rows.x_norm * w_norm
         cosine = cosine / norms
     bias = 0.0 if result.bias_y is None else result.bias_y
     return Target(rows, found, cosine, norms, bias)

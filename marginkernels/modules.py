@@ -1,36 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""``MarginSoftmaxHead``: the ``nn.Module`` that holds weight, margin, scale and settings."""
+"""Holds ``MarginSoftmaxHead``, the ``nn.Module`` with weight, margin, scale and settings."""
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, backends, ops, validation
-from .call import resolve_compute_dtype
+from . import arguments, backends, evaluation, validation
 from .distributed import shard as distributed
-from .distributed.exchange import opened
 from .distributed.extend import extend
-from .distributed.shard import Sharding
+from .distributed.shard import ClassShard, Sharding
 from .functional import HeadStats, margin_cross_entropy
 from .generators import mixed, random_seed, without_unused
-from .norms import unit_rows
-from .sampling import PartialFC, Sampler
+from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings
 
-# classes per block of logits outside the training path: 8 MB of fp32 logits for 256 rows
-_CHUNK = 8192
-
 
 class MarginSoftmaxHead(nn.Module):
-    """The last layer and loss of a metric-learning classifier: class weights and
-    :func:`margin_cross_entropy` on them.
+    """Is the last layer and loss of a classifier for embeddings.
+
+    It holds the class weights and computes :func:`margin_cross_entropy` on them.
 
     Example::
 
@@ -58,11 +53,11 @@ class MarginSoftmaxHead(nn.Module):
         sampling: :class:`PartialFC`, for steps on a sample of the classes in training mode, or
             None. The state of the random numbers is saved with the head.
 
-    What a margin, a scale or a sample remembers moves at each forward in training mode. Leave the
-    head out of ``torch.utils.checkpoint``, whose second forward would be another step: it is
-    refused then, unless nothing is remembered. With gradient caching (GradCache) call the head
-    once, on the embeddings of all chunks. A trainer that calls it twice before its optimizer steps,
-    as SAM does or where gradients are accumulated, moves them twice.
+    The state of a margin, a scale or a sample moves at each forward in training mode. Leave the
+    head out of ``torch.utils.checkpoint``, whose second forward would be another step: a head with
+    state refuses it. With gradient caching (GradCache) call the head once, on the embeddings of all
+    chunks. A trainer that calls the head twice before its optimizer steps, as SAM does or where
+    gradients are accumulated, moves the state twice.
     """
 
     _given_scale: Tensor | None = None
@@ -121,18 +116,18 @@ class MarginSoftmaxHead(nn.Module):
         self.shard = self._mesh = None
         if sharding is not None:
             self._mesh, self.shard = sharding.split(num_classes, device)
-            self._require_agreement(bias, dtype or torch.get_default_dtype())
-            self._copy_first()
+            self._require_agreement(self.shard, bias, dtype or torch.get_default_dtype())
+            self._copy_first(self.shard)
             distributed.refuse_ddp()
         self.sampler = None
         if sampling is not None and not sampling.takes_all:
-            self.sampler = Sampler(self.shard and self.shard.group)
+            self.sampler = step_generators(None if self.shard is None else self.shard.group)
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
         distributed.watch_wrappers()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
             if isinstance(value, AdaptiveScale):
                 value.check(self.num_classes)
@@ -141,30 +136,37 @@ class MarginSoftmaxHead(nn.Module):
             self._split = True
         super().__setattr__(name, value)
 
-    def _require_agreement(self, bias: bool, dtype: torch.dtype) -> None:
-        scale = self.scale
+    def _require_agreement(self, shard: ClassShard, bias: bool, dtype: torch.dtype) -> None:
+        scale: object = self.scale
         if isinstance(scale, Tensor):
             scale = f"{type(scale).__name__} {scale.dtype} {tuple(scale.shape)}"
         # ranks may differ in how they compute
         settings = self.settings._asdict()
         del settings["save_tiles"], settings["backend"]
         distributed.require_agreement(
-            self.shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=self.shard.grad_scale,
-            even_batches=self.shard.even_batches, max_local_batch=self.shard.max_local_batch,
+            shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=shard.grad_scale,
+            even_batches=shard.even_batches, max_local_batch=shard.max_local_batch,
             embedding_size=self.embedding_size, num_classes=self.num_classes, margin=self.margin,
             sampling=self.sampling, **settings,
         )  # fmt: skip
 
-    def _parameter(self, shape: tuple[int, ...], device, dtype) -> nn.Parameter:
-        if self.shard is None:
+    def _parameter(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> nn.Parameter:
+        if self.shard is None or self._mesh is None:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         local = torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype)
         return nn.Parameter(distributed.sharded(local, self._mesh, shape))
 
     def reset_parameters(self) -> None:
-        """Starts afresh, as after ``to_empty``: weight from N(0, 0.01^2), bias 0, scale and margin
-        as they were last given, and what they remember as it was in the beginning; of the user's
-        own modules, what has a ``reset_parameters``. Of a sharded head, collective.
+        """Starts afresh, as after ``to_empty``.
+
+        The weight is drawn from N(0, 0.01^2) and the bias is 0. Scale and margin are as they were
+        last given, and their state is as it was in the beginning. Modules of the user's own are
+        reset where they have ``reset_parameters``. For a sharded head the call is collective.
 
         A scale or margin that was given as a tensor on the meta device becomes NaN until it is
         filled or loaded, with a warning.
@@ -172,16 +174,17 @@ class MarginSoftmaxHead(nn.Module):
         self._reset_classes()
         arguments.restore("scale", self.scale, self._given_scale)
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
         if self.shard is not None:
-            self._copy_first()
+            self._copy_first(self.shard)
 
-    def _copy_first(self) -> None:
+    def _copy_first(self, shard: ClassShard) -> None:
         """Gives all ranks rank 0's margin and scale: random numbers may differ. Collective."""
         named = (*self.named_parameters(), *self.named_buffers())
         others = [t for name, t in named if name not in ("weight", "bias")]
-        distributed.copy_first(self.shard.group, others)
+        distributed.copy_first(shard.group, others)
 
     def _reset_classes(self) -> None:
         weight, generator = distributed.local(self.weight.detach()), None
@@ -193,6 +196,28 @@ class MarginSoftmaxHead(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(distributed.local(self.bias.detach()))
 
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        row_margin: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        row_margin: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, HeadStats]: ...
+
     def forward(
         self,
         embeddings: Tensor,
@@ -202,27 +227,38 @@ class MarginSoftmaxHead(nn.Module):
         row_margin: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, HeadStats]:
-        """The loss of embeddings (N, D) with labels (N,); see :func:`margin_cross_entropy`."""
+        """Computes the loss of embeddings (N, D) with labels (N,).
+
+        See :func:`margin_cross_entropy`.
+        """
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
             self._look_for_replicas()
         sampling = None
-        if self.training and self.sampler is not None:
-            generator = self.sampler(embeddings.device)
+        if self.training and self.sampling is not None and self.sampler is not None:
+            rank = 0 if self.shard is None else dist.get_rank(self.shard.group)
+            generator = self.sampler(embeddings.device, rank)
             sampling = dataclasses.replace(self.sampling, generator=generator)
         return margin_cross_entropy(
-            embeddings, self._held("weight"), labels, margin=self.margin, scale=self.scale,
-            bias=self._held("bias"), sample_weight=sample_weight, row_margin=row_margin,
+            embeddings, self.held_weight(), labels, margin=self.margin, scale=self.scale,
+            bias=self.held_bias(), sample_weight=sample_weight, row_margin=row_margin,
             return_stats=return_stats, shard=self.shard, sampling=sampling,
             **self.settings._asdict(),
         )  # fmt: skip
 
-    def _held(self, name: str) -> Tensor | None:
-        """The classes that this rank has to hold of ``weight`` or ``bias``.
+    def held_weight(self) -> Tensor:
+        """Returns the rows of ``weight`` that this rank has to hold."""
+        return self._held("weight", self.weight)
+
+    def held_bias(self) -> Tensor | None:
+        """Returns the part of ``bias`` that this rank has to hold."""
+        return None if self.bias is None else self._held("bias", self.bias)
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns the classes of this rank.
 
         Raises:
-            RuntimeError: another has split it, as fully_shard does outside of its forward.
+            RuntimeError: another has split the tensor, as fully_shard does outside of its forward.
         """
-        tensor = getattr(self, name)
         mesh = getattr(tensor, "device_mesh", None)
         if mesh is not None and mesh != self._mesh:
             raise RuntimeError(
@@ -250,70 +286,19 @@ class MarginSoftmaxHead(nn.Module):
             )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """The logits (N, C) without margin, for evaluation: scale * cos + bias where both sides
-        are normalised. Not of a sharded head.
-        """
-        if self.shard is not None:
-            raise RuntimeError(
-                "logits: the classes are split over ranks: topk merges them, and "
-                "full_state_dict() loads into a head that has them all"
-            )
-        self._check_embeddings(embeddings)
-        return torch.cat([block for _, block in self._logit_blocks(embeddings)], dim=1)
+        """Computes the logits (N, C) without margin, for evaluation.
 
-    @torch.no_grad()
+        They are scale * cos + bias where both sides are normalised. A sharded head has none.
+        """
+        return evaluation.logits(self, embeddings)
+
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k greatest of :meth:`logits` in each row and their classes, (N, k) each, greatest
-        first; never holds (N, C) logits. Of a sharded head, collective: each rank gives its rows
-        and gets theirs, over all classes.
+        """Returns the k greatest of :meth:`logits` in each row, and their classes, (N, k) each.
+
+        The greatest comes first. The (N, C) logits are never held. For a sharded head the call is
+        collective: each rank gives its rows and gets theirs, over all classes.
         """
-
-        def check() -> torch.dtype:
-            arguments.integer("k", k, most=self.num_classes)
-            self._check_embeddings(embeddings)
-            return self._compute_dtype(embeddings)
-
-        exchange, compute_dtype = opened(
-            self.shard,
-            embeddings,
-            self._held("weight"),
-            check,
-            lambda compute_dtype: dict(k=k, compute_dtype=compute_dtype),
-        )
-        rows = exchange.features(embeddings)
-        dtype = ops.statistics_dtype(compute_dtype)
-        values = rows.new_empty(len(rows), 0, dtype=dtype)
-        classes = values.long()
-        for start, block in self._logit_blocks(rows):
-            best, where = block.topk(min(k, block.shape[1]), dim=1)
-            values = torch.cat([values, best], dim=1)
-            classes = torch.cat([classes, where + start], dim=1)
-            values, classes = _greatest(k, values, classes)
-        return _greatest(k, *exchange.candidates(k, values, classes))
-
-    def _check_embeddings(self, embeddings: Tensor) -> None:
-        validation.check_tensor("embeddings", embeddings, like=self.weight)
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings: expected (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
-            )
-
-    def _compute_dtype(self, embeddings: Tensor) -> torch.dtype:
-        return resolve_compute_dtype(embeddings, self.weight, self.settings.compute_dtype)
-
-    def _logit_blocks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """First class and logits of one block of classes after another, in the statistics dtype."""
-        weight, bias = self._held("weight"), self._held("bias")
-        compute_dtype = self._compute_dtype(embeddings)
-        scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
-        x = scale * _operand(embeddings, self.settings.normalize == "both", compute_dtype)
-        first = 0 if self.shard is None else self.shard.start
-        for start in range(0, len(weight), _CHUNK):
-            classes = slice(start, start + _CHUNK)
-            w = _operand(weight[classes], self.settings.normalize != "none", compute_dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                block = x @ w.T
-            yield first + start, block if bias is None else block + bias[classes].to(w.dtype)
+        return evaluation.topk(self, embeddings, k)
 
     def extend(
         self,
@@ -322,8 +307,10 @@ class MarginSoftmaxHead(nn.Module):
         init: Tensor | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Adds k classes, from num_classes on. Of a sharded head, collective: classes move
-        between ranks, so that the split is DTensor's again.
+        """Adds k classes, from num_classes on.
+
+        For a sharded head the call is collective: classes move between ranks, so that the split is
+        DTensor's again.
 
         ``weight`` and ``bias`` become new parameters without a gradient. Margin and scale stay.
 
@@ -343,23 +330,26 @@ class MarginSoftmaxHead(nn.Module):
         extend(self, k, init, optimizer)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """``state_dict()`` with the classes of all ranks, as an unsharded head has it. Collective;
-        every rank gets all of it. It loads into a head that is sharded in any way, or not.
+        """Returns ``state_dict()`` with the classes of all ranks, as an unsharded head has it.
+
+        Collective: every rank gets all of it. It loads into a head that is sharded in any way, or
+        not.
         """
         return {
             name: value.full_tensor() if hasattr(value, "full_tensor") else value
             for name, value in self.state_dict().items()
         }
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict = without_unused(state_dict, prefix + "sampler", self.sampler)
-        # of a tensor with all classes each rank takes its own
-        for name in ("weight", "bias") if self.shard is not None else ():
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and not hasattr(value, "to_local"):
-                rows = value[self.shard.start : self.shard.stop]
-                rows = rows.to(distributed.local(self.weight).device)
-                state_dict[prefix + name] = distributed.sharded(rows, self._mesh, value.shape)
+        if self.shard is not None and self._mesh is not None:
+            # each rank takes its own of a tensor with all classes
+            for name in ("weight", "bias"):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and not hasattr(value, "to_local"):
+                    rows = value[self.shard.start : self.shard.stop]
+                    rows = rows.to(distributed.local(self.weight).device)
+                    state_dict[prefix + name] = distributed.sharded(rows, self._mesh, value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -374,14 +364,3 @@ class MarginSoftmaxHead(nn.Module):
 
 for _name in Settings._fields:
     setattr(MarginSoftmaxHead, _name, Setting(_name))
-
-
-def _greatest(k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """The k greatest values (N, M), at most M, in each row, and their classes."""
-    values, order = values.topk(min(k, values.shape[1]), dim=1)
-    return values, classes.gather(1, order)
-
-
-def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
-    """Rows as the sweep sees them, rounded to the compute type, in the statistics dtype."""
-    return unit_rows(rows, compute_dtype) if normalised else ops.rounded(rows, compute_dtype)

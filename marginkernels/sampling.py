@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Sample(NamedTuple):
     """Names the classes of a step on this rank."""
 
-    index: Tensor  # (n,) int64, sorted rows of w
+    classes: Tensor  # (n,) int64, sorted rows of w
     valid: Tensor | None = None  # bool () on the device, whether it can be used; None: it can
 
 
@@ -210,16 +210,9 @@ def sampled(
     return w, bias, torch.where(owned, places, -1)
 
 
-class Sampler(StepGenerators):
+def step_generators(group: dist.ProcessGroup | None) -> StepGenerators:
     """Makes the generators of a head's samples, from a seed that the ranks agree on."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        seed = [random_seed()]
-        if group is not None:
-            dist.broadcast_object_list(seed, group=group, group_src=0)
-        super().__init__(seed[0], "MarginSoftmaxHead(sampling=)")
-        self.rank = 0 if group is None else dist.get_rank(group)
-
-    def forward(self, device: torch.device) -> torch.Generator:
-        """Returns the generator of the next step."""
-        return super().forward(device, self.rank)
+    seed = [random_seed()]
+    if group is not None:
+        dist.broadcast_object_list(seed, group=group, group_src=0)
+    return StepGenerators(seed[0], "MarginSoftmaxHead(sampling=)")

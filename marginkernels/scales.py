@@ -81,6 +81,8 @@ class AdaCos(Stateful, AdaptiveScale):
         delayed: whether s moves after the step instead of before.
     """
 
+    s: Tensor
+
     def __init__(self, num_classes: int, *, dynamic: bool = True, delayed: bool = False):
         super().__init__()
         num_classes = integer("num_classes", num_classes, least=3)

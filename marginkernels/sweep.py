@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     x: Tensor  # (N, D)
     rows: Rows  # with the class of each row, 0 for rows without
     kept: Tensor  # (N,) bool, whether the label is not ignore_index
+    valid: Tensor  # (N,) bool, whether it is also that of a class
     local_class: Tensor  # (N,) the class as a row of this rank's w; -1 where w does not hold it
     sample_weight: Tensor | None  # (N,)
 
@@ -44,13 +45,14 @@ class Sweep:
         self.exchange, self.call, self.batch = exchange, call, batch
         w, position = call.w, batch.local_class
         bias = None if call.bias is None else call.bias.to(call.stats_dtype)
-        self.usable = None  # whether the sample can be used, a bool () on the device
-        sample = call.sampling and call.sampling.choose(exchange, position, w.shape[0])
-        if sample is not None:
-            self.usable = sample.valid
-            w, bias, position = sampled(
-                w, bias, position, sample.index, call.sampling.logq, call.stats_dtype
-            )
+        self.usable: Tensor | None = None  # whether the sample can be used, a bool () on the device
+        if call.sampling is not None:
+            sample = call.sampling.choose(exchange, position, w.shape[0])
+            if sample is not None:
+                self.usable = sample.valid
+                w, bias, position = sampled(
+                    w, bias, position, sample.classes, call.sampling.logq, call.stats_dtype
+                )
         if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
             w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
         self.w, self.bias = w, bias  # of the classes that are swept
@@ -63,7 +65,7 @@ class Sweep:
             return self.call.scale
         with torch.no_grad():
             result = self._merged(self._tensor(self.call.scale), IDENTITY)
-        observer.observe(result.lse, result.target_cosine, self.batch.rows.kept)
+        observer.observe(result.lse, result.target_cosine, self.batch.valid)
         return observer()
 
     def __call__(self, scale: float | Tensor) -> tuple[Tensor, SweepResult]:
@@ -84,7 +86,7 @@ class Sweep:
         observer = call.observer
         if observer is not None and observer.delayed:
             lse, cosine = result.lse.detach(), result.target_cosine.detach()
-            observer.observe(lse, cosine, self.batch.rows.kept)
+            observer.observe(lse, cosine, self.batch.valid)
         return tensor, result
 
     def _merged(
@@ -126,7 +128,7 @@ class Sweep:
         margin, rows, dtype = self.call.margin, self.batch.rows, self.call.stats_dtype
         if not margin.transforms_negatives:
             return IDENTITY
-        c = None
+        c = rows.x_norm.new_empty(0)
         if margin.needs_target_cosine:
             c = self.exchange.total(self._target_cosine())
         name, row_parameter, constants = margin.negatives(c, rows)
@@ -168,5 +170,5 @@ def saves_tiles(
         return False  # no backward will read them
     if asked == "auto" and torch.compiler.is_exporting():
         return False  # the graph is for batches of any size
-    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0])
+    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0]) or (0, 0)
     return asked is True or height * width * compute_dtype.itemsize <= _AUTO_TILES_BYTES

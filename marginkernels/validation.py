@@ -8,7 +8,7 @@ Shapes, dtypes, devices and Python numbers are always checked, values in tensors
 
 import math
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +73,19 @@ def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
         raise ValueError(f"y: expected shape ({n},), one label per row of x, got {tuple(y.shape)}")
     if y.device != x.device:
         raise ValueError(f"y: expected device {x.device} as x, got {y.device}")
-    for name, t, size in (
+    for name, given, size in (
         ("bias", bias, c),
         ("sample_weight", sample_weight, n),
         ("row_margin", row_margin, n),
     ):
-        if t is not None:
-            check_tensor(name, t, like=x, shape=(size,))
+        if given is not None:
+            check_tensor(name, given, like=x, shape=(size,))
 
 
-def check_tensor(name: str, t, like: Tensor | None = None, shape: tuple | None = None) -> None:
-    """A floating tensor, where given of this shape and on the device of ``like``."""
+def check_tensor(
+    name: str, t: Any, like: Tensor | None = None, shape: tuple[int, ...] | None = None
+) -> None:
+    """Checks that ``t`` is a floating tensor, of this shape and on the device of ``like``."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     check_local(name, t)
@@ -96,7 +98,7 @@ def check_tensor(name: str, t, like: Tensor | None = None, shape: tuple | None =
 
 
 def check_local(name: str, t: Tensor) -> None:
-    """Not a DTensor, of which this process may hold a part only."""
+    """Checks that ``t`` is no DTensor, of which this process may hold a part only."""
     if hasattr(t, "to_local"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor. MarginSoftmaxHead(..., sharding=mesh)"
@@ -105,8 +107,8 @@ def check_local(name: str, t: Tensor) -> None:
         )
 
 
-def check_scale(scale, name: str = "scale") -> None:
-    """A number is checked here, a tensor's value with the other values."""
+def check_scale(scale: Any, name: str = "scale") -> None:
+    """Checks a number; a tensor's value is checked with the other values."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
@@ -172,8 +174,8 @@ def check_sampling(
         raise ValueError(f"logq: expected False with {looks}, which looks at all cosines")
 
 
-def check_numbers(dtype: torch.dtype, **values) -> None:
-    """Positive numbers that statistics in ``dtype`` can hold."""
+def check_numbers(dtype: torch.dtype, **values: float | Tensor) -> None:
+    """Checks that statistics in ``dtype`` can hold these positive numbers."""
     held = torch.finfo(dtype)
     for name, value in values.items():
         if not isinstance(value, Tensor) and value != 0 and not held.tiny <= value <= held.max:
@@ -215,7 +217,7 @@ def _checked(label: Tensor, value: Tensor, low: float, high: float, what: str) -
     return ops.checked(label, value.detach(), low, high, what)
 
 
-def _check_choice(name: str, value, allowed: tuple) -> None:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     # by identity first, because 1 == True
     if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

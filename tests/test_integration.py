@@ -17,8 +17,8 @@ from marginkernels import (
     MarginSoftmaxHead,
     NSoftmax,
     backends,
+    evaluation,
     margin_cross_entropy,
-    modules,
     ops,
 )
 from marginkernels.sweep import saves_tiles
@@ -239,7 +239,7 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_topk_never_holds_all_logits(device, monkeypatch):
-    monkeypatch.setattr(modules, "_CHUNK", 300)
+    monkeypatch.setattr(evaluation, "CHUNK", 300)
     head = MarginSoftmaxHead(4, 3100, margin=NSoftmax(), scale=3.0, bias=True, device=device)
     x = torch.randn(N, 4, device=device, requires_grad=True)
     expected = head.logits(x).topk(5)

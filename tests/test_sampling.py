@@ -190,7 +190,10 @@ def test_states_load_where_nothing_is_drawn_and_from_there(what, checkpoint, tmp
 def samples():
     torch.manual_seed(0)  # the same on all ranks, as careless trainers do
     head = make_head(sharding=dist.group.WORLD)
-    index = [sample_classes(torch.tensor([-1]), 20, 10, head.sampler("cpu")) for _ in range(2)]
+    index = [
+        sample_classes(torch.tensor([-1]), 20, 10, head.sampler("cpu", dist.get_rank()))
+        for _ in range(2)
+    ]
     return index, head.sampler.get_extra_state()
 
 

@@ -87,7 +87,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def __init__(
         self,
-        margin_loss: Callable,
+        margin_loss: Callable[..., Tensor],
         embedding_size: int,
         num_classes: int,
         sample_rate: float = 1.0,
@@ -104,38 +104,13 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if loss_cap is not None:
             loss_cap = arguments.number("loss_cap", loss_cap)
         backends.check_name(backend)
-        fused = isinstance(margin_loss, MarginLoss)
-        grouped = distributed.in_group()
-        self.rank = dist.get_rank() if grouped else 0
-        self.world_size = dist.get_world_size() if grouped else 1
-        if not num_classes >= self.world_size:
-            raise ValueError(
-                f"num_classes: expected a class per rank at least, got {num_classes} for "
-                f"{self.world_size} ranks"
-            )
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.sample_rate, self.fp16 = sample_rate, fp16
         self.loss_cap, self.backend = loss_cap, backend
-        self.num_local = num_classes // self.world_size + (
-            self.rank < num_classes % self.world_size
-        )
-        self.class_start = num_classes // self.world_size * self.rank + min(
-            self.rank, num_classes % self.world_size
-        )
-        self.num_sample = int(sample_rate * self.num_local)
-        self.shard = None
-        if self.world_size > 1:
-            stop = self.class_start + self.num_local
-            self.shard = ClassShard(self.class_start, stop, num_classes, dist.group.WORLD)
-            distributed.refuse_ddp()
-            distributed.require_agreement(
-                self.shard.group, embedding_size=embedding_size, num_classes=num_classes,
-                sample_rate=sample_rate, fp16=fp16,
-                margin_loss=margin_loss if fused else type(margin_loss).__name__,
-            )  # fmt: skip
         self.margin_softmax = margin_loss
         self._looked = False
-        if not fused:
+        self._take_classes()
+        if not isinstance(margin_loss, MarginLoss):
             warnings.warn(
                 f"{type(margin_loss).__name__} is not fused: the (N, C) logits are held. "
                 "marginkernels.compat.insightface has ArcFace, CosFace, CombinedMarginLoss, and "
@@ -145,14 +120,45 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
         self._reset_weight()
 
+    def _take_classes(self) -> None:
+        """Takes this rank's classes, split as insightface does, and compares settings of ranks."""
+        self.rank, self.world_size = 0, 1
+        if distributed.in_group():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        each, more = divmod(self.num_classes, self.world_size)
+        if each == 0:
+            raise ValueError(
+                f"num_classes: expected a class per rank at least, got {self.num_classes} for "
+                f"{self.world_size} ranks"
+            )
+        self.num_local = each + (self.rank < more)
+        self.class_start = each * self.rank + min(self.rank, more)
+        self.num_sample = int(self.sample_rate * self.num_local)
+        self.shard: ClassShard | None = None
+        group = dist.group.WORLD if self.world_size > 1 else None
+        if group is not None:
+            stop = self.class_start + self.num_local
+            self.shard = ClassShard(self.class_start, stop, self.num_classes, group)
+            distributed.refuse_ddp()
+            margin_loss: object = self.margin_softmax
+            if not isinstance(margin_loss, MarginLoss):
+                margin_loss = type(margin_loss).__name__
+            distributed.require_agreement(
+                group, embedding_size=self.embedding_size, num_classes=self.num_classes,
+                sample_rate=self.sample_rate, fp16=self.fp16, margin_loss=margin_loss,
+            )  # fmt: skip
+
     def reset_parameters(self) -> None:
-        """Starts afresh, as after ``to_empty``: weight from N(0, 0.01^2), and of the margin loss
-        and its modules, what has a ``reset_parameters``.
+        """Starts afresh, as after ``to_empty``.
+
+        The weight is drawn from N(0, 0.01^2). The margin loss and its modules are reset where they
+        have ``reset_parameters``.
         """
         self._reset_weight()
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
     def _reset_weight(self) -> None:
         seed = mixed(random_seed(), self.rank)  # ranks with one seed must not draw the same rows
@@ -161,7 +167,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """The mean loss of all ranks' rows, the same on all; 0 where there are none.
+        """Computes the mean loss of all ranks' rows, the same on all; 0 where there are none.
 
         Args:
             local_embeddings: (N, D), this rank's.
@@ -169,20 +175,23 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 that holds every class exactly.
         """
         self._warn_if_alone()
-        rows = self._fused if isinstance(self.margin_softmax, MarginLoss) else self._dense
         try:
             label = self._checked(local_embeddings, local_labels)
         except Exception as error:
             if self.shard is not None:  # it raises the error on all ranks
                 Sharded(self.shard, local_embeddings, self.weight, error=error)
             raise
-        losses = rows(local_embeddings, label)
-        if self.loss_cap is not None:
-            losses = margins.straight_through(lambda loss: loss.clamp_max(self.loss_cap), losses)
+        if isinstance(self.margin_softmax, MarginLoss):
+            losses = self._fused(self.margin_softmax, local_embeddings, label)
+        else:
+            losses = self._dense(local_embeddings, label)
+        cap = self.loss_cap
+        if cap is not None:
+            losses = margins.straight_through(lambda loss: loss.clamp_max(cap), losses)
         return losses.sum() / max(len(losses), 1)
 
     def _checked(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The labels as int64, (N,), after checks of both in the words of :meth:`forward`."""
+        """Returns the labels as int64, (N,), after checks in the words of :meth:`forward`."""
         validation.check_tensor("local_embeddings", x, like=self.weight)
         if x.ndim != 2 or x.shape[1] != self.embedding_size:
             raise ValueError(
@@ -208,7 +217,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         return label
 
     def _classes(self, labels: Tensor) -> Tensor:
-        """The labels as int64, -1 where they are fractions."""
+        """Returns the labels as int64, -1 where they are fractions."""
         if not labels.is_floating_point():
             return labels.long()
         exact = 2 / torch.finfo(labels.dtype).eps  # the least that is not the only one that rounds
@@ -234,8 +243,10 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             )
 
     def sample(self, label: Tensor) -> Tensor:
-        """Sorted classes, of those on this rank, that a step with rows of ``label`` is made on, -1
-        for other ranks' rows.
+        """Chooses the classes of this rank for a step, and returns them sorted.
+
+        Args:
+            label: (N,), the rows' classes on this rank, or -1.
         """
         positive = torch.unique(label[label >= 0])
         if len(positive) > self.num_sample:
@@ -248,14 +259,14 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float16 if self.fp16 else torch.promote_types(x.dtype, torch.float32)
 
-    def _fused(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of all rows, (N,)."""
+    def _fused(self, margin_loss: MarginLoss, x: Tensor, y: Tensor) -> Tensor:
+        """Computes the loss of all rows, (N,)."""
         return functional.margin_cross_entropy(
             x,
             self.weight,
             y,
-            margin=self.margin_softmax.fused,
-            scale=self.margin_softmax.s,
+            margin=margin_loss.fused,
+            scale=margin_loss.s,
             reduction="none",
             ignore_index=_NO_LABEL,
             compute_dtype=self._compute_dtype(x),
@@ -265,8 +276,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         )
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same with the logits, for a margin that only they can be given to."""
-        weight = self.weight
+        """Computes the same with all logits, for a margin that takes nothing else."""
+        weight: Tensor = self.weight
         exchange, label = opened(self.shard, x, weight, lambda: y, lambda _: {})
         x = exchange.features(x)
         label = exchange.held(exchange.rows(label, fill=_NO_LABEL))
@@ -275,9 +286,11 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             before = label
             sample = sampling.ChosenBy(self.sample).choose(exchange, label, len(weight))
             weight, _, label = sampling.sampled(
-                weight, None, label, sample.index, False, weight.dtype
+                weight, None, label, sample.classes, False, weight.dtype
             )
-            lost = ~sample.valid | (before >= 0) & (label < 0)
+            lost = (before >= 0) & (label < 0)
+            if sample.valid is not None:
+                lost = lost | ~sample.valid
         with torch.autocast(x.device.type, torch.float16, enabled=self.fp16):
             logits = F.linear(F.normalize(x.to(weight.dtype)), F.normalize(weight))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-1, 1)
@@ -290,7 +303,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         return merged.lse - merged.target_cosine
 
 
-def _check_margin_loss(margin_loss) -> None:
+def _check_margin_loss(margin_loss: object) -> None:
     """Raises TypeError unless it is a :class:`MarginLoss` or another callable that can be one."""
     if isinstance(margin_loss, type):
         raise TypeError(

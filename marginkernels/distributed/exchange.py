@@ -253,7 +253,11 @@ class Sharded(Exchange):
             The ranks' numbers of rows, and whether any rank wants dx.
         """
         failed = self.error is not None
-        given = {} if failed else {"x": f"{x.shape[1]} features of {x.dtype}"} | agreed()
+        given = {}
+        if not failed:
+            given["x"] = f"{x.shape[1]} features of {x.dtype}"
+            given["shard"] = f"{self.shard.total} classes, grad_scale={self.shard.grad_scale!r}"
+            given |= agreed()
         settings = {name: str(value) for name, value in given.items()}
         wants_dx = not failed and x.requires_grad
         mine = [failed, n, wants_dx, self.wants_stats, _fingerprint(settings)]

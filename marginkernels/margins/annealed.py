@@ -27,6 +27,8 @@ class _Annealed(Stateful, Margin):
     the i-th forward in training mode; i is a buffer.
     """
 
+    iteration: Tensor
+
     def __init__(self, m: int, base: float, gamma: float, power: float, low: float):
         super().__init__()
         self.m = integer("m", m)

@@ -17,7 +17,7 @@ State goes into registered buffers and changes in training mode only. Derive fro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class MarginHooks:
     """Answers what the library asks of a margin besides t, for a margin with nothing to add."""
 
     training: bool
+    __call__: Callable[..., Any]  # (c, rows) -> t
     takes_row_margin: bool = False  # whether ``row_margin`` may replace its m
     needs_target_cosine: bool = True  # whether ``negatives`` looks at c
     transforms_negatives: bool = False  # whether it overrides ``negatives``
@@ -66,13 +67,13 @@ class MarginHooks:
         """Names the margin in errors."""
         return type(self).__name__
 
-    def negatives(self, c: Tensor | None, rows: Rows) -> Transform:
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
         """Says what becomes of the cosines to the other classes.
 
         It is called before the sweep, without gradient.
 
         Args:
-            c: the target's cosines (N,), or None unless ``needs_target_cosine``.
+            c: the target's cosines (N,); an empty tensor unless ``needs_target_cosine``.
         """
         return IDENTITY
 

@@ -46,7 +46,7 @@ class AirFace(ParametricMargin):
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return 1 - 2 / math.pi * (safe_acos(c) + m)
 
-    def negatives(self, c: Tensor | None, rows: Rows) -> Transform:
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
         return Transform("airface")
 
 
@@ -74,15 +74,11 @@ class InterClassFilter(Margin):
             )
         self.threshold = arguments.number("threshold", threshold, least=-1, most=1)
         self.margin = margin
+        self.takes_row_margin = self._inner.takes_row_margin
 
     @property
     def _inner(self) -> MarginHooks:
         return adapted(self.margin)
-
-    @property
-    def takes_row_margin(self) -> bool:
-        """Says whether the margin inside takes one."""
-        return self._inner.takes_row_margin
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         return self.margin(c, rows)
@@ -104,7 +100,7 @@ class InterClassFilter(Margin):
     def bounded(self, row_margin: Tensor | None) -> Bounded | None:
         return self._inner.bounded(row_margin)
 
-    def negatives(self, c: Tensor | None, rows: Rows) -> Transform:
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
         return Transform("interclass_filter", None, _constants(rows.x_norm, self.threshold))
 
     def extra_repr(self) -> str:
@@ -162,6 +158,8 @@ class CurricularFace(Stateful, ArcFace):
         m: additive angular margin in radians: a float, 0-d tensor or table (num_classes,).
         alpha: share of the new batch in t, in [0, 1].
     """
+
+    t: Tensor
 
     def __init__(self, m: float | Tensor = 0.5, *, alpha: float = 0.01):
         super().__init__(m)

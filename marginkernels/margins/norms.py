@@ -40,6 +40,8 @@ class AdaFace(Stateful, ParametricMargin):
 
     interval = Interval(0, 1)
     _EPSILON = 1e-3
+    batch_mean: Tensor
+    batch_std: Tensor
 
     def __init__(
         self,

@@ -5,6 +5,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class ParametricMargin(Margin):
         if not isinstance(m, Tensor) or m.device.type == "cpu":
             self.check_range()
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "m":
             arguments.replace(self, name, value)
             if arguments.is_number(value) and not isinstance(value, float | int):
@@ -142,6 +143,5 @@ class ParametricMargin(Margin):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        is_tensor = isinstance(self.m, Tensor)
-        m = f"m=<{tuple(self.m.shape)} tensor>" if is_tensor else f"m={self.m:g}"
-        return m if self.gradient == "exact" else f"{m}, gradient={self.gradient!r}"
+        m = f"<{tuple(self.m.shape)} tensor>" if isinstance(self.m, Tensor) else f"{self.m:g}"
+        return f"m={m}" if self.gradient == "exact" else f"m={m}, gradient={self.gradient!r}"

@@ -3,6 +3,7 @@
 """Margins by class: tables from the class sizes, and learnable ones."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,20 +65,24 @@ class AdaMSoftmax(CosFace):
         super().__init__(nn.Parameter(torch.empty(num_classes).uniform_(0.3, 0.4)))
         self.weight, self._given_m = weight, None
 
+    @property
+    def _table(self) -> Tensor:
+        return cast(Tensor, self.m)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """m from U(0.3, 0.4)."""
-        self.m.uniform_(0.3, 0.4)
+        self._table.uniform_(0.3, 0.4)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         if self.training:
             with torch.no_grad():
-                self.m.clamp_(0, 1)
+                self._table.clamp_(0, 1)
         return super().forward(c, rows)
 
     def regularizer(self, rows: Rows) -> Tensor:
         """weight (1 - mean m), ()."""
-        return self.weight * (1 - self.m.mean())
+        return self.weight * (1 - self._table.mean())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight:g}"

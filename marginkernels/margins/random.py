@@ -3,6 +3,7 @@
 """Margins drawn at random: ElasticFace."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class ElasticFace(ParametricMargin):
         numbers = torch.empty(len(x), dtype=torch.float32, device=x.device)
         return numbers.normal_(generator=generator)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict = without_unused(state_dict, prefix + "generators", self.generators)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

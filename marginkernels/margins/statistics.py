@@ -2,11 +2,13 @@
 # Copyright (c) 2026 The marginkernels authors
 """State of losses, and statistics of the rows that take part, without synchronisation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .. import ops
 
@@ -44,7 +46,7 @@ class Stateful(nn.Module):
         if others is not None:
             others()
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         before = {name: getattr(self, name) for name in self._initial}
         super()._apply(fn, *args, **kwargs)
         for name, number in before.items():
