@@ -46,15 +46,17 @@ def peak_bytes(function):
 
 def multiply_outside_torch(patch):
     """Computes bf16 GEMMs by numpy, because on a GPU they take none of torch's memory."""
-    from marginkernels.backends.triton import gemm
+    from marginkernels.backends.triton import vendor_gemm
 
     def wide(t):
         if t.dtype == torch.float32:
             return t.numpy()
         return (t.view(torch.int16).numpy().astype("int32") << 16).view("float32")
 
-    patch.setattr(gemm, "mm", lambda a, b, out: out.numpy().__setitem__(..., wide(a) @ wide(b)))
-    patch.setattr(gemm, "add_mm", lambda out, a, b: out.numpy().__iadd__(wide(a) @ wide(b)))
+    patch.setattr(
+        vendor_gemm, "mm", lambda out, a, b: out.numpy().__setitem__(..., wide(a) @ wide(b))
+    )
+    patch.setattr(vendor_gemm, "add_mm", lambda out, a, b: out.numpy().__iadd__(wide(a) @ wide(b)))
 
 
 def measure(setup):

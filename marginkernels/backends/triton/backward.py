@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ... import numerics
-from . import gemm
+from . import vendor_gemm
 from .configs import Config
 from .operands import Operands
 from .row_kernels import project_kernel, target_kernel
@@ -110,7 +110,7 @@ def _take_gradients(
         start, count = first * operands.config.block_c, len(w_chunk)
         g = source.next(first, stop, w_chunk)
         if dx_raw is not None:
-            gemm.add_mm(dx_raw, g, w_chunk)
+            vendor_gemm.add_mm(dx_raw, g, w_chunk)
         if dbias.numel() > 0:
             torch.sum(source.dbias[:, :count], 0, out=dbias[start : start + count])
         if dw.numel() > 0:
@@ -291,7 +291,7 @@ def _write_dw(
         part = slice(start, start + len(dw_raw))
         rows = w_chunk[part]
         here = slice(first + start, first + start + len(rows))
-        gemm.mm(g[:, part].t(), source.x, dw_raw[: len(rows)])
+        vendor_gemm.mm(dw_raw[: len(rows)], g[:, part].t(), source.x)
         project_kernel[(triton.cdiv(len(rows), 4),)](
             dw_raw, rows, incoming.w_inv[here], source.dw_factor, targets.slot[here], targets.sums,
             None, targets.radial, dw[here],

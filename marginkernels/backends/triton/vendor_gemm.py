@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Vendor GEMMs with 16-bit or fp32 operands, fp32 accumulation and an fp32 result.
+"""Calls the vendor's GEMMs with 16-bit or fp32 operands, fp32 accumulation and an fp32 result.
 
-A 16-bit result would be rounded once per chunk of classes. torch writes fp32 from 16-bit operands
-on CUDA; elsewhere (ROCm, or a CPU where launches are simulated) the operands are converted first,
-which gives the same numbers and costs a copy of each.
+A 16-bit result would be rounded once per chunk of classes. On CUDA torch writes fp32 from 16-bit
+operands. Elsewhere, on ROCm or on a CPU where launches are simulated, the operands are converted
+first, which gives the same numbers and costs a copy of each.
 """
 
 import torch
@@ -15,8 +15,8 @@ def _fp32_from_half(a: Tensor) -> bool:
     return a.is_cuda and not torch.version.hip and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
-def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b."""
+def mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Computes out = a b."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     elif _fp32_from_half(a):
@@ -26,7 +26,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b."""
+    """Computes out += a b."""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
     elif _fp32_from_half(a):
