@@ -33,6 +33,9 @@ class Config(NamedTuple):
     serves: Load = Load.ANY  # what fits into its registers
 
 
+# saved exponentials are padded to a multiple of this; every block_c divides it
+TILES_PADDING = 128
+
 # by target and kind of arithmetic: the first one whose min_rows the batch has, and that serves the
 # load, is used. Large tiles, one program to a multiprocessor, where smaller ones would be bound by
 # L2.
@@ -129,7 +132,7 @@ def target(device: torch.device) -> Target:
 
 def tiles_shape(n: int, c: int) -> tuple[int, int]:
     """Returns the shape of saved exponentials: whole tiles of classes in every row of x."""
-    return n, (c + 127) // 128 * 128
+    return n, -(-c // TILES_PADDING) * TILES_PADDING
 
 
 def kind(compute_dtype: torch.dtype, target_name: str) -> str:
