@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Normalised linear layer, margin and softmax cross-entropy over huge class counts, fused."""
+"""Fuses normalised linear layer, margin and softmax cross-entropy over huge class counts."""
 
 from .backends import backend_notes, backend_report
 from .device_checks import set_device_checks

@@ -67,7 +67,8 @@ def margin_cross_entropy(
     shard: ClassShard | None = None,
     sampling: Sampling | None = None,
 ) -> Tensor | tuple[Tensor, HeadStats]:
-    r"""Normalised linear layer, margin and softmax cross-entropy, without the (N, C) logits.
+    r"""Computes normalised linear layer, margin and softmax cross-entropy, without the (N, C)
+     logits.
 
     The loss and gradients of, in plain PyTorch (``normalize="both"``)::
 

@@ -16,7 +16,7 @@ from .distributed import shard as distributed
 from .distributed.extend import extend
 from .distributed.shard import ClassShard, Sharding
 from .functional import HeadStats, margin_cross_entropy
-from .generators import mixed, random_seed, without_unused
+from .generators import rank_generator, without_unused
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings
@@ -189,9 +189,7 @@ class MarginSoftmaxHead(nn.Module):
     def _reset_classes(self) -> None:
         weight, generator = distributed.local(self.weight.detach()), None
         if self.shard is not None and not weight.is_meta:
-            # ranks with one seed must not draw the same rows
-            seed = mixed(random_seed(), dist.get_rank(self.shard.group))
-            generator = torch.Generator(weight.device).manual_seed(seed)
+            generator = rank_generator(weight.device, dist.get_rank(self.shard.group))
         nn.init.normal_(weight, std=0.01, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(distributed.local(self.bias.detach()))

@@ -61,8 +61,8 @@ def observer_of(scale: float | Tensor | nn.Module) -> AdaptiveScale | None:
 
 
 class AdaCos(Stateful, AdaptiveScale):
-    """s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019, arXiv:1905.00292),
-    a scale for :class:`NSoftmax`.
+    """Computes s = sqrt(2) ln(C - 1), or following the batch: AdaCos (Zhang et al., 2019,
+    arXiv:1905.00292), a scale for :class:`NSoftmax`.
 
     Fixed: s = sqrt(2) ln(C - 1). Dynamic: s starts there and is set at each training step to
 

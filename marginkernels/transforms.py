@@ -40,33 +40,33 @@ def _identity(c: Tensor, row_parameter: None, constants: None) -> tuple[Tensor, 
 
 
 def _airface(c: Tensor, row_parameter: None, constants: None) -> tuple[Tensor, Tensor]:
-    """1 - 2 theta / pi. Li-ArcFace, AirFace (arXiv:1907.12256)."""
+    """Computes 1 - 2 theta / pi. Li-ArcFace, AirFace (arXiv:1907.12256)."""
     c = c.clamp(-1, 1)
     sine = ((1 - c) * (1 + c)).sqrt()
     return 1 - TWO_OVER_PI * torch.atan2(sine, c), TWO_OVER_PI / sine.clamp_min(LEAST_SINE)
 
 
 def _interclass_filter(c: Tensor, row_parameter: None, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """0 where c > threshold. Partial FC (arXiv:2203.15565)."""
+    """Computes 0 where c > threshold. Partial FC (arXiv:2203.15565)."""
     filtered = c > constants[0]
     return c.masked_fill(filtered, 0), torch.ones_like(c).masked_fill(filtered, 0)
 
 
 def _mv_softmax(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """(t + 1) c + t where c > threshold_i. MV-Softmax (arXiv:1912.00833)."""
+    """Computes (t + 1) c + t where c > threshold_i. MV-Softmax (arXiv:1912.00833)."""
     t, hard = constants[0], c > row_parameter[:, None]
     return torch.where(hard, (t + 1) * c + t, c), torch.where(hard, t + 1, torch.ones_like(c))
 
 
 def _curricular(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """c (t + c) where c > threshold_i. CurricularFace (arXiv:2004.00288)."""
+    """Computes c (t + c) where c > threshold_i. CurricularFace (arXiv:2004.00288)."""
     t, hard = constants[0], c > row_parameter[:, None]
     return torch.where(hard, c * (t + c), c), torch.where(hard, t + 2 * c, torch.ones_like(c))
 
 
 def _arc_negative(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """t c + t - 1, with t = alpha exp(-(c - a_i)^2 / sigma) taken as a constant. ArcNegFace
-    (arXiv:1909.00632).
+    """Computes t c + t - 1, with t = alpha exp(-(c - a_i)^2 / sigma) taken as a constant.
+    ArcNegFace (arXiv:1909.00632).
     """
     alpha, sigma = constants
     t = alpha * torch.exp(-((c - row_parameter[:, None]) ** 2) / sigma)

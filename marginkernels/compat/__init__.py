@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Drop-ins for heads of other projects, each module named after what it replaces."""
+"""Holds drop-ins for heads of other projects, each module named after what it replaces."""

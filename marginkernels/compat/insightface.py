@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The heads of insightface's arcface_torch, fused: its trainer runs with these imports changed::
+"""Fuses the heads of insightface's arcface_torch: its trainer runs with these imports changed::
 
     from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
 
@@ -40,7 +40,7 @@ from .. import (
 from ..distributed import shard as distributed
 from ..distributed.exchange import Sharded, opened
 from ..distributed.shard import ClassShard
-from ..generators import mixed, random_seed
+from ..generators import rank_generator
 from ..norms import row_norm
 from ..results import SweepResult
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
@@ -62,8 +62,8 @@ _BAD_EMBEDDINGS = "local_embeddings" + ops.BAD_X.removeprefix("x")
 
 
 class PartialFC_V2(nn.Module):  # noqa: N801
-    """insightface's classes split over the ranks of the default group, each step on a sample of
-    them: Partial FC (An et al., 2022, arXiv:2203.15565).
+    """Splits the classes over the ranks of the default group as insightface does, each step on a
+    sample of them: Partial FC (An et al., 2022, arXiv:2203.15565).
 
     Rank r of W holds C // W classes, and one more if r < C % W, in the order of the ranks. With
     ``sample_rate`` below 1 a step uses int(sample_rate C_local) of them: the batch's own and others
@@ -161,9 +161,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 reset()
 
     def _reset_weight(self) -> None:
-        seed = mixed(random_seed(), self.rank)  # ranks with one seed must not draw the same rows
         if not self.weight.is_meta:
-            generator = torch.Generator(self.weight.device).manual_seed(seed)
+            generator = rank_generator(self.weight.device, self.rank)
             nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:

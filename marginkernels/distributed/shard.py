@@ -115,7 +115,7 @@ class ClassShard:
 
     @property
     def size(self) -> int:
-        """The number of classes held here."""
+        """Returns the number of classes held here."""
         return self.stop - self.start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShard":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""L-Softmax and A-Softmax: multiplied angles, annealed from the softmax loss, norms kept."""
+"""Holds L-Softmax and A-Softmax, which multiply the angle, annealed from the softmax loss."""
 
 import math
 
@@ -13,7 +13,7 @@ from .statistics import Stateful
 
 
 def _monotone_multiple(c: Tensor, m: int) -> Tensor:
-    """psi = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), as polynomials in c."""
+    """Computes psi = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), as polynomials in c."""
     previous, chebyshev = torch.ones_like(c), c  # cos(m theta) = T_m(c)
     for _ in range(m - 1):
         previous, chebyshev = chebyshev, 2 * c * chebyshev - previous
@@ -23,8 +23,10 @@ def _monotone_multiple(c: Tensor, m: int) -> Tensor:
 
 
 class _Annealed(Stateful, Margin):
-    """t = (lambda c + psi(theta)) / (1 + lambda), lambda = max(low, base (1 + gamma i)^-power) at
-    the i-th forward in training mode; i is a buffer.
+    """Computes t = (lambda c + psi(theta)) / (1 + lambda).
+
+    At the i-th forward in training mode lambda = max(low, base (1 + gamma i)^-power). i is a
+    buffer.
     """
 
     iteration: Tensor
@@ -39,7 +41,7 @@ class _Annealed(Stateful, Margin):
         self.remember(iteration=0)
 
     def annealing(self) -> Tensor:
-        """The present lambda, (), in the default dtype."""
+        """Returns the present lambda, (), in the default dtype."""
         return self._annealing(self.iteration.to(torch.get_default_dtype()))
 
     def _annealing(self, iteration: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ class _Annealed(Stateful, Margin):
 
 
 class LSoftmax(_Annealed):
-    """t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: L-Softmax (Liu et al.,
-    2016, arXiv:1612.02295).
+    """Computes t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: L-Softmax (Liu
+    et al., 2016, arXiv:1612.02295).
 
     For ``normalize="none"``, scale 1, no bias: the target logit is |x| |w_y| t, the others are
     w_j x, and gradients flow to both norms. lambda = max(low, base (1 + gamma i)^-power) falls
@@ -89,8 +91,8 @@ class LSoftmax(_Annealed):
 
 
 class ASoftmax(_Annealed):
-    """t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: A-Softmax, SphereFace as
-    published (Liu et al., 2017, arXiv:1704.08063).
+    """Computes t = (lambda c + psi) / (1 + lambda), psi = (-1)^k cos(m theta) - 2k: A-Softmax,
+    SphereFace as published (Liu et al., 2017, arXiv:1704.08063).
 
     For ``normalize="weight"``, scale 1, no bias: the target logit is |x| t, the others are |x| c_j,
     and gradients flow to |x|. lambda as in :class:`LSoftmax`. Usual values: m = 4, lambda from 1000

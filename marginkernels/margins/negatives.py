@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Losses that change the other classes' logits too; see :mod:`marginkernels.transforms`."""
+"""Holds the losses that change the other classes' logits too, by a transform of their cosines."""
 
 import math
 
@@ -25,8 +25,8 @@ def _constants(like: Tensor, *numbers: float) -> Tensor:
 
 
 class AirFace(ParametricMargin):
-    """t = 1 - 2 (theta + m) / pi, others 1 - 2 theta_j / pi: Li-ArcFace, AirFace (Li et al., 2019,
-    arXiv:1907.12256).
+    """Computes t = 1 - 2 (theta + m) / pi, others 1 - 2 theta_j / pi: Li-ArcFace, AirFace (Li et
+    al., 2019, arXiv:1907.12256).
 
     Linear in the angle for every class, target or not, so it falls for all theta and needs no
     branch. The slope 2 / (pi sin(theta)) is bounded at |c| = 1. Usual values: m = 0.4 as in the
@@ -51,7 +51,7 @@ class AirFace(ParametricMargin):
 
 
 class InterClassFilter(Margin):
-    """t of the margin inside, others 0 where c_j > threshold: Partial FC's filter against
+    """Computes t by the margin inside, others 0 where c_j > threshold: Partial FC's filter against
     mislabelled classes (An et al., 2022, arXiv:2203.15565).
 
     As in insightface arcface_torch a filtered class keeps a logit of 0, exp(0) = 1 in the softmax
@@ -108,8 +108,8 @@ class InterClassFilter(Margin):
 
 
 class MVSoftmax(ParametricMargin):
-    """t = c - m where c > m else c ("am"), cos(theta + m) where c > 0 else c ("arc"); others
-    (t + 1) c_j + t where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
+    """Computes t = c - m where c > m else c ("am"), cos(theta + m) where c > 0 else c ("arc");
+    others (t + 1) c_j + t where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
 
     A class is misclassified, a support vector, if its cosine exceeds c_y - m ("am") or
     cos(theta_y + m) ("arc"). This is the paper's adaptive weight, exp(s t (c_j + 1)). Usual values:
@@ -146,8 +146,8 @@ class MVSoftmax(ParametricMargin):
 
 
 class CurricularFace(Stateful, ArcFace):
-    """t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j > cos(theta_y + m):
-    CurricularFace (Huang et al., 2020, arXiv:2004.00288).
+    """Computes t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j >
+    cos(theta_y + m): CurricularFace (Huang et al., 2020, arXiv:2004.00288).
 
     ``t``, a buffer from 0, is the moving average of the target cosines, in training mode with those
     of the present batch: hard classes count for little while training starts and for more later.
@@ -187,8 +187,8 @@ class CurricularFace(Stateful, ArcFace):
 
 
 class ArcNegFace(ArcFace):
-    """t = cos(theta + m) with the hard branch, others t_j c_j + t_j - 1,
-    t_j = alpha exp(-(c_j - t)^2 / sigma): ArcNegFace (Liu et al., 2019, arXiv:1909.00632).
+    """Computes t = cos(theta + m) with the hard branch, others t_j c_j + t_j - 1, t_j = alpha
+    exp(-(c_j - t)^2 / sigma): ArcNegFace (Liu et al., 2019, arXiv:1909.00632).
 
     Classes whose cosine is near the target's margined one are weighted up, far ones down; t_j is
     taken as a constant in the gradient. Usual values: m = 0.5, scale 64, alpha = 1.2, sigma = 2, as

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Margins that depend on the norm of the features: AdaFace, MagFace."""
+"""Holds the margins that depend on the norm of the features: AdaFace, MagFace."""
 
 import math
 
@@ -16,8 +16,8 @@ from .target import BRANCHES, arc
 
 
 class AdaFace(Stateful, ParametricMargin):
-    """t = cos(theta - m q) - m - m q, q = clip(h (|x| - mean) / std, -1, 1): AdaFace (Kim et al.,
-    2022, arXiv:2204.00964).
+    """Computes t = cos(theta - m q) - m - m q, q = clip(h (|x| - mean) / std, -1, 1): AdaFace (Kim
+    et al., 2022, arXiv:2204.00964).
 
     The quality q of a row is where its feature norm lies among those of recent batches: for q = -1
     (low norm) the margin is ArcFace's, for q = 0 CosFace's, and for q = 1 the difficult rows weigh
@@ -68,7 +68,7 @@ class AdaFace(Stateful, ParametricMargin):
 
     @torch.no_grad()
     def quality(self, rows: Rows) -> Tensor:
-        """q of each row, (N,) in [-1, 1]; in training mode the statistics move first."""
+        """Returns q of each row, (N,) in [-1, 1]. In training mode the statistics move first."""
         norm = rows.x_norm.clamp(0.001, 100)
         mean, std = self.recall("batch_mean"), self.recall("batch_std")
         if self.training:
@@ -85,8 +85,8 @@ class AdaFace(Stateful, ParametricMargin):
 
 
 class MagFace(Margin):
-    """t = cos(theta + m(a)), a = clip(|x|, l_a, u_a), m(a) linear from l_m to u_m: MagFace (Meng et
-    al., 2021, arXiv:2103.06627).
+    """Computes t = cos(theta + m(a)), a = clip(|x|, l_a, u_a), m(a) linear from l_m to u_m: MagFace
+    (Meng et al., 2021, arXiv:2103.06627).
 
     Adds the regulariser lambda_g (a / u_a^2 + 1 / a) to each row's loss, which rewards large norms.
     Both have their gradient to |x|, 0 outside [l_a, u_a]. Usual values: the defaults with scale 64;
@@ -130,7 +130,7 @@ class MagFace(Margin):
         return arc(c, m.to(c.dtype), self.branch)
 
     def regularizer(self, rows: Rows) -> Tensor:
-        """lambda_g (a / u_a^2 + 1 / a), (N,)."""
+        """Computes lambda_g (a / u_a^2 + 1 / a), (N,)."""
         a = rows.x_norm.clamp(self.l_a, self.u_a)
         return self.lambda_g * (a / self.u_a**2 + 1 / a)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Margins by class: tables from the class sizes, and learnable ones."""
+"""Holds margins by class: tables from the class sizes, and learnable ones."""
 
 import math
 from typing import cast
@@ -17,8 +17,8 @@ from .target import CosFace
 def margins_from_counts(
     counts: Tensor, low: float = 0.05, high: float = 0.5, power: float = 0.25
 ) -> Tensor:
-    """m_c = n_c^-power, mapped linearly to [low, high]: margins by class size (Ha et al., 2020,
-    arXiv:2010.05350).
+    """Computes m_c = n_c^-power, mapped linearly to [low, high]: margins by class size (Ha et al.,
+    2020, arXiv:2010.05350).
 
     A table (num_classes,): high for the rarest class, low for the most frequent, all high where the
     sizes are equal. Give it to a margin: ``ArcFace(margins_from_counts(counts))``. The authors'
@@ -44,8 +44,8 @@ def margins_from_counts(
 
 
 class AdaMSoftmax(CosFace):
-    """t = c - m_y, m (num_classes,) learnable in [0, 1]: AdaM-Softmax of AdaptiveFace (Liu et al.,
-    CVPR 2019).
+    """Computes t = c - m_y, m (num_classes,) learnable in [0, 1]: AdaM-Softmax of AdaptiveFace (Liu
+    et al., CVPR 2019).
 
     Adds the regulariser weight (1 - mean m), which makes the margins grow where the data let them
     (FaceX-Zoo adds the same 1 so that it is never negative). m is projected onto [0, 1] at every
@@ -71,7 +71,7 @@ class AdaMSoftmax(CosFace):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """m from U(0.3, 0.4)."""
+        """Draws m from U(0.3, 0.4)."""
         self._table.uniform_(0.3, 0.4)
 
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
@@ -81,7 +81,7 @@ class AdaMSoftmax(CosFace):
         return super().forward(c, rows)
 
     def regularizer(self, rows: Rows) -> Tensor:
-        """weight (1 - mean m), ()."""
+        """Computes weight (1 - mean m), ()."""
         return self.weight * (1 - self._table.mean())
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Margins drawn at random: ElasticFace."""
+"""Holds margins that are drawn at random: ElasticFace."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ from .target import arc
 
 
 class ElasticFace(ParametricMargin):
-    """t = cos(theta + m_i) or c - m_i, m_i from N(m, std^2) for each row and step: ElasticFace
-    (Boutros et al., 2022, arXiv:2109.09416).
+    """Computes t = cos(theta + m_i) or c - m_i, m_i from N(m, std^2) for each row and step:
+    ElasticFace (Boutros et al., 2022, arXiv:2109.09416).
 
     ``plus=True`` is ElasticFace+: the margins drawn are dealt to the rows so that the smallest
     cosine to its class gets the largest. The published code applies the sorting permutation where
@@ -85,7 +85,7 @@ class ElasticFace(ParametricMargin):
 
 
 def _by_difficulty(margins: Tensor, c: Tensor, kept: Tensor | None) -> Tensor:
-    """The margins of the kept rows dealt anew: the greatest cosine gets the smallest."""
+    """Deals the margins of the kept rows anew: the greatest cosine gets the smallest."""
     if kept is not None:  # ignored rows keep to themselves, at the end of both orders
         margins = margins.masked_fill(~kept, math.inf)
         c = c.masked_fill(~kept, -math.inf)

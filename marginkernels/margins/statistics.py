@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""State of losses, and statistics of the rows that take part, without synchronisation."""
+"""Keeps the state of losses, and computes statistics of the rows without synchronisation."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,11 +14,11 @@ from .. import ops
 
 
 class Stateful(nn.Module):
-    """Base of what remembers numbers from one training step to the next, in buffers.
+    """Remembers numbers from one training step to the next, in buffers.
 
-    They are fp32 at least, also when the module is cast to a narrower type, in which the small
-    steps of an average would be rounded away. A forward reads them by :meth:`recall` and nowhere
-    else, so that what it computes does not change when they move on.
+    The buffers are fp32 at least, also when the module is cast to a narrower type, in which the
+    small steps of an average would be rounded away. A forward reads them by :meth:`recall` and
+    nowhere else, so that its result does not change when they move on.
     """
 
     _initial: Mapping[str, float] = MappingProxyType({})
@@ -33,13 +33,16 @@ class Stateful(nn.Module):
             self.register_buffer(name, torch.tensor(number, dtype=dtype))
 
     def recall(self, name: str) -> Tensor:
-        """Returns a copy of the number. Before anything moves, a forward in training mode is
-        refused where it is the second of its kind, made within a backward pass.
+        """Returns a copy of the number.
+
+        Raises:
+            RuntimeError: a forward in training mode is made within a backward pass, where it is the
+                second of its kind. Nothing has moved by then.
         """
         return ops.snapshot(getattr(self, name), type(self).__name__ if self.training else "")
 
     def reset_parameters(self) -> None:
-        """Restores the numbers that it started from, and what the other base resets."""
+        """Restores the first numbers, and resets the other base."""
         for name, number in self._initial.items():
             getattr(self, name).fill_(number)
         others = getattr(super(), "reset_parameters", None)
@@ -57,20 +60,20 @@ class Stateful(nn.Module):
 
 
 def masked_mean(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean over the kept rows and their number, () each; the mean of no rows is 0."""
+    """Returns the mean over the kept rows and their number, () each; no rows have the mean 0."""
     weight = torch.ones_like(values) if kept is None else kept.to(values.dtype)
     count = weight.sum()
     return (values * weight).sum() / count.clamp_min(1), count
 
 
 def masked_std(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Unbiased standard deviation over the kept rows and their number; that of one row is 0."""
+    """Returns the unbiased standard deviation over the kept rows, 0 for one, and their number."""
     mean, count = masked_mean(values, kept)
     variance, _ = masked_mean((values - mean) ** 2, kept)
     return (variance * count / (count - 1).clamp_min(1)).sqrt(), count
 
 
 def moved_average(average: Tensor, value: Tensor, rate: float, usable: Tensor) -> Tensor:
-    """rate value + (1 - rate) average where ``usable`` () holds and the value is finite."""
+    """Returns rate value + (1 - rate) average where ``usable`` () holds and the value is finite."""
     moved = rate * value.to(average.dtype) + (1 - rate) * average
     return torch.where(usable & moved.isfinite(), moved, average)

@@ -16,7 +16,7 @@ BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
 
 
 def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
-    """cos(theta + m) by angle addition, and what ``branch`` says where theta > pi - m."""
+    """Computes cos(theta + m) by angle addition, and what ``branch`` says where theta > pi - m."""
     cos_m, sin_m = torch.cos(m), torch.sin(m)
     phi = c * cos_m - safe_sin(c) * sin_m
     if branch == "none":
@@ -30,13 +30,13 @@ def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
 
 
 def _monotone_cos(a: Tensor) -> Tensor:
-    """(-1)^k cos(a) - 2k, k = floor(a / pi): the cosine, unfolded to fall for all a >= 0."""
+    """Computes (-1)^k cos(a) - 2k, k = floor(a / pi): a cosine that falls for all a >= 0."""
     k = torch.floor(a.detach() / math.pi)
     return (1 - 2 * torch.remainder(k, 2)) * torch.cos(a) - 2 * k
 
 
 class NSoftmax(Margin):
-    """t = c, no margin: NormFace (Wang et al., 2017, arXiv:1704.06369).
+    """Computes t = c, no margin: NormFace (Wang et al., 2017, arXiv:1704.06369).
 
     Usual values: scale 20 to 64, or learnable. With ``normalize="none"`` and a bias it is the plain
     softmax loss of a linear layer, with ``normalize="weight"`` SphereFace's "modified softmax".
@@ -48,8 +48,8 @@ class NSoftmax(Margin):
 
 
 class CosFace(ParametricMargin):
-    """t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also AM-Softmax
-    (Wang et al., 2018, arXiv:1801.05599).
+    """Computes t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also
+    AM-Softmax (Wang et al., 2018, arXiv:1801.05599).
 
     Usual values: m = 0.35 or 0.4 with scale 64 for faces, m = 0.2 with scale 30 for speakers.
     """
@@ -67,7 +67,7 @@ AMSoftmax = CosFace
 
 
 class ArcFace(ParametricMargin):
-    """t = cos(theta + m), 0 <= m < pi: ArcFace (Deng et al., 2019, arXiv:1801.07698).
+    """Computes t = cos(theta + m), 0 <= m < pi: ArcFace (Deng et al., 2019, arXiv:1801.07698).
 
     cos(theta + m) rises again for theta > pi - m; ``branch`` says what t is there:
 
@@ -108,7 +108,8 @@ class ArcFace(ParametricMargin):
 
 
 class CombinedMargin(ParametricMargin):
-    """t = cos(m1 theta + m2) - m3: three margins in one (Deng et al., 2019, arXiv:1801.07698).
+    """Computes t = cos(m1 theta + m2) - m3: three margins in one (Deng et al., 2019,
+    arXiv:1801.07698).
 
     For m1 = 1 the branches are those of :class:`ArcFace` with m = m2. For m1 != 1 there are "none"
     and "monotone", (-1)^k cos(a) - 2k with a = m1 theta + m2 and k = floor(a / pi), which falls on
@@ -155,8 +156,9 @@ class CombinedMargin(ParametricMargin):
 
 
 class SphereFace(ParametricMargin):
-    """t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: SphereFace-R, SphereFace
-    with normalised features (Liu et al., 2017 and 2021, arXiv:1704.08063, arXiv:2109.05565).
+    """Computes t = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), m >= 1 real: SphereFace-R,
+    SphereFace with normalised features (Liu et al., 2017 and 2021, arXiv:1704.08063,
+    arXiv:2109.05565).
 
     Usual values: m = 1.35 with scale 64, m = 1.7 with scale 30. opensphere's
     SphereFace-R has the straight-through gradient; its projection of w onto the sphere at every
@@ -173,7 +175,7 @@ class SphereFace(ParametricMargin):
 
 
 class X2Softmax(ParametricMargin):
-    """t = a (theta - h)^2 + k: X2-Softmax (Xu et al., 2023, arXiv:2312.05281).
+    """Computes t = a (theta - h)^2 + k: X2-Softmax (Xu et al., 2023, arXiv:2312.05281).
 
     A parabola instead of the cosine: for a < 0 and h <= 0 it falls on all of [0, pi], and its
     distance from the cosine, the margin, grows with the angle. k is the ``m`` of the base class:

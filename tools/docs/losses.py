@@ -75,7 +75,8 @@ def first_paragraph(thing: Any) -> tuple[str, str]:
     formula, _, papers = " ".join(paragraph.split()).rstrip(".").rpartition(": ")
     if not formula:
         formula = re.match(r"The loss is (.*?)\. ", " ".join(following.split()))[1]
-    papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers.removeprefix("Computes "))
+    formula, papers = (text.removeprefix("Computes ") for text in (formula, papers))
+    papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers)
     return formula, re.sub(r"arXiv:([\d.]+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", papers)
 
 
@@ -112,7 +113,7 @@ def other_classes(margin: torch.nn.Module) -> str:
     ones = torch.ones(1)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
     transform = margin.negatives(ones if margin.needs_target_cosine else None, rows)
-    return text_of(TRANSFORMS[transform.name].function).split(". ")[0]
+    return text_of(TRANSFORMS[transform.name].function).split(". ")[0].removeprefix("Computes ")
 
 
 def remembers(module: Any) -> str:
