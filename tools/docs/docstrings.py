@@ -75,11 +75,17 @@ def _path(name: str, owner: Object) -> str:
     return f"{scope.path}.{name}"
 
 
+def _is_field(attribute: Attribute) -> bool:
+    """Says whether an attribute is declared in the body of its class, not set by a method."""
+    declared = attribute.value is None or "class-attribute" in attribute.labels
+    return declared and attribute.parent is not None and attribute.parent.is_class
+
+
 class Markdown(Extension):
     """Rewrites every docstring once its object is loaded."""
 
     def on_object(self, *, obj: Object, **_: object) -> None:
-        if isinstance(obj, Attribute) and obj.docstring is None and obj.parent.is_class:
+        if isinstance(obj, Attribute) and obj.docstring is None and _is_field(obj):
             comment = _COMMENT.search("".join(obj.lines))
             obj.docstring = Docstring(comment[1], parent=obj) if comment else None
         if obj.docstring is not None:
