@@ -127,8 +127,8 @@ def margin_cross_entropy(
 
     Raises:
         ValueError, TypeError: bad input, naming the argument, what was expected and what came.
-        RuntimeError: the named backend cannot run here, with all reasons; a second derivative is
-        asked for.
+        RuntimeError: the named backend cannot run here, for the reasons that the message lists; or
+            a second derivative is asked for.
     """
     settings = Settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,

@@ -98,9 +98,9 @@ def load_checkpoint(
     parameters that were frozen, start afresh, and a warning names them. The state of a sampler need
     not be on both sides.
 
-    Args: as in :func:`save_checkpoint`. The optimizer may have a state or not. Its parameter groups
-        may differ from the saved ones, as long as each group's parameters were saved with the same
-        settings.
+    The arguments are those of :func:`save_checkpoint`. The optimizer may have a state or not. Its
+    parameter groups may differ from the saved ones, as long as each group's parameters were saved
+    with the same settings.
 
     Raises:
         FileNotFoundError: on all ranks, if there is no checkpoint, or a partial one only.
