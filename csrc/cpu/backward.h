@@ -140,7 +140,7 @@ void finish_dw(const BackwardSweep& s, int64_t first, int64_t count, const Scrat
             store(scratch.dw + k, s.scale * load(scratch.dw + k));
     memset(scratch.radial, 0, count * sizeof(float));
     for_targets(s, Block{first, count, 0, s.n}, [&](int64_t i, int64_t j) {
-        const float factor = s.target[i] * s.row_scale[i] * scratch.q[j];
+        const float factor = s.grad_target[i] * s.row_scale[i] * scratch.q[j];
         add_scaled(scratch.dw + j * s.padded_d, factor, s.x_rows + i * s.padded_d, s.padded_d);
         if (s.grad_w_norm != nullptr) scratch.radial[j] += s.grad_w_norm[i];
     });
@@ -198,7 +198,7 @@ void finish_dx(const BackwardSweep& s, int64_t begin, int64_t end, void* memory)
         if (s.y[i] >= 0) {
             read_row(s, s.w, s.y[i], w_y);
             const float q = s.normalize_w ? s.w_inv[s.y[i]] : 1.0F;
-            add_scaled(gradient, s.target[i] * s.row_scale[i] * q, w_y, s.padded_d);
+            add_scaled(gradient, s.grad_target[i] * s.row_scale[i] * q, w_y, s.padded_d);
         }
         if (s.normalize_x) project(gradient, s.x_rows + i * s.padded_d, s.x_inv[i], s);
         write_row(s.dx, s.x.type, i, s.d, gradient);

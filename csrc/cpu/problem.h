@@ -87,7 +87,7 @@ struct ForwardSweep : Problem {
 struct BackwardSweep : Problem {
     const float *a, *lse;      // (padded_n,) dL/dlse; lse
     const float* u;            // (padded_n,) dL/d(sum of logits), or null
-    const float* target;       // (N,) dL/d(scale target_cosine)
+    const float* grad_target;  // (N,) dL/d(scale target_cosine)
     const float* grad_w_norm;  // (N,) or null
     const void* tiles;         // what forward kept, or null
     // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack this factor, or 1

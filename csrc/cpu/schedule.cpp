@@ -194,7 +194,7 @@ void sweep_backward(const Call& call, const BackwardInputs& inputs, const Backwa
     s.a = a.data();
     s.u = inputs.grad_sum == nullptr ? nullptr : u.data();
     s.lse = lse.data();
-    s.target = inputs.grad_target;
+    s.grad_target = inputs.grad_target;
     s.grad_w_norm = inputs.grad_w_norm;
     s.dx = results.dx;
     s.dw = results.dw;
