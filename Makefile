@@ -21,7 +21,7 @@ CXX_FILES := $(shell find csrc benchmarks tests tools -name '*.cpp' -o -name '*.
     sanitize-cuda clean FORCE
 
 # threads that spin while they wait starve a machine that others use too
-test: export OMP_WAIT_POLICY ?= passive
+test test-ptxsim: export OMP_WAIT_POLICY ?= passive
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
 

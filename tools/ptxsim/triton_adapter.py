@@ -301,7 +301,7 @@ def run(
             ctas=ctas,
         )
     finally:
-        module.device = None  # do not keep the caller's tensors alive
+        module.device = Device()  # does not keep the caller's tensors alive
     return Result(counters, kernel, ptx)
 
 

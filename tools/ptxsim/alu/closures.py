@@ -39,12 +39,12 @@ def elementwise(
     out = UDT[WIDTH[out_ty]]
     as_stored = all(DT[t] is UDT[WIDTH[t]] for t in (*in_types, out_ty))
     if n == 1:
-        return _unary(fn, d, *sources, *types, out)
+        return _unary(fn, d, sources[0], types[0], out)
     if n == 2:
         a, b = sources
         if as_stored:
             return lambda state: put(state, d, fn(state.regs[a], state.regs[b]))
-        return _binary(fn, d, a, b, *types, out)
+        return _binary(fn, d, a, b, types[0], types[1], out)
     return _ternary(fn, d, sources, types, out)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -189,7 +190,7 @@ def compile_testp(program: Program, ins: Instr) -> Step:
     """Compiles testp, which asks for a class of floating-point numbers."""
     name, ty = ins.parts[1], ins.parts[-1]
     tiny = f32(2.0**-126) if ty == "f32" else f64(2.0**-1022)
-    test = {
+    test: Any = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),

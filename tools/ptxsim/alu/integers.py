@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..ptx_types import DT, UDT, WIDTH, Array, i32, i64, u32, u64
 from .closures import Function
 
-DOUBLE = {"u16": u32, "s16": i32, "u32": u64, "s32": i64}
+DOUBLE: dict[str, Any] = {"u16": u32, "s16": i32, "u32": u64, "s32": i64}
 
 
 def mulhi_u64(a: Array, b: Array) -> Array:

@@ -56,7 +56,8 @@ class Tile:
         self.left, self.right = left * size, right * size
         starts, inside = self._rows(m, box, dim, coords)
         self.inside = np.flatnonzero(inside)
-        self.alloc = self.at = None
+        self.alloc: Any = None
+        self.at: Any = None
         if len(self.inside) and right > left:
             width = self.right - self.left
             first = starts[self.inside] + coords[0] * size + self.left

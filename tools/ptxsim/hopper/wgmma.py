@@ -117,7 +117,9 @@ def shape_of(ins: Instr) -> Shape:
         raise unsupported(ins)
     in_registers = isinstance(ins.args[1], Vec)
     signs, majors = _immediates(ins, 0 if integers else 2, a in TRANSPOSABLE, in_registers)
-    return Shape(name, int(n), int(k), out, a, b, in_registers, *majors, float(np.prod(signs)))
+    a_major, b_major = majors
+    sign = float(np.prod(signs))
+    return Shape(name, int(n), int(k), out, a, b, in_registers, a_major, b_major, sign)
 
 
 def _immediates(

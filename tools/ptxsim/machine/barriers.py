@@ -28,9 +28,9 @@ class BarrierOperands(NamedTuple):
 
     mode: str  # sync, arrive or red
     ident: int
-    count: int | None
+    expected: int | None  # number of threads; None for all of the CTA
     reduction: str | None
-    dst: int | None
+    dst: int  # of a reduction
     vote: Callable[[Any], Array] | None
 
 
@@ -93,7 +93,7 @@ class BarrierState(State):
             ident = int(values[0])
         everyone = self.mask is None and operands.mode == "sync" and not self.blocked
         if everyone and (
-            operands.count is None or (self.regs[operands.count] == self.cta_lanes).all()
+            operands.expected is None or (self.regs[operands.expected] == self.cta_lanes).all()
         ):
             self.shared.sync_all()
             return True
@@ -114,9 +114,9 @@ class BarrierState(State):
         self.check_barriers(ident)
 
     def _expected_count(self, mask: Array, ins: Instr, operands: BarrierOperands) -> int | None:
-        if operands.count is None:
+        if operands.expected is None:
             return None
-        counts = self.regs[operands.count]
+        counts = self.regs[operands.expected]
         counts = counts if len(counts) == 1 else np.unique(counts[mask])
         if len(counts) != 1:
             raise unsupported(ins, "different barrier counts in one step")
@@ -184,7 +184,7 @@ class BarrierState(State):
             if parts[0] == "barrier" and "aligned" not in parts:
                 clash = clash[:0]  # specialised warps meet at barriers of their own code
             if len(clash):
-                other = self.program.code[first[clash[0]]]
+                other = self.program.instruction(first[clash[0]])
                 message = (
                     f"threads of one CTA meet barrier {ident} at different instructions: "
                     f"PTX lines {other.line} and {arrival.ins.line}"
@@ -224,7 +224,7 @@ class BarrierState(State):
     def stuck(self) -> NoReturn:
         """Raises the error that explains why no lane can run."""
         for (_, pc), mask in self.parked.items():
-            self._fault_parked(self.program.code[pc], mask)
+            self._fault_parked(self.program.instruction(pc), mask)
         arrival = self.blocked[0]
         lane = int(np.argmax(arrival.mask))
         cta = int(self.lane_cta[lane])

@@ -114,11 +114,11 @@ class Batch(BarrierState):
 
     def _watch_steps(self, pc: int, group: Group) -> None:
         if self.steps > self.launch.max_steps:
-            ins = self.program.code[pc] or self.program.code[pc - 1]
+            ins = self.program.instruction(pc)
             message = f"more than {self.launch.max_steps} steps"
             self.fault(WatchdogError, message, ins, None, int(np.argmax(group.mask)))
 
-    def _taking(self, group: Group, pc: int) -> tuple[Array | None, int]:
+    def _taking(self, group: Group, pc: int) -> tuple[Array, int]:
         """Returns the lanes whose guard lets them execute an instruction, and their number."""
         guard = self.program.guards[pc]
         if guard is None:
@@ -128,7 +128,7 @@ class Batch(BarrierState):
         if negated:
             value = ~value
         if len(value) == 1:
-            return (group.mask, group.n) if value[0] else (None, 0)
+            return group.mask, group.n if value[0] else 0
         taking = value if self.mask is None else value & group.mask
         n = int(np.count_nonzero(taking))
         return (group.mask if n == group.n else taking), n
@@ -172,7 +172,9 @@ class Batch(BarrierState):
             mask = taking & (index == k)
             if k >= len(targets):
                 message = f"brx.idx index {int(k)} of {len(targets)}"
-                self.fault(SimError, message, self.program.code[pc], None, int(np.argmax(mask)))
+                self.fault(
+                    SimError, message, self.program.instruction(pc), None, int(np.argmax(mask))
+                )
             self.add((group.stack, targets[int(k)]), mask)
         return self._leave(group, pc, rest)
 
@@ -209,7 +211,7 @@ class Batch(BarrierState):
         if rest is not None:
             self.set_mask(taking, taking)
         program = self.program
-        if self.barrier((group.stack, pc), taking, program.code[pc], program.info[pc]):
+        if self.barrier((group.stack, pc), taking, program.instruction(pc), program.info[pc]):
             return pc + 1
         return self._leave(group, pc, rest)
 
@@ -221,11 +223,11 @@ class Batch(BarrierState):
         program, call = self.program, self.program.info[pc]
         if isinstance(call, ExternalCall):
             self.push_mask(taking)
-            call.function(self, program.code[pc], call.arguments, call.results)
+            call.function(self, program.instruction(pc), call.arguments, call.results)
             self.pop_mask()
             return pc + 1
         if any(call.target == program.info[caller].target for _, caller in group.stack):
-            raise unsupported(program.code[pc], "recursion")
+            raise unsupported(program.instruction(pc), "recursion")
         self._copy_buffers(call.arguments, taking)
         self.add(((*group.stack, (pc + 1, pc)), call.target), taking)
         return self._leave(group, pc, rest)
@@ -240,10 +242,11 @@ class Batch(BarrierState):
         for source, target in copies:
             self.buffers[target][taking] = self.buffers[source][taking]
 
-    def _leave(self, group: Group, pc: int, rest: Array | None) -> None:
-        """Lets the lanes that do not take part go on later."""
+    def _leave(self, group: Group, pc: int, rest: Array | None) -> int | None:
+        """Ends the turn of a group; lanes that do not take part go on later."""
         if rest is not None:
             self.add((group.stack, pc + 1), rest)
+        return None
 
 
 CONTROL = {

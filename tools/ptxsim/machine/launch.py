@@ -35,8 +35,8 @@ SHARED_LIMIT_KB = {
 class Launch:
     """Holds the parameters and counters that the batches of one launch share."""
 
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
     checks: Checks
     want_stats: bool
     dynamic_shared: int

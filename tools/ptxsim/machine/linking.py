@@ -106,6 +106,12 @@ class LinkedProgram:
         self.buffers[(scope, v.name)] = len(self.buffer_sizes)
         self.buffer_sizes.append(v.size)
 
+    def instruction(self, pc: int) -> Instr:
+        """Returns the instruction at a pc, or the one before an implicit ret."""
+        ins = self.code[pc] or self.code[pc - 1]
+        assert ins is not None
+        return ins
+
     # -- names
     def symbol(self, name: str, ins: Instr) -> tuple[str, int]:
         """Returns space and address of a variable."""

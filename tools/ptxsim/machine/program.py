@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..alu.table import compile_alu
+from ..compiling import Step
 from ..errors import DeviceAssertError, unsupported
 from ..hopper.mbarrier import compile_mbarrier
 from ..hopper.tensor_maps import compile_tensormap
@@ -31,7 +32,7 @@ from ..syntax.elements import (
     flat,
 )
 from ..warp.collectives import WARPOPS
-from ..warp.presence import pre_group, precheck
+from ..warp.presence import Precheck, pre_group, precheck
 from .barriers import BarrierOperands
 from .classes import counter_class
 from .externals import EXTERNALS
@@ -58,7 +59,9 @@ NOPS = {
     "brkpt",
 }
 
-Step = Callable[["State"], None]
+
+def _nothing(state: State) -> None:
+    """Executes an instruction that has no effect here."""
 
 
 class Call(NamedTuple):
@@ -86,9 +89,9 @@ class Program(LinkedProgram):
         self.specials: dict[tuple[str, int], int] = {}  # special register, bits -> slot
         n = len(self.code)
         self.kinds = [PLAIN] * n
-        self.functions: list[Step | None] = [None] * n
+        self.functions: list[Step] = [_nothing] * n
         self.guards: list[tuple[int, bool] | None] = [None] * n
-        self.prechecks: list[Callable[[State], Array | None] | None] = [None] * n
+        self.prechecks: dict[int, Precheck] = {}
         self.info: list[Any] = [None] * n
         self.granularity = 4  # bytes that the race check tells apart
         for function in self.linked:
@@ -178,9 +181,9 @@ class Program(LinkedProgram):
             return
         op = ins.parts[0]
         self.functions[pc] = self._compile_plain(ins)
-        self.prechecks[pc] = pre_group(ins) if op == "wgmma" else precheck(self, ins)
-        if self.prechecks[pc] is not None:
-            self.kinds[pc] = WARP
+        check = pre_group(ins) if op == "wgmma" else precheck(self, ins)
+        if check is not None:
+            self.kinds[pc], self.prechecks[pc] = WARP, check
         if op in ("ld", "st", "atom", "red") and space_of(ins.parts) in ("shared", "generic"):
             size = TYPE_SIZE.get(ins.parts[-1], 4) * vec_of(ins.parts)
             self.granularity = min(self.granularity, size)
@@ -219,12 +222,11 @@ class Program(LinkedProgram):
         if is_proxy_fence(ins):
             return lambda state: state.shared.proxy_fence(state)
         if op in NOPS or (op == "bar" and ins.parts[1] == "warp"):
-            return lambda state: None
+            return _nothing
         return (HOPPER.get(op) or MEMOPS.get(op) or WARPOPS.get(op) or compile_alu)(self, ins)
 
     def _watch_registers(self) -> None:
         """Lets every other instruction that names a register of a wgmma report its access."""
-        self.uses_wgmma = any(ins is not None and ins.parts[0] == "wgmma" for ins in self.code)
         watched: set[int] = set()
         for function in self.linked:
             self.function = function
@@ -236,7 +238,7 @@ class Program(LinkedProgram):
             for pc, ins in enumerate(function.code, self.base[function.name]):
                 named = (r for a in flat(ins.args) for r in (a, getattr(a, "base", None)))
                 slots = {self.reg_slot(r) for r in named if isinstance(r, Reg)} & watched
-                if slots and ins.parts[0] != "wgmma" and self.functions[pc] is not None:
+                if slots and ins.parts[0] != "wgmma":
                     self.functions[pc] = watch(self.functions[pc], ins, tuple(slots))
 
     def _compile_call(self, ins: Instr) -> Call | ExternalCall:
@@ -265,15 +267,18 @@ class Program(LinkedProgram):
         )
 
     def _call_buffers(self, operands: tuple[Operand, ...], ins: Instr) -> list[int]:
-        found = [self.param_buffer(Mem(o)) if isinstance(o, Sym) else None for o in operands]
-        if None in found:
-            raise unsupported(ins, "register arguments")
-        return [buffer for buffer, _ in found]
+        buffers = []
+        for operand in operands:
+            found = self.param_buffer(Mem(operand)) if isinstance(operand, Sym) else None
+            if found is None:
+                raise unsupported(ins, "register arguments")
+            buffers.append(found[0])
+        return buffers
 
     def _compile_barrier(self, ins: Instr) -> BarrierOperands:
         parts, args = ins.parts, list(ins.args)
         mode = next((m for m in ("sync", "arrive", "red") if m in parts), "sync")
-        reduction = dst = vote = None
+        reduction, dst, vote = None, -1, None
         if mode == "red":
             reduction = next(p for p in parts if p in ("popc", "and", "or"))
             dst = self.dst(args.pop(0))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ AXES = {"x": 0, "y": 1, "z": 2}
 MULTIPROCESSORS = 108
 
 
-def position(index: Array, sizes: tuple[int, ...], axis: str) -> Array:
+def position(index: Any, sizes: tuple[int, ...], axis: str) -> Any:
     """Returns the coordinate along `axis` of linear indices into a block or grid."""
     x, y, _ = sizes
     return {"x": index % x, "y": index // x % y, "z": index // (x * y)}[axis]

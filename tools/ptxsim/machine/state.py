@@ -34,7 +34,9 @@ class State:
     """
 
     def __init__(self, program: Program, launch: Launch, cta0: int, n_cta: int) -> None:
-        self.program, self.device, self.launch = program, program.module.device, launch
+        self.program: Program = program
+        self.launch: Launch = launch
+        self.device = program.module.device
         self.checks, self.stats, self.want_stats = launch.checks, launch.stats, launch.want_stats
         self.n_cta, self.cta0 = n_cta, cta0
         self.steps = launch.steps
@@ -82,7 +84,7 @@ class State:
         self.params, self.params_padded = launch.params, launch.params_padded
         self.groups_done = np.zeros(n, np.int32)
         self.async_queue: list[list[Any]] = []
-        self.wgmma = ProductQueue(self) if program.uses_wgmma else None
+        self.wgmma = ProductQueue(self)
         self.bulk = BulkCopies(self)
 
     def _init_registers(self) -> None:

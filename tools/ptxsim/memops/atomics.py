@@ -118,8 +118,8 @@ def atomic_of(ins: Instr, wants_old: bool) -> Atomic:
     ty = parts[-1]
     op = next((p for p in parts[1:] if p in UPDATES), None)
     half = ty in HALVES or ty in PAIRS
-    unknown = op is None or ty not in DT or (half and op not in HALF_UPDATES)
-    if unknown or "async" in parts or "bulk" in parts:
+    unknown = ty not in DT or (half and op not in HALF_UPDATES)
+    if unknown or op is None or "async" in parts or "bulk" in parts:
         raise unsupported(ins)
     return Atomic(ins, op, ty, half_update(op, ty) if half else UPDATES[op], wants_old)
 

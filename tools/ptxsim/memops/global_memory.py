@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
     selected: Array | None  # positions among the active lanes; None for all
     alloc: Alloc
-    index: Array  # elements of the access size, counted from `shift`
+    elements: Array  # indices of elements of the access size, counted from `shift`
     shift: int
 
 
@@ -101,9 +101,9 @@ def note_global(state: State, a: Array, size: int, kind: str, pieces: list[Piece
         stats.global_atomic_sectors += sectors
     for piece in pieces:
         if kind != "store":
-            piece.alloc.touch(piece.index, size, piece.shift, False)
+            piece.alloc.touch(piece.elements, size, piece.shift, False)
         if kind != "load":
-            piece.alloc.touch(piece.index, size, piece.shift, True)
+            piece.alloc.touch(piece.elements, size, piece.shift, True)
 
 
 def as_u64(a: Array) -> Array:
@@ -136,7 +136,7 @@ def global_store(state: State, ins: Instr, a: Array, size: int, values: Array) -
         own = values if piece.selected is None else values[piece.selected]
         if state.checks.global_overlap:
             check_overlap(state, ins, piece, size, own)
-        piece.alloc.view(size, piece.shift)[piece.index] = own
+        piece.alloc.view(size, piece.shift)[piece.elements] = own
 
 
 def check_overlap(state: State, ins: Instr, piece: Piece, size: int, values: Array) -> None:

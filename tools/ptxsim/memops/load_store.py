@@ -13,7 +13,7 @@ from ..errors import unsupported
 from ..lanes import active, extend_to, put, put_active
 from ..ptx_types import DT, ELEM, TYPE_SIZE, Array, u8
 from ..syntax.elements import SINK, Operand, Sym, items
-from .addressing import accessor, address, space_of, vec_of
+from .addressing import accessor, space_of, vec_of
 from .windows import load_from, store_to
 
 WIDEST = 16  # bytes that one access to memory moves
@@ -97,10 +97,9 @@ def _param_reader(program: Program, ins: Instr, size: int) -> ParamReader | None
             return np.ascontiguousarray(raw).view(ELEM[size]).reshape(-1)
 
         return from_buffer
-    get, symbol = address(program, ins, mem)
-    if symbol is None or not isinstance(mem.base, Sym):
+    if not isinstance(mem.base, Sym):
         return None
-    start = int(get(None)[0])
+    start = program.symbol(mem.base.name, ins)[1] + mem.offset + mem.base.offset
 
     def from_kernel(state: State, k: int) -> Array:
         at = start + k * size
@@ -160,7 +159,10 @@ def compile_st(program: Program, ins: Instr) -> Step:
 
 def _store_param(program: Program, ins: Instr, ty: str) -> Step:
     size = TYPE_SIZE[ty]
-    number, offset = program.param_buffer(ins.args[0])
+    found = program.param_buffer(ins.args[0])
+    if found is None:
+        raise unsupported(ins, "not a parameter of a device function")
+    number, offset = found
     slots = [program.src(item, ty, ins) for item in items(ins.args[1])]
     element = ELEM[size]
 

@@ -55,12 +55,16 @@ class Shared(RaceTracker):
         self.size, self.checks = size, checks
         self.banks = BankModel()
         memory = np.full(total, 0xFF, u8)
-        self.views = {n: memory.view(ELEM[n]) for n in SIZES}
+        self.views: dict[int, Array] = {n: memory.view(ELEM[n]) for n in SIZES}
         self.base = np.repeat(np.arange(n_cta, dtype=i64) * stride, cta_lanes)  # by lane
         # copies in flight into each 4 bytes
         self.n_arriving = 0
         arriving = np.zeros(total // 4, u8)
-        self.arriving = {4: arriving, 8: arriving.view(u16), 16: arriving.view(u32)}
+        self.arriving: dict[int, Array] = {
+            4: arriving,
+            8: arriving.view(u16),
+            16: arriving.view(u32),
+        }
         # products and copies in flight that read each 16 bytes
         self.n_being_read = 0
         self.being_read = np.zeros(total // 16, u16)

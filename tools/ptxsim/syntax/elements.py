@@ -49,7 +49,7 @@ class Sym:
 class Mem:
     """Holds an address in brackets."""
 
-    base: Reg | Sym | Imm | None
+    base: Any  # Reg, Sym or None
     offset: int = 0
     extra: tuple[Operand, ...] = ()
 

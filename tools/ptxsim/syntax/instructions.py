@@ -59,7 +59,7 @@ class InstructionParser(DeclarationParser):
             raise PtxSyntaxError(f"line {line}: unknown predicate {name}")
         return Reg(reg.slot, reg.width, reg.name, negated)
 
-    def _name(self, scope: Scope, name: str) -> Operand:
+    def _name(self, scope: Scope, name: str) -> Any:
         if name == "_":
             return SINK
         reg = scope.find("regs", name)
