@@ -16,7 +16,11 @@ PAGES = {
     "csrc/README.md": "csrc.md",
     "tools/ptxsim/README.md": "ptxsim.md",
 }
-_LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?://|#)([^)]+)\)")
+# code is matched first, to be left alone
+_LINK = re.compile(
+    r"```.*?```|`[^`]*`|(?P<image>!?)\[(?P<text>[^\]]+)\]\((?!https?://|#)(?P<to>[^)]+)\)",
+    re.DOTALL,
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -29,12 +33,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _moved(link: re.Match[str]) -> str:
     """Rewrites a link for the site, which holds docs/ and these pages."""
-    image, text, target = link.groups()
-    path, hash_, anchor = target.partition("#")
+    if link["to"] is None:
+        return link[0]
+    path, hash_, anchor = link["to"].partition("#")
     if path.startswith("docs/"):
         path = path.removeprefix("docs/")
     elif path in PAGES:
         path = PAGES[path]
     else:
-        return text  # a file that the site does not hold
-    return f"{image}[{text}]({path}{hash_}{anchor})"
+        return link["text"]  # a file that the site does not hold
+    return f"{link['image']}[{link['text']}]({path}{hash_}{anchor})"
