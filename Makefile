@@ -59,7 +59,7 @@ compile-gate: $(VENV)/package
 lint: $(VENV)/package
 	ruff check .
 	ruff format --check .
-	mypy marginkernels
+	mypy
 	clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/package

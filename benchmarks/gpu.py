@@ -12,6 +12,7 @@ goes on. triton.testing takes the times; it comes with torch's wheels for CUDA.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def gemms(shape: Shape) -> None:
     g = torch.randn(n, c, device="cuda", dtype=torch.bfloat16)
     total = 0.0
     for name, a, b in (("logits", x, w.t()), ("dx", g, w), ("dw", g.t(), x)):
-        milliseconds = _milliseconds(lambda a=a, b=b: torch.mm(a, b))
+        milliseconds = _milliseconds(functools.partial(torch.mm, a, b))
         total += milliseconds
         print(f"{name:<8}{milliseconds:9.3f} ms {2e-9 * n * c * d / milliseconds:9.1f} TFLOP/s")
     print(f"{'sum':<8}{total:9.3f} ms {6e-9 * n * c * d / total:9.1f} TFLOP/s")
@@ -198,7 +199,7 @@ def _milliseconds(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(function, warmup=100, rep=300, return_mode="median")
 
 
-PARTS = {"versions": versions, "gemms": gemms, "kernels": kernels}
+PARTS: dict[str, Callable[..., None]] = {"versions": versions, "gemms": gemms, "kernels": kernels}
 
 if __name__ == "__main__":
     main()

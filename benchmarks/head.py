@@ -40,7 +40,7 @@ def main() -> None:
     if options.memory:
         print_memory(shape, options)
         return
-    extra = {}
+    extra: dict[str, float] = {}
     if not options.quick:
         extra, _ = extra_peaks(shape, options.device, options.backend, options.only)
     exported = []

@@ -5,7 +5,6 @@
 import contextlib
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 _ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
               "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")  # fmt: skip
+_STATUS = Path("/proc/self/status")
 
 
 class Memory(NamedTuple):
@@ -81,7 +81,8 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 def resident_bytes(field: str) -> int:
     """Returns VmRSS (now) or VmHWM (the peak) of this process."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return 1024 * int(status[field].split()[0])
 
 
 def reset_peak() -> None:

@@ -4,6 +4,7 @@
 
 import csv
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def rows(config: Config, measured: Measured, memory: dict[str, float]) -> list[R
     for contender in ran:
         own = measured.steps[contender.name]
         counted = work(contender, config.shape)
-        row = {"contender": contender.name} | _times(own)
+        row: Row = {"contender": contender.name} | _times(own)
         row |= {
             "GFLOP/s": counted.flops / row["ms"] * 1e-6,
             "% peak": _percent(counted.flops, own, [step.roof for step in own]),
@@ -80,11 +81,12 @@ def _times(steps: list[Step]) -> Row:
     }
 
 
-def _percent(flops: int, steps: list[Step], gflops: list[float | None]) -> float | None:
-    if None in gflops:
+def _percent(flops: int, steps: list[Step], gflops: Sequence[float | None]) -> float | None:
+    known = [peak for peak in gflops if peak is not None]
+    if len(known) < len(gflops):
         return None
     return statistics.median(
-        100 * flops / step.ms * 1e-6 / peak for step, peak in zip(steps, gflops, strict=True)
+        100 * flops / step.ms * 1e-6 / peak for step, peak in zip(steps, known, strict=True)
     )
 
 

@@ -144,7 +144,9 @@ def _stamp(device: str) -> float | torch.cuda.Event:
 
 def _ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(start, float):
+        assert isinstance(end, float)
         return 1e3 * (end - start)
+    assert isinstance(end, torch.cuda.Event)
     return start.elapsed_time(end)
 
 

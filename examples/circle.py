@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Trains the toy of the ArcFace paper: ten classes in two dimensions, where one can see them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Toy(NamedTuple):
         return cosine.clamp(-1, 1).acos().rad2deg()
 
 
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "Softmax, with bias": dict(margin=mk.NSoftmax(), scale=1.0, normalize="none", bias=True),
     "N-Softmax": dict(margin=mk.NSoftmax(), scale=16.0),
     "ArcFace, m = 0.3": dict(margin=mk.ArcFace(0.3), scale=16.0),
@@ -39,7 +39,7 @@ HEADS = {
 
 def backbone() -> nn.Module:
     """Builds a small CNN, (M, 1, 32, 32) -> (M, 2)."""
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.PixelUnshuffle(2),
         *model.conv(4, 16),
         nn.MaxPool2d(2),
@@ -48,7 +48,8 @@ def backbone() -> nn.Module:
         *model.conv(32, 32),
         nn.Flatten(),
         nn.Linear(32 * 4 * 4, 2),
-    ).to(memory_format=torch.channels_last)
+    )
+    return model.channels_last(network)
 
 
 def glyphs() -> Tensor:

@@ -54,9 +54,10 @@ def dense_loss(x: Tensor, w: Tensor, y: Tensor, boost: float, scale: float) -> T
 
 def main() -> None:
     torch.manual_seed(0)
-    head = MarginSoftmaxHead(64, 1000, margin=HardBoost(), scale=32.0, backend="reference")
+    margin = HardBoost()
+    head = MarginSoftmaxHead(64, 1000, margin=margin, scale=32.0, backend="reference")
     x, y = torch.randn(128, 64, requires_grad=True), torch.randint(1000, (128,))
-    fused, dense = head(x, y), dense_loss(x, head.weight, y, head.margin.boost, 32.0)
+    fused, dense = head(x, y), dense_loss(x, head.weight, y, margin.boost, 32.0)
     print(f"loss: fused {fused.item():.6f}, dense {dense.item():.6f}")
     for name, leaf in (("dx", x), ("dw", head.weight)):
         a, b = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (fused, dense))

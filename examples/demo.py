@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 def train(args: argparse.Namespace, split: data.Split, pairs: evaluate.Pairs) -> Trained:
     """Trains network and head, and judges the network before, during and after."""
     torch.manual_seed(args.seed)
-    backbone = model.backbone().to(memory_format=torch.channels_last)
+    backbone = model.backbone()
     head = HEADS[args.head](
         model.EMBEDDING_SIZE,
         split.num_classes,
@@ -102,8 +102,8 @@ def head_operands(trained: Trained, split: data.Split) -> measure.Operands:
     )
     with torch.no_grad():
         embeddings = model.run(trained.backbone, images)
-    weight = trained.head.weight.detach()
-    return measure.Operands(embeddings, weight, labels, MARGIN, SCALE, trained.head.backend)
+    weight, backend = trained.head.weight.detach(), trained.head.settings.backend
+    return measure.Operands(embeddings, weight, labels, MARGIN, SCALE, backend)
 
 
 def print_table(args: argparse.Namespace, trained: Trained, operands: measure.Operands) -> None:

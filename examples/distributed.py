@@ -49,8 +49,9 @@ def batch(step: int, identities: int) -> tuple[torch.Tensor, torch.Tensor]:
 def make_model(identities: int, device: torch.device) -> nn.ModuleDict:
     """Builds the backbone, copied to all ranks, and the head, whose classes are split over them."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, EMBEDDING_SIZE))
-    backbone = backbone.to(device)
+    backbone: nn.Module = nn.Sequential(
+        nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, EMBEDDING_SIZE)
+    ).to(device)
     group = None
     if dist.is_initialized():
         group = dist.group.WORLD

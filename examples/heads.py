@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Names the head of this library, and the same in plain PyTorch to compare it with."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from marginkernels import MarginSoftmaxHead
 from marginkernels.testing import plain_margin_cross_entropy
@@ -11,8 +11,9 @@ from marginkernels.testing import plain_margin_cross_entropy
 class PlainHead(MarginSoftmaxHead):
     """Computes the same loss in plain PyTorch, which holds the logits."""
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Returns the loss."""
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns the loss. The options of the head's forward are left out."""
+        assert not isinstance(self.scale, nn.Module), "the plain loss has no scale that adapts"
         return plain_margin_cross_entropy(
             embeddings, self.weight, labels, margin=self.margin, scale=self.scale
         )

@@ -42,14 +42,19 @@ def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
         return margin.double().eval()(THETA.cos(), rows)
 
 
-def others(margin: nn.Module) -> Tensor:
+def others(margin: mk.Margin) -> Tensor:
     """Returns what takes the place of another class's cosine, for one angle to the target."""
     ones = torch.ones(1, dtype=torch.float64)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
-    c = ones * math.cos(SEEN_FROM) if margin.needs_target_cosine else None
+    c = ones * math.cos(SEEN_FROM) if margin.needs_target_cosine else ones.new_empty(0)
     with torch.no_grad():
         name, *operands = margin.double().eval().negatives(c, rows)
         return TRANSFORMS[name].function(THETA.cos()[None], *operands)[0][0]
+
+
+def target_and_others(margin: mk.Margin) -> dict[str, Tensor]:
+    """Returns both curves of a margin by their labels."""
+    return {"target": target(margin), "others": others(margin)}
 
 
 def curricular_face(t: float) -> mk.CurricularFace:
@@ -111,9 +116,7 @@ def panels() -> dict[str, dict[str, Tensor]]:
             for branch in ("easy", "hard")
             for x_norm in (10, 110)
         },
-        "AirFace (Li-ArcFace), m = 0.4": {
-            "target": target(mk.AirFace()), "others": others(mk.AirFace())
-        },
+        "AirFace (Li-ArcFace), m = 0.4": target_and_others(mk.AirFace()),
         "MVSoftmax": {
             "am, m = 0.35": target(mk.MVSoftmax()),
             "arc, m = 0.5": target(mk.MVSoftmax(0.5, kind="arc")),
@@ -124,9 +127,7 @@ def panels() -> dict[str, dict[str, Tensor]]:
             "target": target(mk.CurricularFace()),
             **{f"others, t = {t}": others(curricular_face(t)) for t in (0.0, 0.4, 0.8)},
         },
-        "ArcNegFace, m = 0.5": {
-            "target": target(mk.ArcNegFace()), "others": others(mk.ArcNegFace())
-        },
+        "ArcNegFace, m = 0.5": target_and_others(mk.ArcNegFace()),
         "InterClassFilter, threshold 0.4": {
             "target, CosFace(0.4)": target(mk.InterClassFilter(mk.CosFace())),
             "others": others(mk.InterClassFilter(mk.CosFace())),
@@ -238,7 +239,8 @@ def draw_toy(axes: Axes, toy: circle.Toy, ink: Tensor, is_normalised: bool) -> N
     for i, direction in enumerate(F.normalize(toy.weight)):
         color = plt.get_cmap("tab10")(i)
         axes.plot(*torch.stack([0 * direction, reach * direction]).T, color=color, linewidth=1)
-        axes.scatter(*points[toy.labels == i].T, s=8, color=color, alpha=0.5, linewidths=0)
+        x, y = points[toy.labels == i].T
+        axes.scatter(x, y, s=8, color=color, alpha=0.5, linewidths=0)
         picture = OffsetImage(1 - ink[i], zoom=0.7, cmap="gray")
         box = AnnotationBbox(picture, 1.16 * reach * direction, pad=0.15,
                              bboxprops=dict(edgecolor=color, linewidth=1.5))  # fmt: skip

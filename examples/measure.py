@@ -3,14 +3,13 @@
 """Measures time and memory of the head alone, fused and plain, on the same operands."""
 
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ def step(head: str, operands: Operands) -> None:
     """Runs the head forward and backward, with gradients for embeddings and weights."""
     x, w, y, margin, scale, backend = operands
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    settings = {"margin": ArcFace(margin), "scale": scale}
+    settings: dict[str, Any] = {"margin": ArcFace(margin), "scale": scale}
     if head == "fused":
         loss = margin_cross_entropy(x, w, y, **settings, backend=backend)
     else:
@@ -47,7 +46,7 @@ def step(head: str, operands: Operands) -> None:
 
 def milliseconds(operands: Operands) -> dict[str, float]:
     """Returns the median time of a step of each head. They take turns on the same machine."""
-    times = {head: [] for head in HEADS}
+    times: dict[str, list[float]] = {head: [] for head in HEADS}
     for _ in range(ROUNDS):
         for head in HEADS:
             start = time.perf_counter()
@@ -82,7 +81,8 @@ def peak_mib(operands: Operands) -> dict[str, float]:
 
 def resident_kib(field: str) -> int:
     """Returns a field of the kernel's record of this process: VmRSS is now, VmHWM the peak."""
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
 def peak_in_this_process(head: str, operands: Operands) -> float:

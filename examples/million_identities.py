@@ -138,7 +138,7 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
-    backbone = nn.Sequential(
+    backbone: nn.Module = nn.Sequential(
         nn.Linear(VIEW_SIZE, 1024), nn.ReLU(), nn.Linear(1024, EMBEDDING_SIZE, bias=False)
     ).to(DEVICE)
     if world > 1:
@@ -167,20 +167,20 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
         processor.append(time.process_time() - busy)
         if rank == 0:
             say(f"step {step + 1:4}   loss {losses[-1]:9.5f}   {seconds[-1]:7.2f} s")
-    memory = [peak_and_reserved()]
+    own = peak_and_reserved()
+    memory = [own] * world
     if world > 1:
-        own, memory = memory[0], [None] * world
         dist.all_gather_object(memory, own)
     peaks, reserved = zip(*memory, strict=True)
-    medians = [statistics.median(times[1:] or times) for times in (seconds, processor)]
-    return Run(losses, *medians, [*peaks], sum(reserved))
+    wall, threads = (statistics.median(times[1:] or times) for times in (seconds, processor))
+    return Run(losses, wall, threads, [*peaks], sum(reserved))
 
 
 def peak_and_reserved() -> tuple[int, int]:
     """Returns the peak and the reserved bytes that :class:`Run` describes."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return tuple(1024 * measure.resident_kib(field) for field in ("VmHWM", "VmPeak"))
+    return 1024 * measure.resident_kib("VmHWM"), 1024 * measure.resident_kib("VmPeak")
 
 
 def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run | str:

@@ -58,7 +58,7 @@ def write(folder: Path, split: Split, pairs: Pairs, results: Results) -> list[Pa
     figure.savefig(paths[2], dpi=150)
 
     figure = plt.figure(figsize=(14, 4.6), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(7, 4, 4))
+    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(7, 4, 4))[0]
     draw_samples(left.subplots(), split, pairs, results.after[0])
     draw_training(middle.subplots(2, sharex=True), results)
     draw_roc(right.subplots(), results)
@@ -104,7 +104,7 @@ def hardest(indices: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         pairs.probe_character[fold, pair].tolist(),
         strict=True,
     )
-    first = {}
+    first: dict[tuple[int, int], tuple[int, int]] = {}
     for at, both in zip(zip(fold.tolist(), pair.tolist(), strict=True), characters, strict=True):
         first.setdefault(both, at)
     return torch.tensor(list(first.values()))

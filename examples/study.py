@@ -159,7 +159,7 @@ class Study:
         if self.result(name, seed) and self.network(name, seed).exists():
             return
         torch.manual_seed(seed)
-        backbone = model.backbone().to(memory_format=torch.channels_last)
+        backbone = model.backbone()
         batch_size, steps, settings, together = BATCH_SIZE, self.steps, {}, 1
         if name == TRIPLET:
             self.run(TRIPLET_START, seed)

@@ -61,7 +61,7 @@ def unusable(bitmaps: np.ndarray) -> dict[str, np.ndarray]:
     owners = defaultdict(list)
     for character, face in np.ndindex(bitmaps.shape[:2]):
         owners[bitmaps[character, face].tobytes()].append(character)
-    blank = ~bitmaps.any(-1)
+    blank = np.asarray(~bitmaps.any(-1))
     shared, repeated = np.zeros(len(bitmaps), bool), np.zeros(len(bitmaps), bool)
     for bits, characters in owners.items():
         if any(bits):
@@ -69,7 +69,7 @@ def unusable(bitmaps: np.ndarray) -> dict[str, np.ndarray]:
             for character in characters:
                 repeated[character] |= characters.count(character) > 1
     return {
-        "blank in some face": blank.any(1),
+        "blank in some face": np.asarray(blank.any(1)),
         "a bitmap shared with another character": shared,
         "the same bitmap in two faces": repeated,
     }

@@ -60,9 +60,17 @@ What a margin does to ten characters in two dimensions:
 """
 
 
+def docstring(thing: Any) -> str:
+    """Returns the docstring, which every loss has."""
+    text = inspect.getdoc(thing)
+    if text is None:
+        raise LookupError(f"{thing}: expected a docstring, found none")
+    return text
+
+
 def text_of(thing: Any) -> str:
     """Returns the docstring in one line."""
-    return " ".join(inspect.getdoc(thing).split())
+    return " ".join(docstring(thing).split())
 
 
 def first_paragraph(thing: Any) -> tuple[str, str]:
@@ -71,10 +79,13 @@ def first_paragraph(thing: Any) -> tuple[str, str]:
     The first paragraph of a docstring holds both, formula first. Where it has no formula, the next
     sentence has it: "The loss is ...".
     """
-    paragraph, following = re.split(r"\n\n", inspect.getdoc(thing), maxsplit=1)
+    paragraph, following = docstring(thing).split("\n\n", maxsplit=1)
     formula, _, papers = " ".join(paragraph.split()).rstrip(".").rpartition(": ")
     if not formula:
-        formula = re.match(r"The loss is (.*?)\. ", " ".join(following.split()))[1]
+        found = re.match(r"The loss is (.*?)\. ", " ".join(following.split()))
+        if found is None:
+            raise LookupError(f"{thing}: expected a formula in the first paragraph or after it")
+        formula = found[1]
     formula, papers = (text.removeprefix("Computes ") for text in (formula, papers))
     papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers)
     return formula, re.sub(r"arXiv:([\d.]+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", papers)
@@ -112,7 +123,7 @@ def other_classes(margin: torch.nn.Module) -> str:
         return ""
     ones = torch.ones(1)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
-    transform = margin.negatives(ones if margin.needs_target_cosine else None, rows)
+    transform = margin.negatives(ones if margin.needs_target_cosine else torch.empty(0), rows)
     return text_of(TRANSFORMS[transform.name].function).split(". ")[0].removeprefix("Computes ")
 
 
