@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// What the cores can do at best: multiply-adds between registers, in fp32 and in bf16 with fp32
-// accumulation. Compiled with -march=native by peaks.py; no memory is touched inside the loops.
+// Measures what the cores can do at best: multiply-adds between registers, in fp32 and in bf16 with
+// fp32 accumulation. peaks.py compiles it with -march=native. The loops touch no memory.
 
 #include <algorithm>
 #include <atomic>

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The ops and the head under the dispatcher: opcheck, torch.compile, checks in compiled graphs."""
+"""Tests the ops and the head under the dispatcher: opcheck, torch.compile, compiled checks."""
 
 import copy
 

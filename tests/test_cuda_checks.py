@@ -95,7 +95,7 @@ def test_fibers(bug, complaint, toy):
 
 
 def test_address_sanitizer_finds_a_missing_mask():
-    """Where nothing lies behind the rows; in a process of its own, which it ends."""
+    """Reads behind the last row, in a process of its own, which the sanitizer ends."""
     if reason := host.why_not():
         pytest.skip(reason)
     library = host.build("cuda_toy", [TOY], with_torch=False, sanitize=True)

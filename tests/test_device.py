@@ -81,7 +81,7 @@ def make(backend, device="cuda", classes=3000, **settings):
 
 
 def step(head, x, y):
-    """The loss and gradients of one step."""
+    """Returns the loss and gradients of one step."""
     loss = head(x, y)
     return [loss.detach(), *torch.autograd.grad(loss, [x, head.weight])]
 

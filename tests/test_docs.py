@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The pages agree with the code: links, names, commands, settings, and generated tables."""
+"""Compares the pages with the code: links, names, commands, settings, and generated tables."""
 
 import importlib.util
 import re
@@ -76,7 +76,7 @@ def test_the_walk_names_what_is_there() -> None:
 
 @pytest.mark.parametrize("page", WRITTEN)
 def test_code_that_claims_to_be_a_file_is_taken_from_it(page: str) -> None:
-    """The site puts the file in the place of the line with its name; excerpts are copies."""
+    """Checks that a block names a file, which takes its place, or is a copy of a part of it."""
     blocks = re.findall(r'^``` {[^\n]* title="(.*?)" }\n(.*?)^```', text(page), re.M | re.S)
     assert len(blocks) == text(page).count(" title=")
     for title, block in blocks:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The short examples run, and show what they say."""
+"""Runs the short examples, which have to show what they say."""
 
 import os
 import re

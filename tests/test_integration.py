@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The head inside PyTorch: autocast, GradScaler, accumulation, learnable settings, saving."""
+"""Tests the head inside PyTorch: autocast, GradScaler, accumulation, learnable settings, saving."""
 
 import copy
 import io
@@ -108,7 +108,7 @@ def test_gradients_accumulate_and_scale(backend, device):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The settings of every call of an op, in turn."""
+    """Records the settings of every call of an op, in turn."""
     calls = []
 
     def spy(handle):

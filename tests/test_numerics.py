@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The numbers of the contract are the same in every language that the kernels are written in."""
+"""Compares the numbers of the contract in all languages that the kernels are written in."""
 
 import pytest
 import torch

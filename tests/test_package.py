@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""What installing, importing and building promise, each in a process or a copy of its own."""
+"""Tests installing, importing and building, each in a process or a copy of its own."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_without_a_usable_extension(torch_version, reason, tmp_path):
 @needs_extension
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_each_cpu_capability(capability):
-    """Within the budget, or a clear reason where the processor lacks it."""
+    """Computes within the budget, or says clearly that the processor lacks it."""
     code = """
 import json, torch
 from marginkernels.backends import native, reasons
@@ -137,7 +137,7 @@ print(json.dumps([why_not, native.extension and native.extension.build_info()["c
 
 
 def has(capability):
-    """Whether this processor has it, according to the kernel."""
+    """Asks the operating system's kernel whether this processor has it."""
     needed = {
         "default": set(),
         "avx2": {"avx2", "fma"},
@@ -201,7 +201,7 @@ def test_inverse_norm_agrees_with_numpy():
 
 @pytest.fixture
 def setup_script(monkeypatch):
-    """The functions of setup.py, which is not part of the package."""
+    """Loads the functions of setup.py, which is not part of the package."""
     pytest.importorskip("setuptools")
     monkeypatch.chdir(ROOT)
     for name in ("MARGINKERNELS_EXT", "MARGINKERNELS_CUDA"):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The triplet loss against loops over all triplets."""
+"""Compares the triplet loss with loops over all triplets."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ class MarginLoss(nn.Module):
 
     @property
     def fused(self) -> nn.Module:
-        """The margin that :class:`PartialFC_V2` fuses with its linear layer."""
+        """Returns the margin that :class:`PartialFC_V2` fuses with its linear layer."""
         return self.margin
 
     def extra_repr(self) -> str:
@@ -92,7 +92,7 @@ class CosineMarginLoss(MarginLoss):
 
     @property
     def fused(self) -> nn.Module:
-        """The margin that :meth:`make` made last."""
+        """Returns the margin that :meth:`make` made last."""
         return self._made
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class RowLayout:
 
     @property
     def own(self) -> slice:
-        """The place of this rank's rows in the batch."""
+        """Says where this rank's rows are in the batch."""
         return slice(self.first, self.first + self.n)
 
     def every(self, rows: Tensor, fill: float = 0) -> Tensor:

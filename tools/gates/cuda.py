@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        """The bytes of shared memory of a stage."""
+        """Counts the bytes of shared memory of a stage."""
         return (self.rows + self.classes) * FEATURES * 2
 
 
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 
     @property
     def tile(self) -> Tile | None:
-        """The tile of a tile kernel."""
+        """Returns the tile of a tile kernel."""
         return tile_of(self.name)
 
 

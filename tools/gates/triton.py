@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
     @property
     def compiled(self) -> Facts:
-        """The facts of a kernel that compiled."""
+        """Returns the facts of a kernel that compiled."""
         if self.facts is None:
             raise RuntimeError(f"{self.case}: {self.kernel}: {'; '.join(self.problems)}")
         return self.facts

@@ -95,17 +95,17 @@ class Operands:
 
     @property
     def row_tiles(self) -> int:
-        """The number of row tiles."""
+        """Counts the row tiles."""
         return triton.cdiv(len(self.x), self.config.block_n)
 
     @property
     def class_tiles(self) -> int:
-        """The number of class tiles."""
+        """Counts the class tiles."""
         return triton.cdiv(len(self.w), self.config.block_c)
 
     @property
     def d_tiles(self) -> int:
-        """The number of steps of the tile program's main loop."""
+        """Counts the steps of the tile program's main loop."""
         return self.width // self.config.block_d
 
     def statistics(self, *size: int) -> Tensor:

@@ -102,7 +102,7 @@ class Writer(FileSystemWriter):
 
     @property
     def sums(self) -> dict[str, list[int]]:
-        """The CRC-32 of each block of each file that this process has written."""
+        """Returns the CRC-32 of each block of each file that this process has written."""
         return self.fs.sums
 
 
