@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The CUDA backend without a GPU, beside what it goes through in every test that takes a backend:
-what differs from one GPU to the next, its PTX in a simulator, and the gate for what nvcc makes.
+"""Tests the CUDA backend without a GPU, beside the tests that take any backend.
+
+The tests cover the differences between GPUs, the PTX in a simulator, and the gate that reads the
+machine code.
 """
 
 import pytest
@@ -17,7 +19,7 @@ from tools.gates import nvcc
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 needs_nvcc = pytest.mark.skipif(nvcc.why_not() is not None, reason=str(nvcc.why_not()))
 
-# of the tile kernels with the largest tile, and of one with all that may be compiled in
+# the tile kernels with the largest tile
 SAMPLES = [
     "statistics_kernel<bf16, BigTile, StatisticsOptions<mk::Identity, false, false, false>>"
     "(StatisticsCall)",
@@ -34,7 +36,7 @@ def test_opcheck(compute_dtype, save_tiles):
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 1000])
 def test_any_number_of_multiprocessors(multiprocessors):
-    """One program that walks all tiles of a row, several, and more than there are tiles."""
+    """Runs one block that walks all tiles of a row, several, and more than there are tiles."""
     problem = random_problem(
         150, 700, 40, dtypes=(BF16, BF16, None), margin=ArcFace(0.3), scale=32.0
     )
@@ -52,7 +54,7 @@ def test_any_number_of_multiprocessors(multiprocessors):
     ids=["bf16, saved tiles", "fp16, transform", "fp32, bias"],
 )
 def test_ptx_agrees_with_the_fibers(shape, dtypes, settings):
-    """Bits of the gradients too: the arithmetic of both is exact but for exp2."""
+    """Compares statistics and gradients: the arithmetic of both is exact but for exp2."""
 
     def step():
         torch.manual_seed(0)

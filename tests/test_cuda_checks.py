@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""The checks of the CUDA kernels find what they are for: bugs planted in a small kernel, one of
-each kind, under the fibers, in the PTX simulator and in the gate.
+"""Tests that the checks of the CUDA kernels find the bugs that they are for.
+
+A small kernel has one planted bug of each kind; it runs under the fibers, in the PTX simulator and
+through the gate.
 """
 
 import ctypes
@@ -39,7 +41,7 @@ ROWS, TILE, STAGES = 700, 128, 3
 
 @functools.cache
 def operands():
-    """Rows, with others behind them that are not the kernel's to read, and the right results."""
+    """Returns the rows, followed by rows that the kernel must not read, and the right results."""
     numbers = np.random.default_rng(0).integers(0, 2**32, (ROWS + TILE, 4), dtype=np.uint32)
     padded = np.where(np.arange(len(numbers))[:, None] < ROWS, numbers, 0)
     thread, m = np.arange(TILE)[:, None], np.arange(4)
@@ -164,8 +166,9 @@ def test_ptx_simulator_counts_bank_conflicts():
 
 @pytest.mark.skipif(nvcc.why_not() is not None, reason=str(nvcc.why_not()))
 def test_gate():
-    """Spills; then the right kernel in the place of one that has to have matrix instructions, and
-    of one that has to fit more often.
+    """Judges a kernel that spills, then the right kernel by the rules of other kernels.
+
+    Those must have matrix instructions, or must fit on a multiprocessor more often.
     """
     pytest.importorskip("triton", reason="its wheel brings the tools that read machine code")
     by_bug = {kernel.name: kernel for kernel in gate.kernels_of(TOY, "sm_80")}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Options of the CUDA kernels that heads reach in few types: every transform in every type, beside
-sums, maxima, biases, un-normalised sides and gradients of norms and of the scale.
+"""Tests options of the CUDA kernels that heads reach in few types.
+
+Every transform runs in every type, beside sums, maxima, biases, un-normalised sides and gradients
+of norms and of the scale.
 """
 
 import pytest
@@ -14,7 +16,7 @@ from marginkernels.transforms import TRANSFORMS
 from tests.emulation import host
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# with G rounded once: a unit in the last place of its type
+# a unit in the last place of the type, since G is rounded once
 ROUNDING = {F16: 2e-3, BF16: 1.6e-2, F32: 1e-5, F64: 1e-12}
 SIDES = {
     "both": dict(normalize_x=True, normalize_w=True),
