@@ -3,9 +3,9 @@
 """Builds marginkernels._C against the torch that is installed; all else is in pyproject.toml.
 
 MARGINKERNELS_EXT=0          builds no extension: an install in pure Python.
-MARGINKERNELS_CUDA=auto|0|1  builds CUDA kernels where torch is a CUDA build and there is an nvcc of
-                             its CUDA's major version; never; or always, failing with what is
-                             missing.
+MARGINKERNELS_CUDA=auto|0|1  auto builds CUDA kernels where torch is a CUDA build and there is an
+                             nvcc of its CUDA's major version. 0 never builds them. 1 builds them,
+                             or fails with what is missing.
 TORCH_CUDA_ARCH_LIST         names the GPUs to build for, by default all that the kernels are tested
                              for and nvcc knows.
 """

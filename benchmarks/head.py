@@ -122,7 +122,7 @@ def provenance(device: str) -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """Names model, cores and instruction set, as torch found it: that says more in a VM."""
+    """Names model, cores and the instruction set that torch found: a VM may hide the model."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     name = model[1] if model else platform.processor() or platform.machine()

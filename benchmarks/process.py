@@ -24,7 +24,7 @@ class Memory(NamedTuple):
     every contender reused its buffers. Otherwise buffers are fresh, by glibc's own defaults: a
     buffer above 32 MiB is mapped anew each time, and the kernel zeroes and maps each page at its
     first touch, inside the step.
-    huge_pages: torch's allocator asks for them, which it does not by default.
+    huge_pages: torch's allocator asks the kernel for huge pages, which it does not by default.
     """
 
     warm: bool

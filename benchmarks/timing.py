@@ -15,7 +15,7 @@ from .contenders import Contender, Operands, Shape, contenders, problem
 from .process import Memory
 
 WARM_UP_STEPS = 2
-# Autocast is that slow on a CPU without bf16 instructions, and the others would wait for hours.
+# Autocast is so slow on a CPU without bf16 instructions, that a run would take hours.
 TOO_SLOW_MS = 30_000
 # OpenMP's threads spin for some milliseconds after their last task, on a core that others need.
 SETTLE_SECONDS = 0.02
@@ -58,7 +58,7 @@ def measure(config: Config) -> Measured:
     """
     operands = problem(config.shape, config.device)
     n, c, d = config.shape
-    # eager PyTorch holds some 6 x (N, C) and 3 x (C, D) fp32 numbers at its peak; twice that
+    # twice what eager PyTorch holds at its peak, some 6 x (N, C) and 3 x (C, D) fp32 numbers
     if config.device == "cpu":
         config.memory.prepare(4 * (12 * n * c + 6 * c * d))
     runners, skipped = _warmed_up(config, operands)

@@ -56,7 +56,7 @@ class Logits:
         self.is_target = torch.arange(len(w), device=w.device) == y[:, None]
 
     def projected(self, gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-        """Turns the gradient of unit rows into that of the rows; zero rows have none."""
+        """Turns the gradient of unit rows into one of the rows; zero rows get none."""
         unit = rows * inverse[:, None]
         tangent = gradient - (gradient * unit).sum(1, keepdim=True) * unit
         is_zero = rows.norm(dim=1, keepdim=True) < self.least

@@ -18,7 +18,7 @@ from marginkernels.transforms import TRANSFORMS, Definition, Transform
 
 
 def hard_boost(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """c + b (c - a_i) where c > a_i: pushes harder on classes that come near the row."""
+    """Computes c + b (c - a_i) where c > a_i, to push harder on classes that come near the row."""
     boost, above = constants[0], c - row_parameter[:, None]
     hard = above > 0
     return torch.where(hard, c + boost * above, c), torch.where(hard, 1 + boost, torch.ones_like(c))

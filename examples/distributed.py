@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 examples/distributed.py --steps 40 --out run
     torchrun --nproc-per-node 3 examples/distributed.py --steps 80 --out run   # goes on from 40
 
-The second command may run on another number of ranks, or be plain ``python``. GPUs are used where
-there are any, one by each rank.
+The second command may run on another number of ranks, or be plain ``python``. Each rank uses a
+GPU of its own where there are GPUs.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main() -> None:
     for step in range(first, args.steps):
         views, labels = (tensor.to(device) for tensor in batch(step, args.identities))
         with torch.autocast(device.type, narrow):
-            loss = model["head"](model["backbone"](views), labels)  # that of the ranks' whole batch
+            loss = model["head"](model["backbone"](views), labels)  # of the batch of all ranks
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -102,8 +102,9 @@ def main() -> None:
             save_checkpoint(args.out / str(done), model, optimizer)
     if dist.is_initialized():
         dist.destroy_process_group()
-        if device.type == "cpu":  # gloo's threads let go of the last tensors a moment later, and
-            time.sleep(0.5)  # one that does so while Python ends aborts the process
+        if device.type == "cpu":
+            # gloo's threads still hold the last tensors, and to free one while Python ends aborts
+            time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ plt.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.ri
 
 
 def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
-    """Returns what takes the place of the target's cosine, at each angle."""
+    """Returns the t that takes the place of the target's cosine, at each angle."""
     ones = torch.ones_like(THETA)
     rows = mk.Rows(torch.zeros(len(THETA), dtype=torch.int64), x_norm * ones, ones, None)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
 
 
 def others(margin: mk.Margin) -> Tensor:
-    """Returns what takes the place of another class's cosine, for one angle to the target."""
+    """Returns the values that replace another class's cosine, for one angle to the target."""
     ones = torch.ones(1, dtype=torch.float64)
     rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
     c = ones * math.cos(SEEN_FROM) if margin.needs_target_cosine else ones.new_empty(0)

@@ -37,7 +37,7 @@ from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
 from marginkernels.distributed.shard import local
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
-NOISE = 0.5  # standard deviation of a view around its centre; that of the centres is 1
+NOISE = 0.5  # standard deviation of a view around its centre; the centres' own is 1
 MARGIN, SCALE = 0.5, 64.0
 BACKBONE_RATE, HEAD_RATE = 0.003, 0.05
 HEADROOM = 1.5  # of address space, for the plain head
@@ -57,11 +57,11 @@ say = functools.partial(print, flush=True)
 
 
 class Run(NamedTuple):
-    """Holds what the steps of one head took and came to."""
+    """Holds the losses, the time and the memory of the steps of one head."""
 
     losses: list[float]
     seconds: float  # of a step: the median, without the first
-    processor_seconds: float  # the same of all threads together
+    processor_seconds: float  # of a step, summed over all threads
     peaks: list[int]  # bytes resident, or allocated on the GPU, of each rank
     reserved: int  # bytes of address space, or reserved on the GPU, at most, of all ranks together
 
@@ -150,7 +150,7 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
             {"params": head.parameters(), "lr": HEAD_RATE},
         ],
         momentum=0.9,
-        foreach=False,  # in place: no temporary of the size of the weights
+        foreach=False,  # True makes a temporary of the size of the weights
     )
     identities = Identities(args.classes, args.seed)
     losses, seconds, processor = [], [], []
@@ -223,7 +223,7 @@ def gib(nbytes: float) -> str:
 
 
 def print_summary(args: argparse.Namespace, fused: Run) -> None:
-    """Prints what this head took and came to."""
+    """Prints the losses, the time and the memory of this head."""
     floor = gib(12 * args.classes * EMBEDDING_SIZE)
     say(f"""
 {args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}; weights, their gradient and \

@@ -137,7 +137,7 @@ class Study:
 
     @staticmethod
     def key(record: dict) -> tuple:
-        """Returns what tells runs apart."""
+        """Returns the entries that tell runs apart."""
         return tuple(record[name] for name in ("loss", "settings", "steps", "seed"))
 
     def plan(self, name: str, seed: int) -> dict:

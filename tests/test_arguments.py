@@ -200,7 +200,7 @@ def test_what_a_head_is_made_of():
 
 
 def test_a_number_in_the_place_of_a_tensor():
-    """torch refuses it with words that name no remedy."""
+    """Names a remedy: torch refuses a number for a parameter or buffer, but names none."""
     for tensor in (torch.tensor(0.3), torch.nn.Parameter(torch.tensor(0.3))):
         margin, module = ArcFace(tensor), head(scale=tensor)
         for owner, name in ((margin, "m"), (module, "scale")):

@@ -36,9 +36,10 @@ def test_opcheck_of_the_checks(device):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_compile_is_whole_and_does_not_recompile(plain, backend, device):
-    """For a new number of rows or a new value in a tensor, with every output of the sweep or few.
+    """Compiles at most two whole graphs for five numbers of rows and five values in tensors.
 
-    An output that is not asked for has no gradient, which a compiled graph hands over as zeros.
+    The call needs every output of the sweep, or few. An output that is not needed has no gradient,
+    which a compiled graph hands over as zeros.
     """
     extras = {} if plain else dict(bias=True, label_smoothing=0.1, normalize="none")
     margin, scale = ArcFace(torch.tensor(0.1)), torch.nn.Parameter(torch.tensor(1.0))
@@ -63,7 +64,7 @@ def test_compile_is_whole_and_does_not_recompile(plain, backend, device):
             results.append([loss, *stats, *gradients])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
-    assert counter.frame_count <= 2  # once for the first size, once for any size
+    assert counter.frame_count <= 2  # once for the first size, once for all others
 
 
 @pytest.mark.parametrize("attribute", ["scale", "m"])
@@ -78,7 +79,9 @@ def test_compile_recompiles_at_most_once_for_a_number(attribute, backend, device
     assert counter.frame_count <= 2
 
 
-STEADY = {  # beside those of stateful.py; rounding is no state, but is dropped alike
+# Losses without a state, to add to those of stateful.py. A compiled graph might drop the rounding
+# of operands, as it might lose a state.
+STEADY = {
     "fused": lambda: dict(margin=ArcFace(), scale=16.0, backend="auto"),
     "scheduled": lambda: dict(margin=ArcFace(torch.tensor(0.1)), scale=torch.tensor(8.0)),
     "rounded": lambda: dict(
@@ -88,7 +91,7 @@ STEADY = {  # beside those of stateful.py; rounding is no state, but is dropped 
         margin=CurricularFace(alpha=0.3), scale=16.0, compute_dtype=torch.bfloat16
     ),
 }
-# inductor compiles for seconds
+# inductor gets a few losses only, because it compiles each for seconds
 COMPILED = {
     "aot_eager": [name for name in stateful.STATEFUL | STEADY if "Elastic" not in name],
     "inductor": ["fused", "filtered", "AdaCos delayed", "rounded", "rounded first"],
@@ -97,8 +100,10 @@ COMPILED = {
 
 @pytest.mark.parametrize("compiler", COMPILED)
 def test_gradients_and_states_of_compiled_losses(compiler, device):
-    """Over several steps, all losses in one graph: state that a graph moves is not read again in
-    backward, and what is rounded to bfloat16 forward is.
+    """Compares compiled losses, all in one graph, with eager ones over several steps.
+
+    Backward must use the state that forward saw, not the one that forward left behind. Operands
+    that are rounded to bfloat16 must stay rounded.
     """
     makers = [(stateful.STATEFUL | STEADY)[name] for name in COMPILED[compiler]]
     heads = torch.nn.ModuleList(stateful.head_of(make()) for make in makers).to(device)
@@ -107,7 +112,7 @@ def test_gradients_and_states_of_compiled_losses(compiler, device):
     def losses(heads, x, y):
         return [head(x, y) for head in heads]
 
-    torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
+    torch.compiler.reset()  # graphs of other tests count towards the limit of recompilations
     compiled = torch.compile(losses, backend=compiler, fullgraph=True)
     for step, (x, y) in enumerate(stateful.batches()):
         x, y = x.to(device), y.to(device)
@@ -115,7 +120,7 @@ def test_gradients_and_states_of_compiled_losses(compiler, device):
         for function, each in ((compiled, heads), (losses, twins)):
             leaf = x.clone().requires_grad_()
             values = function(each, leaf, y)
-            for head in each:  # a schedule goes on between forward and backward
+            for head in each:  # a schedule may change m between forward and backward
                 if isinstance(getattr(head.margin, "m", None), torch.Tensor):
                     head.margin.m.fill_(0.2 * step)
             dx = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values]
@@ -126,7 +131,7 @@ def test_gradients_and_states_of_compiled_losses(compiler, device):
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_every_loss_with_sizes_and_numbers_that_are_not_fixed():
-    """In one graph, which is whole, takes a second batch size and warns of nothing."""
+    """Compiles all losses into one whole graph, which takes two batch sizes without a warning."""
     margins = [loss.make() for loss in LOSSES.values()]
     for margin in margins:
         if isinstance(margin, ElasticFace):

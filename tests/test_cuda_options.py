@@ -35,7 +35,7 @@ def executed():
 @pytest.mark.parametrize("name", [*TRANSFORMS, "identity with bias"])
 def test_all_options_at_once(name, compute, normalize):
     name, _, bias = name.partition(" ")
-    # rows of a second tile, classes of several with a ragged last one, D of two steps
+    # two tiles of rows, several tiles of classes with a ragged last one, two steps of features
     n, c, d = 70, 300, 40
     stats = F64 if compute == F64 else F32
     x, w = (torch.nn.functional.normalize(torch.randn(k, d)).to(compute) for k in (n, c))
@@ -81,5 +81,5 @@ def test_all_options_at_once(name, compute, normalize):
             continue
         matrices = (t.reshape(len(t) if t.dim() == 2 else 1, -1) for t in (ours, reference))
         error, norm = row_errors(*matrices)
-        # rounding is relative to the terms of a sum, of which the projection may leave little
+        # errors are relative to the terms of a sum, of which the projection may leave little
         assert (error <= ROUNDING[compute] * (norm + norm.mean())).all()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""A step does not wait for the device; and properties that only a GPU has: streams, several
-devices, captured graphs, peak memory.
+"""Tests that a step does not wait for its device, and steps on GPUs.
+
+The latter cover streams, several devices, captured graphs and peak memory.
 """
 
 import pytest
@@ -31,7 +32,7 @@ class RefuseWaits(TorchDispatchMode):
 
 
 def heads():
-    """A head for each loss, and one for each option that has code of its own."""
+    """Yields settings of a head for each loss, and for each option that has code of its own."""
     for name, loss in LOSSES.items():
         settings = dict(margin=loss.make(), scale=loss.scale, normalize=loss.normalize)
         yield name, settings
@@ -92,7 +93,7 @@ def assert_same(got, expected):
 
 def test_a_step_makes_no_synchronising_call(gpu_backend):
     head, x, y = make(gpu_backend)
-    expected = step(head, x, y)  # kernels are compiled here
+    expected = step(head, x, y)  # the first step compiles kernels, which may synchronise
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,7 +111,7 @@ def test_a_step_on_another_stream(gpu_backend):
     for _ in range(5):
         with torch.cuda.stream(side):
             got = step(head, x, y)
-        # takes and returns memory of the other stream's pool meanwhile
+        # meanwhile, take and return memory of the other stream's pool
         torch.full((1 << 24,), torch.nan, device="cuda")
     torch.cuda.current_stream().wait_stream(side)
     assert_same(got, expected)

@@ -52,7 +52,7 @@ def test_unavailable_backend_lists_all_reasons():
 
 @pytest.mark.parametrize("normalize", ["both", "none"])
 def test_second_derivatives_are_refused_and_first_ones_are_right(normalize, backend, device):
-    """Also where a gradient is asked for by name, which skips what no operand leads to."""
+    """Covers gradients of chosen leaves too: autograd skips the nodes that lead to no such leaf."""
     x = torch.randn(N, D, device=device, requires_grad=True)
     w = torch.randn(C, D, device=device, requires_grad=True)
     scale = torch.tensor(8.0, device=device, requires_grad=True)

@@ -31,7 +31,8 @@ def test_a_custom_margin_equals_the_dense_formula(capsys):
 
 @pytest.mark.parametrize("name", ["custom_transform", "custom_backend"])
 def test_what_is_registered_equals_what_it_is_compared_with(name):
-    script = [sys.executable, str(EXAMPLES / f"{name}.py")]  # it would stay registered here
+    # in a process of its own, because what it registers would stay
+    script = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     differences = re.findall(r"difference (\S+)", done.stdout)

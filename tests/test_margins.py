@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Each margin against its textbook formula, also at branch points and the ends of the range."""
+"""Tests margins against textbook formulas, also at branch points and the ends of the range."""
 
 import math
 
@@ -38,7 +38,7 @@ def arc(m, past):
     return lambda theta: math.cos(theta + m) if theta < PI - m else past(math.cos(theta))
 
 
-# a margin, the textbook t(theta), and where it breaks
+# a margin, the textbook t(theta), and the angles where a branch ends
 MARGINS = [
     (NSoftmax(), math.cos, []),
     (CosFace(0.35), lambda t: math.cos(t) - 0.35, []),
@@ -97,9 +97,8 @@ def test_finite_at_the_ends_and_at_the_breaks(margin, formula, breaks, dtype):
     t = margin(c, rows(len(c)))
     (slope,) = torch.autograd.grad(t.sum(), c)
     assert t.isfinite().all() and slope.isfinite().all()
-    if (
-        dtype == torch.float64
-    ):  # exactly at 0 and pi the value is the formula's, from one side of a break there
+    # fp64 alone meets the formula to 1e-6; a branch that ends at 0 or pi has one side's value there
+    if dtype == torch.float64:
         ends = torch.tensor([formula(0.0), formula(PI)], dtype=dtype)
         torch.testing.assert_close(t[:2].detach(), ends, rtol=0, atol=1e-6)
 
@@ -162,7 +161,7 @@ def test_numbers_of_any_kind_and_tensors_of_any_type():
         for each in (margin, ArcFace(m)):
             assert torch.equal(each(c, rows(7)), expected) and "m=1" in repr(each)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        one = torch.ones((), dtype=dtype)  # its cosine is not a number of the narrow types
+        one = torch.ones((), dtype=dtype)  # cos(1) would be rounded in the narrow types
         for given in (ArcFace(one)(c, rows(7)), ArcFace(one.expand(1).clone())(c, rows(7))):
             torch.testing.assert_close(given, expected)
         torch.testing.assert_close(ArcFace(0.5)(c, rows(7, row_margin=one.expand(7))), expected)
@@ -184,7 +183,7 @@ def test_safe_functions_are_exact_and_bounded():
 
 
 class InPlace(torch.nn.Module):
-    """CosFace(0.3) as some write it."""
+    """Computes CosFace(0.3) in place, as some write it."""
 
     def forward(self, c, rows):
         return c.sub_(0.3)

@@ -27,7 +27,7 @@ needs_extension = pytest.mark.skipif(NATIVE is None, reason="; ".join(reasons("n
 
 
 def python(*arguments, cwd=ROOT, **environment):
-    """Output of a fresh interpreter, which finds packages in ``cwd`` first."""
+    """Returns the output of a fresh interpreter, which finds packages in ``cwd`` first."""
     finished = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -40,7 +40,8 @@ def python(*arguments, cwd=ROOT, **environment):
     return finished.stdout
 
 
-# what a user without the native backend sees: warnings, the report, and which call still works
+# Collects what a user without the native backend sees: warnings, the report, an error, and a
+# gradient from the backends that still work.
 IMPORT = """
 import json, sys, warnings
 import torch
@@ -66,7 +67,8 @@ print(json.dumps(dict(warnings=messages, report=mk.backend_report(), error=error
 
 def test_cold_import_without_triton():
     seen = json.loads(python("-c", IMPORT))
-    assert seen["x_grad"] > 0 and not seen["compiler"]  # whose import takes seconds
+    # torch's compiler takes seconds to import, and a plain call needs none of it
+    assert seen["x_grad"] > 0 and not seen["compiler"]
     assert seen["report"]["reference"] == []
     assert (seen["error"] == "") == (seen["report"]["native"] == [])
 
@@ -81,7 +83,7 @@ def test_cold_import_without_triton():
     ids=["not built", "another torch", "broken"],
 )
 def test_without_a_usable_extension(torch_version, reason, tmp_path):
-    """One message, a reason in the report, the reference as always, and never a crash."""
+    """Expects one message, a reason in the report, and a working reference; never a crash."""
     copy = tmp_path / "marginkernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     if torch_version is not None:
@@ -93,7 +95,7 @@ def test_without_a_usable_extension(torch_version, reason, tmp_path):
     (why_not,) = seen["report"]["native"]
     assert reason in why_not
     assert why_not in seen["error"]
-    # an install in pure Python is a choice, of which one is not reminded at each import
+    # whoever chose an install in pure Python is not reminded of it at each import
     on_import = [] if torch_version is None else [f"no native backend: {why_not}"]
     *first, on_call = seen["warnings"]
     assert first == on_import
@@ -210,7 +212,7 @@ def setup_script(monkeypatch):
 
 
 def fake_nvcc(home, release, *capabilities):
-    """A toolkit in ``home`` whose nvcc says this version and these architectures."""
+    """Writes a CUDA toolkit to ``home``, whose nvcc claims this version and these architectures."""
     nvcc = home / "bin" / "nvcc"
     nvcc.parent.mkdir(exist_ok=True)
     architectures = " ".join(f"compute_{c.replace('.', '')}" for c in capabilities)
@@ -226,7 +228,7 @@ def fake_nvcc(home, release, *capabilities):
 
 @pytest.fixture
 def plan(setup_script, tmp_path, monkeypatch):
-    """setup.py's decision for a torch with CUDA 12.6, an nvcc and a list of architectures."""
+    """Returns setup.py's decision for a torch with CUDA, an nvcc and a list of architectures."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
 
     def decide(choice="auto", release="12.6", asked=None, torch_cuda="12.6", **other):

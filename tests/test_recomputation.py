@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""A forward that is made again within backward sees what the first one saw, or is refused."""
+"""Tests forwards that are made again within backward: they see what the first saw, or fail."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.support.stateful import STATEFUL, batches, head_of, same, state_of
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 SAMPLED = dict(margin=ArcFace(), scale=16.0, sampling=PartialFC(0.7))
-# what it is that an error names
+# the name in the error, where it is not that of the case
 NAMED = {
     "L-Softmax": "LSoftmax",
     "A-Softmax": "ASoftmax",
@@ -28,7 +28,7 @@ NAMED = {
 @REENTRANT
 @pytest.mark.parametrize("name", [*STATEFUL, "sampled"])
 def test_what_has_moved_on_is_refused(name, reentrant):
-    """Before it moves again."""
+    """Refuses the second forward before a state moves again."""
     make = (STATEFUL | {"sampled": lambda: SAMPLED})[name]
     head, plain = head_of(make()), head_of(make())
     plain.load_state_dict(head.state_dict())
@@ -53,7 +53,7 @@ def test_what_has_not_is_repeated(name, reentrant):
     x, y = batches()[0]
 
     def loss(x, y):
-        if name == "sample":  # of torch's default generator
+        if name == "sample":  # drawn from torch's default generator
             return margin_cross_entropy(
                 x, head.weight, y, margin=head.margin, scale=16.0, sampling=PartialFC(0.7)
             )
@@ -119,7 +119,8 @@ def test_compiled_samples_differ_and_do_not_recompile():
     assert len(set(losses)) == 4 and len(set(frames[1:])) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Using backward")  # for MAML and the like as it is done
+# torch warns of a leak that backward(create_graph=True) makes, as MAML and its kin call it
+@pytest.mark.filterwarnings("ignore:Using backward")
 def test_a_first_derivative_that_makes_a_graph_unpacks_what_it_saved_once():
     head = head_of(dict(margin=ArcFace(), scale=16.0))
     x, y = batches()[0]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Moves the state of losses in training, keeps it in evaluation, saves it; schedules, scales."""
+"""Tests the state of losses: it moves in training, rests in evaluation, and is saved.
+
+Margin schedules, adaptive scales and tables of margins are tested too.
+"""
 
 import copy
 import itertools
@@ -58,7 +61,7 @@ def test_state_moves_rests_and_is_saved(make):
 
 @EACH
 def test_backward_after_the_next_forward(make):
-    """Accumulates losses: a state that moves in between must not reach the first one's graph."""
+    """Sums two losses: the second forward moves a state that the first graph must not see."""
     together, apart = head_of(make()), head_of(make())
     (together(*batches()[0]) + together(*batches()[1])).backward()
     for x, y in batches()[:2]:
@@ -191,10 +194,10 @@ def test_adacos_follows_the_paper(delayed, rows, backend, device):
 def test_adacos_does_not_overflow_and_keeps_a_scale_it_cannot_replace():
     x, w, y = operands(dtype=torch.float32)
     scale = AdaCos(C)
-    scale.s.fill_(5000.0)  # exp(5000 cos) is beyond fp64
+    scale.s.fill_(5000.0)  # exp(5000 cos) exceeds the range of fp64
     margin_cross_entropy(x, w, y, margin=NSoftmax(), scale=scale)
     assert scale.s.isfinite() and scale.s > 100
-    opposite = AdaCos(3)  # B < 1
+    opposite = AdaCos(3)  # B < 1: its logarithm is negative, which is no scale
     before = opposite.s.clone()
     w = torch.tensor([[1.0, 0], [-1, 0.01], [-1, -0.01]])
     margin_cross_entropy(

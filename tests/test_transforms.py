@@ -56,12 +56,13 @@ def test_no_slope_exceeds_the_steepest(name, constants):
 
 @pytest.mark.parametrize(("name", "constants"), CASES)
 def test_slopes_are_the_derivatives(name, constants):
-    c = cosines(constants)[3:-3]  # without the ends, where the slope of an angle is bounded
+    # the ends are left out, because slopes of angles are bounded there
+    c = cosines(constants)[3:-3]
     parameter, k = operands(name, len(c), F64, constants)
     slope = value_and_slope(name, c, parameter, k)[1]
 
     def function(c: Tensor) -> Tensor:
-        if name == "arc_negative":  # its weight is taken as a constant
+        if name == "arc_negative":  # the definition takes its weight for a constant
             return slope * c + slope - 1
         return value_and_slope(name, c, parameter, k)[0]
 

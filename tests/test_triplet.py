@@ -91,7 +91,7 @@ def test_refusals():
 
 
 def test_semi_hard_negatives_are_strictly_farther(device):
-    """A negative as far as the positive is passed over for one that is farther."""
+    """Passes over a negative as far as the positive, and takes one that is farther."""
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]], device=device)
     y = torch.tensor([0, 0, 1, 2], device=device)
     # both anchors have their positive at 2 and their negatives at 2 and 4

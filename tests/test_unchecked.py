@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Tests bad labels and samples where values are not checked, as on a GPU.
 
-They give a NaN loss, and nothing is read or written out of bounds.
+A bad label or sample gives a NaN loss, and nothing is read or written out of bounds.
 """
 
 import warnings
@@ -113,7 +113,7 @@ class Chooses(PartialFC_V2):
 
 def choosing(margin_loss, index, fused):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not fused
+        warnings.simplefilter("ignore")  # the head warns that a plain function is not fused
         head = Chooses(margin_loss if fused else margin_loss.forward, D, C, sample_rate=0.5)
     head.index = index
     return lambda: head(problem()[0][:3], torch.tensor([3, 7, 7]))

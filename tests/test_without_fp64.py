@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Devices without fp64 (MPS) run every loss: fp32 input makes no fp64 tensor."""
+"""Tests that fp32 input makes no fp64 tensor, so that devices without fp64 (MPS) run all losses."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ class NoFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.name().removeprefix("marginkernels::")
-        if name in ("head_fwd_reference", "head_bwd_reference"):  # and on those inside
+        if name in ("head_fwd_reference", "head_bwd_reference"):  # look at the ops inside too
             with self:
                 out = getattr(reference, name.removesuffix("_reference"))(*args, **kwargs)
         else:

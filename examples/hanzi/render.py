@@ -19,7 +19,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, features
 
 FONTS = Path("/usr/share/fonts")
-FACES = {  # name: file; of a collection the first font, the Japanese one
+FACES = {  # name: file; the first font of a collection is the Japanese one
     "Noto Sans Regular": "opentype/noto/NotoSansCJK-Regular.ttc",
     "Noto Sans Bold": "opentype/noto/NotoSansCJK-Bold.ttc",
     "Noto Serif Regular": "opentype/noto/NotoSerifCJK-Regular.ttc",
