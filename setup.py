@@ -28,7 +28,7 @@ NAME = "marginkernels._C"
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "--threads=2"]
-# machine code for each, and PTX for what comes later
+# machine code for each, and PTX for later GPUs
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 OLDEST_CAPABILITY = (8, 0)
 OLDER_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # as torch calls them

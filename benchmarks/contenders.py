@@ -30,7 +30,7 @@ class Contender(NamedTuple):
     """Names a head that is measured."""
 
     name: str
-    compute: str  # "fp32" or "bf16": the peak of the machine that bounds it
+    compute: str  # "fp32" or "bf16", which says what peak of the machine bounds it
     loss: Loss
     kind: str  # contenders of one kind differ in the compute type or in saving tiles only
 

@@ -150,7 +150,7 @@ def kernels(shape: Shape, backend: str) -> None:
                 try:
                     typed = w.detach().to(w_dtype).requires_grad_()
                     _one_setting(x, typed, y, dtype, save_tiles, backend)
-                except Exception as error:  # the other settings still say something
+                except Exception as error:  # the other settings are still worth running
                     print(f"FAILED: {type(error).__name__}: {error}")
                 torch.cuda.empty_cache()
 

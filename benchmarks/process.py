@@ -52,7 +52,7 @@ class Memory(NamedTuple):
             torch.zeros(min(nbytes, free // 2), dtype=torch.uint8).fill_(1)
 
 
-# The compiler works in the process itself: its own would start and idle beside the first rounds.
+# The compiler works in the process itself: worker processes would idle beside the first rounds.
 _ALWAYS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # Freed memory goes back to the system where it can, so that a later peak shows.
 EXACT_COUNT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}

@@ -15,7 +15,7 @@ from .contenders import Contender, Operands, Shape, contenders, problem
 from .process import Memory
 
 WARM_UP_STEPS = 2
-# Autocast is so slow on a CPU without bf16 instructions, that a run would take hours.
+# On a CPU without bf16 instructions autocast is so slow that a run would take hours.
 TOO_SLOW_MS = 30_000
 # OpenMP's threads spin for some milliseconds after their last task, on a core that others need.
 SETTLE_SECONDS = 0.02
@@ -24,7 +24,7 @@ SETTLE_SECONDS = 0.02
 class Step(NamedTuple):
     """Holds what one step took."""
 
-    ms: float  # all
+    ms: float  # forward and backward
     forward_ms: float
     page_faults: int
     loss: float
@@ -119,7 +119,7 @@ def step(contender: Contender, operands: Operands) -> Step:
     del gradients
     end = _stamp(device)
     faults = _page_faults() - faults
-    # outside the time: reading the loss synchronises a GPU
+    # not timed, because reading the loss synchronises a GPU
     value = float(loss.detach())
     return Step(_ms(start, end), _ms(start, middle), faults, value, None)
 

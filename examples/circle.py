@@ -63,7 +63,7 @@ def train() -> dict[str, Toy]:
     faces = glyphs()
     images = faces.flatten(0, 1)[:, None]
     labels = torch.arange(len(GLYPHS)).repeat_interleave(faces.shape[1])
-    # repeated, because an epoch has to fill some batches
+    # images are repeated, because an epoch has to fill some batches
     images, labels = images.repeat(10, 1, 1, 1), labels.repeat(10)
     toys = {}
     for name, settings in HEADS.items():

@@ -87,7 +87,7 @@ def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
              need_bias: bool, need_scale: bool, **settings: Any) -> tuple[Tensor, ...]:  # fmt: skip
     """Sweeps backward."""
     of = Logits(x, w, y, scale, bias, **settings)
-    finite_lse = lse.masked_fill(lse.isinf(), 0)  # a row without other classes
+    finite_lse = lse.masked_fill(lse.isinf(), 0)  # a row without other classes has -inf
     g = grad_lse[:, None] * torch.exp(of.f - finite_lse[:, None])
     g = g if grad_sum is None else g + grad_sum[:, None]
     g = g.masked_fill(of.is_target, 0)  # dL/df

@@ -3,8 +3,8 @@
 """Trains an embedding with the fused ArcFace head and verifies it as face recognition does.
 
 Identities are Han characters, their photographs are typefaces. The network learns from 4,355
-characters in four printed faces and is judged on 2,000 characters that it never saw, in two
-handwritten designs that it never saw: do these two images show the same character?
+characters in four printed faces. It is judged on 2,000 unseen characters in two unseen handwritten
+designs: do these two images show the same character?
 
     python examples/demo.py                  # some minutes on two cores
     python examples/demo.py --head torch     # the same training with the head in plain PyTorch

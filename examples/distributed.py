@@ -39,7 +39,7 @@ def start() -> torch.device:
 def batch(step: int, identities: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws this rank's share of a step's observations (n, FEATURES) and their labels (n,)."""
     people = torch.randn(identities, FEATURES, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1 + step)  # the batch depends on nothing but the step
+    generator = torch.Generator().manual_seed(1 + step)  # the batch depends on the step alone
     labels = torch.randint(identities, (BATCH_SIZE,), generator=generator)
     views = people[labels] + 0.8 * torch.randn(BATCH_SIZE, FEATURES, generator=generator)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

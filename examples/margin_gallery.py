@@ -232,7 +232,7 @@ def draw_toy(axes: Axes, toy: circle.Toy, ink: Tensor, is_normalised: bool) -> N
     """Draws embeddings, class weights and characters."""
     generator = torch.Generator().manual_seed(0)
     points = toy.embeddings
-    if is_normalised:  # a ring instead of a line, to see how many there are
+    if is_normalised:  # spread into a ring, to show how many there are
         radius = 1 + 0.05 * torch.randn(len(points), 1, generator=generator).clamp(-2, 2)
         points = radius * F.normalize(points)
     reach = points.norm(dim=1).quantile(0.99)

@@ -4,7 +4,7 @@
 
 Identities are synthetic: random centres, seen through noise. A small network embeds the views, and
 the head has one row of 512 numbers for each identity. Both heads take the same steps, one after the
-other, and the plain head may use half as much memory again as this one did.
+other. The plain head may use half as much memory again as the fused head did.
 
     python examples/million_identities.py                                     # a million, 20 steps
     python examples/million_identities.py --classes 10000 --steps 300 --repeat 0
@@ -63,14 +63,14 @@ class Run(NamedTuple):
     seconds: float  # of a step: the median, without the first
     processor_seconds: float  # of a step, summed over all threads
     peaks: list[int]  # bytes resident, or allocated on the GPU, of each rank
-    reserved: int  # bytes of address space, or reserved on the GPU, at most, of all ranks together
+    reserved: int  # most bytes of address space, or reserved on the GPU, of all ranks together
 
 
 class Identities:
     """Draws views of identities. Their centres are computed when needed, and take no memory.
 
-    The centre of identity j consists of random Fourier features of the number j,
-    cos(2 pi (a_k j + b_k)), which are as good as independent from one identity to the next.
+    The centre of identity j consists of random Fourier features cos(2 pi (a_k j + b_k)) of the
+    number j. They are as good as independent from one identity to the next.
     """
 
     def __init__(self, num_classes: int, seed: int):
@@ -223,7 +223,7 @@ def gib(nbytes: float) -> str:
 
 
 def print_summary(args: argparse.Namespace, fused: Run) -> None:
-    """Prints the losses, the time and the memory of this head."""
+    """Prints the losses, the time and the memory of the fused head."""
     floor = gib(12 * args.classes * EMBEDDING_SIZE)
     say(f"""
 {args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}; weights, their gradient and \

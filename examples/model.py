@@ -38,7 +38,7 @@ def conv(inputs: int, outputs: int, size: int = 3) -> list[nn.Module]:
 def backbone() -> nn.Module:
     """Builds the network, (M, 1, 32, 32) -> (M, 128)."""
     network = nn.Sequential(
-        # unshuffle and pool, no strides: the backward of a strided convolution is slow on CPUs
+        # unshuffle and pool instead of strides, whose backward is slow on CPUs
         nn.PixelUnshuffle(2),
         *conv(4, 32),
         nn.MaxPool2d(2),
@@ -57,7 +57,7 @@ def backbone() -> nn.Module:
 
 def channels_last(network: nn.Module) -> nn.Module:
     """Lays out the weights in the order in which convolutions are fastest on CPUs."""
-    to: Any = network.to  # whose annotations in torch lack memory_format
+    to: Any = network.to  # torch's annotations lack memory_format
     return to(memory_format=torch.channels_last)
 
 

@@ -29,7 +29,7 @@ class History(NamedTuple):
 
     losses: list[float]  # one per step
     checkpoints: list[int]  # steps after which the accuracy was measured
-    accuracies: list[float]  # 10-fold accuracy then
+    accuracies: list[float]  # 10-fold accuracy after each of these steps
 
 
 class Results(NamedTuple):

@@ -103,7 +103,7 @@ def head_settings(num_classes: int) -> dict[str, dict]:
         "AirFace": dict(margin=AirFace(0.16), scale=scale),
         "AdaCos": dict(margin=NSoftmax(), scale=AdaCos(num_classes)),
         "CurricularFace": dict(margin=CurricularFace(0.2), scale=scale),
-        # its averages start far from these norms, and 0.01 would be too slow for a short training
+        # AdaFace's averages start far from these norms; t_alpha = 0.01 is too slow in a short run
         "AdaFace": dict(margin=AdaFace(0.16, t_alpha=0.1), scale=scale),
     }
 
@@ -240,7 +240,7 @@ def write(path: Path, study: Study, seeds: int, tables: str) -> None:
 def main() -> None:
     args = arguments()
     study = Study(args.steps)
-    for seed in range(args.seeds):  # one seed of every loss first, for an early table
+    for seed in range(args.seeds):  # every loss runs one seed first, for an early table
         for name in args.only:
             study.run(name, seed)
     tables = study.tables(args.seeds)

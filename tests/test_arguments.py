@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Constructors say in one sentence what they expected and what they got."""
+"""Tests that constructors say in one sentence what they expected and what they got."""
 
 import inspect
 import math

@@ -3,7 +3,7 @@
 """Holds every loss beside its textbook definition: dense, naive, in the order of the papers.
 
 A definition gets the cosines (N, C), labels and norms. It returns the numbers that replace the
-cosines before the scale (and the norms that are kept), and a term that is added to each row's loss.
+cosines before the scale and the norms that are kept. It also returns a term of each row's loss.
 """
 
 import math

@@ -20,7 +20,7 @@ class Setup(NamedTuple):
     """Describes one training step."""
 
     classes: int  # of all GPUs together
-    gpus: int  # that the classes are split over
+    gpus: int  # over which the classes are split
     rows: int = 128  # of each GPU
     features: int = 512
     itemsize: int = 2  # of x and of the compute type: bf16
@@ -66,7 +66,7 @@ def working(s: Setup) -> int:
 
 
 def volume(s: Setup) -> dict[str, int]:
-    """Counts the bytes that the collectives of a step return, or take in the case of the last."""
+    """Counts the bytes that the collectives of a step return; for dx, the bytes that they take."""
     return {
         "features": s.batch * s.features * s.itemsize,
         "labels": 8 * s.batch,

@@ -26,8 +26,8 @@ MMA = {
     "gfx942": "v_mfma",
 }
 ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
-# of each multiprocessor, or compute unit of the gfx942: bytes of shared memory, the most of one
-# program, threads
+# per multiprocessor, or per compute unit of the gfx942: bytes of shared memory, the bytes that one
+# program may have of them, and threads
 SHARED = {
     "sm_80": (164 << 10, 163 << 10, 2048),
     "sm_86": (100 << 10, 99 << 10, 1536),
@@ -46,7 +46,7 @@ class Facts:
     """Holds the facts of one kernel for one target."""
 
     registers: int  # per thread
-    spilled: int  # instructions that move registers to local memory and back; AMD: registers
+    spilled: int  # instructions that move registers to local memory and back; on AMD, registers
     shared: int  # bytes per program
     threads: int
     mma: int  # instructions in the whole kernel
@@ -65,7 +65,8 @@ class Facts:
         if self.shared > most:
             return 0
         if target == "gfx942":
-            waves = 512 // _up(self.registers, 8) * 4  # registers count per SIMD unit, of four
+            # each of the four SIMD units has registers of its own
+            waves = 512 // _up(self.registers, 8) * 4
             by_registers = waves * 64 // self.threads
             return min(by_registers, shared // max(self.shared, 1), threads // self.threads)
         warps = REGISTERS // (_up(self.registers, 8) * 32)
@@ -211,7 +212,7 @@ def hot_path(code: list[Instruction], mma: str) -> tuple[list[Instruction], int]
     """Returns the innermost loop with matrix instructions, and the length of the epilogue.
 
     The epilogue is the shortest way from the end of the loop to the next tile or the end of the
-    kernel, so that it leaves out the code that only flagged tiles execute.
+    kernel. The shortest way leaves out the code that only flagged tiles execute.
     """
     index = {instruction.address: i for i, instruction in enumerate(code)}
     loops = [

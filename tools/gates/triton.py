@@ -30,9 +30,9 @@ from . import aot, machine_code, triton_table
 from .machine_code import Facts
 
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
-ROWS, CLASSES = 30, 100  # any will do: sizes are not compiled in
+ROWS, CLASSES = 30, 100  # any numbers will do, because sizes are not compiled in
 
-# options that are compiled in or out, as many as possible at once where they take registers
+# options that are compiled in or out: as many as possible at once, because they take registers
 EXTRAS = dict(want_sum=True, want_max=True, extras=True)
 VARIANTS: dict[str, dict] = {
     "plain": {},
