@@ -32,6 +32,8 @@ constexpr double abs(double constant) {
 
 // Each functor has its name in marginkernels/transforms.py, its number of constants, and whether it
 // takes a parameter of the row. `apply` gets the cosine, the row's parameter and the constants.
+// Classes that are left out have a cosine of -inf, or one far below -1: their value is ignored, but
+// their slope must be finite, because kernels multiply it by 0.
 // `steepest_slope` returns an upper bound of |slope| over all cosines. It takes the constants as
 // numbers, or as a tensor whose values only the device knows.
 

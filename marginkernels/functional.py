@@ -144,14 +144,15 @@ def margin_cross_entropy(
 
     batch = _gathered(exchange, call)
     sweep = Sweep(exchange, call, batch)
-    scale, result = sweep(sweep.adaptive_scale())
+    s = sweep.scale()
+    result = sweep.result(s)
 
     target = loss.target_of(call, batch, result)
-    stats = loss.statistics(target, result, scale) if return_stats else None
+    seen = loss.statistics(target, result, s) if return_stats else None
     t = loss.margined(call.margin, target.cosine, target.rows)
-    row_loss = loss.row_losses(call, batch, target, result, target.logit(scale, t))
+    row_loss = loss.row_losses(call, batch, target, result, target.logit(s, t))
     value = loss.reduced(row_loss, batch, reduction)
-    return value if stats is None else (value, stats._replace(row_loss=row_loss.detach()))
+    return value if seen is None else (value, HeadStats(*seen, row_loss.detach()))
 
 
 def _gathered(exchange: Exchange, call: Call) -> Batch:

@@ -54,12 +54,11 @@ def target_of(call: Call, batch: Batch, result: SweepResult) -> Target:
     return Target(rows, found, cosine, norms, bias)
 
 
-def statistics(target: Target, result: SweepResult, scale: Tensor) -> HeadStats:
-    """Returns the statistics but for the rows' losses, before a margin overwrites the cosines."""
+def statistics(target: Target, result: SweepResult, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the first two of :class:`HeadStats`, before a margin overwrites the cosines."""
     cosine = torch.where(target.found, target.cosine, 0.0).detach()
     z_y = scale * result.target_cosine + target.bias
-    correct = (target.found & (z_y > result.logit_max)).detach()
-    return HeadStats(cosine, correct, cosine)
+    return cosine, (target.found & (z_y > result.logit_max)).detach()
 
 
 def margined(margin: MarginHooks, c: Tensor, rows: Rows) -> Tensor:

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import arguments, backends, evaluation, validation
-from .distributed import shard as distributed
 from .distributed.extend import extend
-from .distributed.shard import ClassShard, Sharding
+from .distributed.shard import (
+    ClassShard,
+    Sharding,
+    copy_first,
+    in_group,
+    is_wrapped,
+    local,
+    refuse_ddp,
+    require_agreement,
+    sharded,
+    sharding_of,
+    watch_wrappers,
+)
 from .functional import HeadStats, margin_cross_entropy
 from .generators import rank_generator, without_unused
 from .sampling import PartialFC, step_generators
@@ -94,7 +105,7 @@ class MarginSoftmaxHead(nn.Module):
         backends.check_name(backend)
         arguments.boolean("bias", bias)
         if sharding is not None:
-            sharding = distributed.sharding_of(sharding)
+            sharding = sharding_of(sharding)
         hooks = validation.check_margin(margin, num_classes)
         self.settings = Settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
@@ -118,14 +129,14 @@ class MarginSoftmaxHead(nn.Module):
             self._mesh, self.shard = sharding.split(num_classes, device)
             self._require_agreement(self.shard, bias, dtype or torch.get_default_dtype())
             self._copy_first(self.shard)
-            distributed.refuse_ddp()
+            refuse_ddp()
         self.sampler = None
         if sampling is not None and not sampling.takes_all:
             self.sampler = step_generators(None if self.shard is None else self.shard.group)
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
-        distributed.watch_wrappers()
+        watch_wrappers()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
@@ -143,7 +154,7 @@ class MarginSoftmaxHead(nn.Module):
         # ranks may differ in how they compute
         settings = self.settings._asdict()
         del settings["save_tiles"], settings["backend"]
-        distributed.require_agreement(
+        require_agreement(
             shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=shard.grad_scale,
             even_batches=shard.even_batches, max_local_batch=shard.max_local_batch,
             embedding_size=self.embedding_size, num_classes=self.num_classes, margin=self.margin,
@@ -158,8 +169,8 @@ class MarginSoftmaxHead(nn.Module):
     ) -> nn.Parameter:
         if self.shard is None or self._mesh is None:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        local = torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype)
-        return nn.Parameter(distributed.sharded(local, self._mesh, shape))
+        held = torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype)
+        return nn.Parameter(sharded(held, self._mesh, shape))
 
     def reset_parameters(self) -> None:
         """Starts afresh, as after ``to_empty``.
@@ -184,15 +195,15 @@ class MarginSoftmaxHead(nn.Module):
         """Gives all ranks rank 0's margin and scale: random numbers may differ. Collective."""
         named = (*self.named_parameters(), *self.named_buffers())
         others = [t for name, t in named if name not in ("weight", "bias")]
-        distributed.copy_first(shard.group, others)
+        copy_first(shard.group, others)
 
     def _reset_classes(self) -> None:
-        weight, generator = distributed.local(self.weight.detach()), None
+        weight, generator = local(self.weight.detach()), None
         if self.shard is not None and not weight.is_meta:
             generator = rank_generator(weight.device, dist.get_rank(self.shard.group))
         nn.init.normal_(weight, std=0.01, generator=generator)
         if self.bias is not None:
-            nn.init.zeros_(distributed.local(self.bias.detach()))
+            nn.init.zeros_(local(self.bias.detach()))
 
     @overload
     def forward(
@@ -264,17 +275,17 @@ class MarginSoftmaxHead(nn.Module):
                 "holds a part. Call the head between unshard() and reshard() of the module that "
                 "fully_shard was given, or leave the head out: sharding= splits its classes"
             )
-        return distributed.local(tensor)
+        return local(tensor)
 
     def _look_for_replicas(self) -> None:
         """Warns where the processes of a group would train copies of the head that drift apart."""
-        if not (distributed.in_group() and torch.is_grad_enabled() and self.weight.requires_grad):
+        if not (in_group() and torch.is_grad_enabled() and self.weight.requires_grad):
             return
         self._looked_for_replicas = True
         world = dist.get_world_size()
         # FullyShardedDataParallel puts a view of its own in the place of the parameter
         owned = isinstance(self.weight, nn.Parameter) and not self._split
-        if world > 1 and owned and not distributed.is_wrapped(self.weight):
+        if world > 1 and owned and not is_wrapped(self.weight):
             warnings.warn(
                 f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
                 "their weights will differ. Split its classes (sharding=dist.group.WORLD) or "
@@ -346,8 +357,8 @@ class MarginSoftmaxHead(nn.Module):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and not hasattr(value, "to_local"):
                     rows = value[self.shard.start : self.shard.stop]
-                    rows = rows.to(distributed.local(self.weight).device)
-                    state_dict[prefix + name] = distributed.sharded(rows, self._mesh, value.shape)
+                    rows = rows.to(local(self.weight).device)
+                    state_dict[prefix + name] = sharded(rows, self._mesh, value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

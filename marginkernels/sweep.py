@@ -58,23 +58,26 @@ class Sweep:
         self.w, self.bias = w, bias  # of the classes that are swept
         self.position = position  # (N,) of the row's class among them, or -1
 
-    def adaptive_scale(self) -> float | Tensor:
-        """Returns the scale of the step; one that observes beforehand has a sweep of its own."""
-        observer = self.call.observer
-        if observer is None or observer.delayed:
-            return self.call.scale
-        with torch.no_grad():
-            result = self._merged(self._tensor(self.call.scale), IDENTITY)
-        observer.observe(result.lse, result.target_cosine, self.batch.valid)
-        return observer()
+    def scale(self) -> Tensor:
+        """Returns the scale of the step, () in the statistics dtype.
 
-    def __call__(self, scale: float | Tensor) -> tuple[Tensor, SweepResult]:
-        """Returns the scale as a tensor (), and the results that the loss is computed from."""
-        call, tensor = self.call, self._tensor(scale)
+        A scale that observes the batch beforehand moves first, by a sweep of its own.
+        """
+        scale, observer = self.call.scale, self.call.observer
+        if observer is not None and not observer.delayed:
+            with torch.no_grad():
+                result = self._swept(self._tensor(scale), IDENTITY)
+            observer.observe(result.lse, result.target_cosine, self.batch.valid)
+            scale = observer()
+        return self._tensor(scale)
+
+    def result(self, scale: Tensor) -> SweepResult:
+        """Makes the sweep that trains, and returns the results of all ranks."""
+        call = self.call
         with torch.no_grad():
             transform = self._transform()
-        result = self._merged(
-            self.exchange.scale(tensor, call.learns_scale),
+        result = self._swept(
+            self.exchange.scale(scale, call.learns_scale),
             transform,
             save_tiles=saves_tiles(
                 call.settings.save_tiles, call.tile_obstacles, self.batch.x, self.w,
@@ -87,9 +90,9 @@ class Sweep:
         if observer is not None and observer.delayed:
             lse, cosine = result.lse.detach(), result.target_cosine.detach()
             observer.observe(lse, cosine, self.batch.valid)
-        return tensor, result
+        return result
 
-    def _merged(
+    def _swept(
         self,
         scale: Tensor,
         transform: Transform,

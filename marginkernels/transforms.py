@@ -13,7 +13,7 @@ backends/triton/transforms.py; tests/test_transforms.py takes its cases from the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,7 @@ TRANSFORMS = {definition.name: definition for definition in _DEFINITIONS}
 
 def checked(
     backend: str,
+    known: Collection[str],  # names of the transforms that the backend has
     name: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
@@ -110,10 +111,8 @@ def checked(
     Raises:
         ValueError: the name is unknown, or the operands are not the transform's.
     """
-    if name not in TRANSFORMS:
-        raise ValueError(
-            f"transform: the {backend} backend knows {', '.join(TRANSFORMS)}, got {name!r}"
-        )
+    if name not in TRANSFORMS or name not in known:
+        raise ValueError(f"transform: the {backend} backend knows {', '.join(known)}, got {name!r}")
     definition = TRANSFORMS[name]
     given = 0 if constants is None else constants.numel()
     if given != definition.constants:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_compat import LOSSES, C, D, batch, make, same
 
 from marginkernels import AdaCos, CurricularFace, MarginSchedule, NSoftmax
+from marginkernels.compat import insightface
 from marginkernels.compat.insightface import (
     ArcFace,
     CombinedMarginLoss,
@@ -19,7 +20,6 @@ from marginkernels.compat.insightface import (
     MarginLoss,
     PartialFC_V2,
 )
-from marginkernels.distributed import shard as distributed
 from tests.support import workers
 
 # functions that make the loss, and the loss with the numbers that are assigned one after another
@@ -248,7 +248,7 @@ def test_errors_of_the_users_own_are_left_alone(error, fused):
 
 def made_before_the_group():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "in_group", lambda: False)
+        patch.setattr(insightface, "in_group", lambda: False)
         head = make("CosFace")
     x, y = batch(5)
     with pytest.warns(UserWarning, match="made before init_process_group.*the 2 ranks"):

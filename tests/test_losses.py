@@ -7,12 +7,37 @@ from dataclasses import replace
 import pytest
 import torch
 
-from marginkernels import CurricularFace, MVSoftmax, NSoftmax, margin_cross_entropy
+import marginkernels
+from marginkernels import (
+    CurricularFace,
+    Margin,
+    MVSoftmax,
+    NSoftmax,
+    ParametricMargin,
+    Rows,
+    margin_cross_entropy,
+)
+from marginkernels.transforms import IDENTITY, TRANSFORMS
 from tests.support import losses
 from tests.support.losses import LOSSES, C, dense, fused, operands, settings_of, solve
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EACH = pytest.mark.parametrize("name", LOSSES)
+
+
+def test_every_margin_and_every_transform_has_a_loss_here():
+    """Guards against a margin or a transform that nothing judges."""
+    margins = [loss.make() for loss in LOSSES.values()]
+    exported = {
+        kind
+        for kind in vars(marginkernels).values()
+        if isinstance(kind, type) and issubclass(kind, Margin)
+    }
+    assert {type(margin) for margin in margins} >= exported - {Margin, ParametricMargin}
+    c, one = torch.zeros(1), torch.ones(1)
+    rows = Rows(torch.zeros(1, dtype=torch.int64), one, None, None)
+    used = {m.negatives(c, rows).name for m in margins if m.transforms_negatives}
+    assert used >= TRANSFORMS.keys() - {IDENTITY.name}
 
 
 @pytest.mark.parametrize("kind", ["alone", "all"])

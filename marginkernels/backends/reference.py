@@ -137,7 +137,13 @@ def head_fwd(
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
     checked = transforms.checked(
-        "reference", transform, row_parameter, constants, rows=len(x), has_bias=bias is not None
+        "reference",
+        TRANSFORMS,
+        transform,
+        row_parameter,
+        constants,
+        rows=len(x),
+        has_bias=bias is not None,
     )
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     x = ops.rounded(x, compute_dtype)
@@ -214,7 +220,13 @@ def head_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw (C, D), dbias (C,), dscale ()
     """Computes the backward op; see :mod:`marginkernels.ops`."""
     checked = transforms.checked(
-        "reference", transform, row_parameter, constants, rows=len(x), has_bias=bias is not None
+        "reference",
+        TRANSFORMS,
+        transform,
+        row_parameter,
+        constants,
+        rows=len(x),
+        has_bias=bias is not None,
     )
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     rows = ops.rounded(x, compute_dtype)

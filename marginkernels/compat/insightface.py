@@ -37,9 +37,8 @@ from .. import (
     sampling,
     validation,
 )
-from ..distributed import shard as distributed
 from ..distributed.exchange import Sharded, opened
-from ..distributed.shard import ClassShard
+from ..distributed.shard import ClassShard, in_group, refuse_ddp, require_agreement
 from ..generators import rank_generator
 from ..norms import row_norm
 from ..results import SweepResult
@@ -123,7 +122,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     def _take_classes(self) -> None:
         """Takes this rank's classes, split as insightface does, and compares settings of ranks."""
         self.rank, self.world_size = 0, 1
-        if distributed.in_group():
+        if in_group():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         each, more = divmod(self.num_classes, self.world_size)
         if each == 0:
@@ -139,11 +138,11 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if group is not None:
             stop = self.class_start + self.num_local
             self.shard = ClassShard(self.class_start, stop, self.num_classes, group)
-            distributed.refuse_ddp()
+            refuse_ddp()
             margin_loss: object = self.margin_softmax
             if not isinstance(margin_loss, MarginLoss):
                 margin_loss = type(margin_loss).__name__
-            distributed.require_agreement(
+            require_agreement(
                 group, embedding_size=self.embedding_size, num_classes=self.num_classes,
                 sample_rate=self.sample_rate, fp16=self.fp16, margin_loss=margin_loss,
             )  # fmt: skip
@@ -230,7 +229,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _warn_if_alone(self) -> None:
         """Says once that a head made before there was a group does not take part in it."""
-        if self._looked or not distributed.in_group():
+        if self._looked or not in_group():
             return
         self._looked = True
         if self.world_size < dist.get_world_size():

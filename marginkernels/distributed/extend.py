@@ -15,8 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import arguments, validation
 from ..generators import rank_generator
-from . import shard as distributed
-from .shard import ClassShard, chunk
+from .shard import (
+    ClassShard,
+    chunk,
+    local,
+    raising_together,
+    require_agreement,
+    sharded,
+)
 
 # states of torch's optimizers that have neither a row for each class nor one number
 _OF_ALL_CLASSES = ("col_var",)  # Adafactor
@@ -50,11 +56,11 @@ def extend(
     """Adds k classes to a head; see :meth:`marginkernels.MarginSoftmaxHead.extend`."""
     shard = head.shard
     group = None if shard is None else shard.group
-    with distributed.raising_together(group):
+    with raising_together(group):
         _check(head, k, init, optimizer)
     if group is not None:
         given = dict(k=k, init=init is not None, optimizer=type(optimizer).__name__)
-        distributed.require_agreement(group, **given, **_states(head, optimizer))
+        require_agreement(group, **given, **_states(head, optimizer))
     for name in _parameters(head):
         old = getattr(head, name)
         grown = _grow(old, k, shard)
@@ -203,19 +209,19 @@ def _grow(old: Any, k: int, shard: ClassShard | None) -> Grown:
     before = [chunk(total, world, r) for r in range(world)]
     after = [chunk(total + k, world, r) for r in range(world)]
     start, stop = after[rank]
-    held = distributed.local(old)
-    local = held.new_zeros(stop - start, *held.shape[1:])
+    held = local(old)
+    rows = held.new_zeros(stop - start, *held.shape[1:])
     kept = max(0, min(stop, total) - start)
     # classes stay in order, so that each rank sends, and receives, one run of rows per other rank
     dist.all_to_all_single(
-        local[:kept],
+        rows[:kept],
         held.contiguous(),
         [_overlap(after[rank], part) for part in before],
         [_overlap(before[rank], part) for part in after],
         group=shard.group,
     )
-    tensor = distributed.sharded(local, old.device_mesh, (total + k, *old.shape[1:]))
-    return Grown(tensor, local[kept:], slice(start + kept - total, stop - total))
+    tensor = sharded(rows, old.device_mesh, (total + k, *old.shape[1:]))
+    return Grown(tensor, rows[kept:], slice(start + kept - total, stop - total))
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:

@@ -71,15 +71,16 @@ def sweep(
     scale: float = 2.0,
     constants: tuple[float, ...] | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Call, Call]]:
-    """Runs both ops with D = 1, one class and no target, to read f(z) and f' of each cosine off.
+    """Runs both ops with D = 1 and one negative, to read f(z) and f' of each cosine off.
 
-    Returns the results, and the arguments of both calls.
+    The other class is the target of every row, which the sweep leaves out. Returns the results, and
+    the arguments of both calls.
     """
     constants = usual_constants(name) if constants is None else constants
     c = cosines(constants).float().to(device)
     n = len(c)
-    x, w = c[:, None], torch.ones(1, 1, device=device)
-    y = torch.full((n,), -1, device=device)
+    x, w = c[:, None], torch.ones(2, 1, device=device)
+    y = torch.ones(n, dtype=torch.int64, device=device)
     parameter, constants = (
         t if t is None else t.to(device) for t in operands(name, n, torch.float32, constants)
     )
@@ -115,6 +116,7 @@ def agrees_with_the_definition(
     torch.testing.assert_close(logit_sum, scale * value, **close)
     torch.testing.assert_close(logit_max, scale * c, **close)
     torch.testing.assert_close(dx[:, 0], scale * slope, **close)
+    assert dw[1, 0] == 0
     for total, terms in ((dw[0, 0], scale * slope * c), (dscale, value)):
         error = (total.double().cpu() - terms.sum()).abs()
         assert error <= 1e-6 * terms.abs().sum()

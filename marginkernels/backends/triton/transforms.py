@@ -5,7 +5,7 @@
 A tile kernel is compiled with one of them. A transform gets a tile of cosines c (BLOCK_N, BLOCK_C),
 the parameter of each row (BLOCK_N, 1) and the constants of the loss. It returns (value, slope): the
 logit is scale value, and slope = d value / d c. A cosine of -inf is a class left out: its value is
--inf too, and its slope is unspecified and must not be used.
+-inf too, and its slope finite, because kernels multiply it by 0.
 """
 
 from typing import NamedTuple
@@ -97,7 +97,7 @@ class Transform(NamedTuple):
             ValueError: the operands are not the transform's.
         """
         _, row_parameter, constants = definitions.checked(
-            "triton", name, row_parameter, constants, rows=rows, has_bias=has_bias
+            "triton", FUNCTORS, name, row_parameter, constants, rows=rows, has_bias=has_bias
         )
         steepest = definitions.TRANSFORMS[name].steepest_slope(constants)
         operands = (
