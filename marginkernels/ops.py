@@ -11,7 +11,8 @@ The two ops are sweeps over the classes; the (N, C) logits
     z_ij = r_i q_j <x_i, w_j> + bias_j        r_i = scale / |x_i| or scale, q_j = 1 / |w_j| or 1
 
 exist only tile by tile. ``f`` is the transform of the negatives, the identity for most losses: see
-:mod:`marginkernels.transforms`. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
+:mod:`marginkernels.transforms`. Its functors take a cosine: f(z) = scale value(z / scale), and
+f' = slope. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
 
     lse            (N,)  log sum exp f(z_ij); -inf for a row without negatives
     target_cosine  (N,)  r_i q_y <x_i, w_y> / scale: the target's, without margin, scale and bias;

@@ -23,6 +23,11 @@ MARGINS = [
 ]  # fmt: skip
 OTHERS = [mk.AdaCos, mk.TripletLoss, mk.margins_from_counts]
 REQUIRED = dict(num_classes=10, margin=mk.CosFace())
+# what first_paragraph and usual_values read; docs/extending.md shows one
+FORM = (
+    'a docstring of the form "Computes FORMULA: NAME (AUTHORS, YEAR, PAPER).", a blank line, and '
+    'for a margin "Usual values: VALUES."'
+)
 
 INTRODUCTION = """\
 # The losses
@@ -64,7 +69,7 @@ def docstring(thing: Any) -> str:
     """Returns the docstring, which every loss has."""
     text = inspect.getdoc(thing)
     if text is None:
-        raise LookupError(f"{thing}: expected a docstring, found none")
+        raise LookupError(f"{thing.__name__}: expected {FORM}, got none")
     return text
 
 
@@ -79,12 +84,12 @@ def first_paragraph(thing: Any) -> tuple[str, str]:
     The first paragraph of a docstring holds both, formula first. Where it has no formula, the next
     sentence has it: "The loss is ...".
     """
-    paragraph, following = docstring(thing).split("\n\n", maxsplit=1)
+    paragraph, _, following = docstring(thing).partition("\n\n")
     formula, _, papers = " ".join(paragraph.split()).rstrip(".").rpartition(": ")
     if not formula:
         found = re.match(r"The loss is (.*?)\. ", " ".join(following.split()))
         if found is None:
-            raise LookupError(f"{thing}: expected a formula in the first paragraph or after it")
+            raise LookupError(f"{thing.__name__}: expected {FORM}, got {paragraph!r}")
         formula = found[1]
     formula, papers = (text.removeprefix("Computes ") for text in (formula, papers))
     papers = re.sub(r":\w+:`(\w+)`", r"`\1`", papers)
