@@ -2,7 +2,8 @@
 # Copyright (c) 2026 The marginkernels authors
 """Tests the definitions of the negative transforms, and every backend against them.
 
-Cases follow from the rows of ``TRANSFORMS``; a new transform is tested without a change here.
+Cases follow from the rows of ``TRANSFORMS``. A new transform is tested without a change here, but
+for a slope that is not the derivative.
 """
 
 import math
@@ -30,7 +31,7 @@ def test_the_extension_knows_the_transforms_of_python():
     if native.extension is None:
         pytest.skip("no extension")
     known = native.extension.transforms
-    assert list(known) == list(TRANSFORMS)
+    assert list(known) == list(TRANSFORMS), "csrc/transforms.h lacks one, or rebuild the extension"
     for name, definition in TRANSFORMS.items():
         assert known[name]["constants"] == definition.constants
         assert known[name]["per_row"] == definition.per_row
@@ -40,7 +41,7 @@ def test_the_extension_knows_the_transforms_of_python():
 def test_triton_knows_the_transforms_of_python():
     from marginkernels.backends.triton.transforms import FUNCTORS
 
-    assert list(FUNCTORS) == list(TRANSFORMS)
+    assert list(FUNCTORS) == list(TRANSFORMS), "backends/triton/transforms.py lacks one"
 
 
 @pytest.mark.parametrize(("name", "constants"), CASES)

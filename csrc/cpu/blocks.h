@@ -152,7 +152,7 @@ template <class Op>
 void prepare_gradient(const BackwardSweep& s, int64_t p) {
     const Panels panels = gradient_panels<Op>(s);
     const int64_t width = panels.width(p);
-    // the weight may be near the end of fp32's range: with tiles the scale comes last, see
+    // with tiles row_weight may be near the end of fp32's range: the scale then comes last, in
     // finish_dw
     const float unscale = s.tiles != nullptr ? 1.0F / s.scale : 1.0F;
     const auto scaled = [&](int64_t i, int64_t column) {

@@ -51,10 +51,12 @@ void take_targets(const ForwardSweep& s, const Block& block, const Scratch& scra
     });
 }
 
-// Calls f(j, address, z, z before the bias, slope of the transform) for a vector of rows and each
-// class j of the block in turn; the vector begins at ``column`` of the block. Both sweeps get the
-// same bits: an error of z in one of them is a relative error of a probability. z before the bias
-// is -inf where a class was taken out, not where its bias is.
+// Calls f(j, address, z, unbiased, slope) for a vector of rows and each class j of the block in
+// turn; the vector begins at ``column`` of the block. z is the logit, after the transform where
+// there is one, and unbiased is z without the bias. Both sweeps get the same bits, because an error
+// of z in one of them is a relative error of a probability; so products with the scale are rounded
+// by one instruction, multiply_add, whether or not there is a bias. A class that was taken out has
+// unbiased = -inf; a bias of -inf makes z alone -inf.
 template <class Functor, class F>
 MK_HOST_DEVICE void for_logits(const Problem& s, Functor, const Block& block, int64_t column,
                                const Scratch& scratch, Bias bias, const F& f) {

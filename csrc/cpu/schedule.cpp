@@ -184,7 +184,7 @@ void sweep_backward(const Call& call, const BackwardInputs& inputs, const Backwa
                     const Parallel& parallel) {
     const Kernels& kernels = cpu_kernels(call.compute);
     BackwardSweep s = {};
-    const auto x_inv = allocate<float>(call.n);  // measured again, the same
+    const auto x_inv = allocate<float>(call.n);  // preparing the rows measures them again
     const PreparedRows prepared(s, call, x_inv.get(), kernels, parallel);
     const std::vector<float> a = padded(inputs.grad_lse, s.n, s.padded_n);
     const std::vector<float> u = padded(inputs.grad_sum, s.n, s.padded_n);

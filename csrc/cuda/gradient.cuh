@@ -3,11 +3,11 @@
 
 // The backward sweep: G of a chunk of classes, recomputed by the tile program.
 //
-// What: G_ij = (a_i exp(f_ij - lse_i) + u_i) f'_ij r_i q_j of the negatives, 0 at the targets. It
-// has the compute type, and a class's rows next to each other, as the vendor's GEMMs read it. Never
-// materialised: logits, exponentials, G of more than the chunk. Fast because: a logit takes five
-// instructions, the numbers of a row or a class are loaded 16 bytes at a time, and eight rows of a
-// class leave in one store.
+// What: G_ij = (a_i exp(z_ij - lse_i) + u_i) slope_ij r_i q_j of the negatives, 0 at the targets.
+// It has the compute type, and a class's rows next to each other, as the vendor's GEMMs read it.
+// Never materialised: logits, exponentials, G of more than the chunk. Fast because: a logit takes
+// five instructions, the numbers of a row or a class are loaded 16 bytes at a time, and eight rows
+// of a class leave in one store.
 
 #pragma once
 
@@ -68,15 +68,15 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
         for (int k = 0; k < 8; ++k) {
             float& v = sums.at(row, 0, k);
             const float product = v * q[k];
-            const auto f = F::apply(product * rate[row], parameter[row], tile_call.constants);
+            const auto made = F::apply(product * rate[row], parameter[row], tile_call.constants);
             // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
             const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
-                                                            : scale * f.value + bias[k];
+                                                            : scale * made.value + bias[k];
             float g = a[row] * ptx::exp2((z - lse[row]) * kLog2E) + u[row];
             g = target == k || k >= classes ? 0.0F : g;
             dbias[k] += g;
-            dscale += g * f.value;
-            v = g * f.slope * row_fold[row];
+            dscale += g * made.value;
+            v = g * made.slope * row_fold[row];
         }
     }
 }
@@ -103,13 +103,13 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
     for_each_tile<T>(tile_call, position, [&](Sums& sums, int tile) {
         const int first_class = tile * kTileClasses + position.class_;
         const int64_t in_launch = first_class - tile_call.first_tile * kTileClasses;
-        float fold[Sums::kClassBlocks][8];
+        float class_fold[Sums::kClassBlocks][8];
 #pragma unroll
         for (int b = 0; b < Sums::kClassBlocks; ++b) {
             float q[8], dbias[8] = {};
             load_eight(q, tile_call.q + first_class + b * 32);
 #pragma unroll
-            for (int k = 0; k < 8; ++k) fold[b][k] = q[k] < call.inverse_limit ? q[k] : 1.0F;
+            for (int k = 0; k < 8; ++k) class_fold[b][k] = q[k] < call.inverse_limit ? q[k] : 1.0F;
             if constexpr (kGeneral) {
                 general_gradient<F>(sums, call, first_row, tile, first_class, q, dbias, dscale);
                 if (call.dbias == nullptr) continue;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
         if (!kGeneral && is_flagged(tile_call, tile))
             for_each_excluded(tile_call, position, tile,
                               [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
-        store_classes<T>(sums, fold, call.g, call.g_stride, in_launch, first_row,
+        store_classes<T>(sums, class_fold, call.g, call.g_stride, in_launch, first_row,
                          tile_call.c - first_class);
     });
     if (kGeneral && call.dscale) {

@@ -52,15 +52,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     statistics_rows_kernel(const float* x_inv,  // (N,)
                            const float* scale,  // ()
                            float* rate,         // (padded,)
-                           int n, int padded, float unit, bool with_scale) {
+                           int n, int padded, float per_unit, bool with_scale) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     if (row >= padded) return;
     const float r = row < n ? x_inv[row] : 1.0F;
-    rate[row] = (with_scale ? r * *scale : r) * unit;
+    rate[row] = (with_scale ? r * *scale : r) * per_unit;
 }
 
-// Writes the planes of numbers per row that the gradient's epilogue reads. In the plain case they
-// take in all but the dot product and the class's factor; the general case needs those apart.
+// Writes the planes of numbers per row that the gradient's epilogue reads. In the plain case rate
+// takes in the scale, shift is in units of ln 2, and a and u take in fold: the epilogue then needs
+// no more than the dot product and the class's factor. The general case has each of them as it is,
+// because the transform, the bias and the sums need them apart.
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     gradient_rows_kernel(const GradientRowsCall call) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;

@@ -20,14 +20,16 @@
 //   excluded     pairs that take no part: a row's target, and classes from C on; their v is -inf
 //   rate         factor of a row that turns v q into a logit, or before a transform into a cosine
 //   unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
-//   z, f, slope  the logit, the logit after the transform, and d f / d z
+//   z, slope     the logit, after the transform where there is one; d value / d cosine
 //   offset       constant in the place of m where exponentials are saved
-//   m, l         running maximum of f, and sum of exp(f - m)
-//   total, top   sum of f, and maximum of z
-//   p            exp(f - m), or exp(f - lse)
-//   a, u         grad_lse and grad_sum of a row: G = (a p + u) slope fold q
+//   m, l         running maximum of z, and sum of exp(z - m)
+//   total, top   sum of z, and maximum of the logits before the transform
+//   p            exp(z - m), or exp(z - lse)
+//   a, u         grad_lse and grad_sum of a row: G = (a p + u) slope fold q; in the plain case the
+//                planes of the rows have them times fold already
 //   fold         scale / |x_i| as G has it: 1 for a zero row; in fp16 times a power of two
-//   shift        lse of a row in units of ln 2
+//   class_fold   q as G has it: 1 for a zero row
+//   shift        lse of a row in units of ln 2; in the general case lse itself
 
 #pragma once
 

@@ -90,7 +90,10 @@ class Exchange(ABC):
 
     @abstractmethod
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
-        """Returns x (N, D) of all ranks. Backward sums the ranks' dx and keeps this rank's rows.
+        """Returns x (N, D) of all ranks.
+
+        Backward sums the ranks' dx and keeps this rank's rows, times the number of ranks where
+        ``grad_scale`` is "ddp".
 
         Args:
             x: (n, D).

@@ -14,13 +14,13 @@ Names, as in csrc/cuda/tile.cuh:
     v            <x_i, w_j>; then, as the same tile, times q, a cosine, the transformed cosine
     excluded     pairs that take no part: a row's target, and classes from C on; their v is -inf
     rate         factor of a row that turns v into a logit
-    UNIT         of logits: ln 2, so that an exponential is a bare exp2, or 1
-    z, slope     the logit, after the transform where there is one; d value / d cosine of it
+    unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
+    z, slope     the logit, after the transform where there is one; d value / d cosine
     offset       constant in the place of m where exponentials are saved
     m, l         running maximum of z, and sum of exp(z - m)
     total, top   sum of z, and maximum of the logits before the transform
     p            exp(z - m), or exp(z - lse)
-    a, u         grad_lse and grad_sum of a row, times fold: G = (a p + u) slope q
+    a, u         grad_lse and grad_sum of a row, here times fold: G = (a p + u) slope q
     fold         r as G has it: 1 for a zero row; in fp16 times a power of two
     shift        lse of a row in units of ln 2
 """
@@ -129,7 +129,7 @@ def statistics_kernel(
     Logits are in units of ln 2 where the row factor can take that in, so that an exponential is one
     FFMA and one EX2; with a bias they are plain, which keeps the digits of a large one.
     """
-    UNIT: tl.constexpr = LOG2E if bias is None else 1.0
+    PER_UNIT: tl.constexpr = LOG2E if bias is None else 1.0  # 1 / unit
     TO_LOG2: tl.constexpr = 1.0 if bias is None else LOG2E
     # row tiles vary fastest: programs that run together share their tile of w in L2
     row_tiles = tl.cdiv(N, BLOCK_N)
@@ -139,11 +139,11 @@ def statistics_kernel(
     in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
     if TRANSFORM is None:
-        r = _row_factor(x_inv, scale, row, N) * UNIT
+        r = _row_factor(x_inv, scale, row, N) * PER_UNIT
     else:
         # cosines are 0 in padding rows
         inverse = tl.load(x_inv + row, mask=row < N, other=0.0)[:, None]
-        r = tl.full((BLOCK_N,), tl.load(scale) * UNIT, tl.float32)
+        r = tl.full((BLOCK_N,), tl.load(scale) * PER_UNIT, tl.float32)
         parameter = None
         if row_parameter is not None:
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
@@ -152,7 +152,7 @@ def statistics_kernel(
 
     slot = partials + column.to(tl.int64) * N + row
     plane = columns.to(tl.int64) * N
-    resume = row < N * carry
+    resume = row < N * carry  # nothing is loaded where carry is 0
     if SAVE_TILES:
         # both sides are normalised and s < 73: exp(z - offset) neither overflows nor vanishes
         offset = tl.maximum(tl.load(scale) - OFFSET_START, 0.0) * LOG2E
