@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Which negative transform, for code that only passes it on; transforms.h has what they compute.
+// Identifies a negative transform for code that only passes it on; transforms.h has the formulas.
 //
 // The two headers are apart because the CPU kernels of every instruction set include this one
 // before they choose theirs, and the formulas after that.

@@ -80,7 +80,8 @@ def main() -> None:
     model = make_model(args.identities, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     narrow = torch.float16 if device.type == "cuda" else torch.bfloat16
-    scaler = mk.GradScaler(device.type, enabled=narrow == torch.float16)  # bf16 needs no scaling
+    # bf16 needs no scaling; the scale of fp16 is not saved, and is found again in a few steps
+    scaler = mk.GradScaler(device.type, enabled=narrow == torch.float16)
 
     first, path = newest(args.out)
     if path is not None:

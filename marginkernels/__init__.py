@@ -12,7 +12,8 @@ from .distributed import (
     clip_grad_value_,
     param_groups,
 )
-from .functional import HeadStats, margin_cross_entropy
+from .functional import margin_cross_entropy
+from .loss import HeadStats
 from .margins import (
     AdaFace,
     AdaMSoftmax,

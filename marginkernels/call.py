@@ -16,7 +16,7 @@ from .sampling import Sampling
 from .scales import AdaptiveScale, observer_of
 from .settings import Settings
 
-# put together here: torch.compile(dynamic=True) cannot put a float into a string
+# built at import, because torch.compile(dynamic=True) cannot format a float
 _GREAT_SCALE = f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more"
 
 
@@ -63,7 +63,7 @@ def check(
     shard: ClassShard | None,
     sampling: Sampling | None,
 ) -> Call:
-    """Raises whatever is wrong with the arguments of a call, before anything is exchanged."""
+    """Raises an error for the first bad argument of a call, before anything is exchanged."""
     validation.check_settings(settings)
     validation.check_operands(operands, shard)
     x, w, y, bias, sample_weight, row_margin = operands
@@ -92,15 +92,17 @@ def check(
     if settings.normalize != "both":  # gradients of logits and norms may cancel
         x = x.to(stats_dtype)
     call = Call(
-        settings, x, w, bias, y, row_norm(x, compute_dtype), sample_weight, row_margin, hooks,
-        value, observer, learns_scale, sampling, x_dtype, compute_dtype, stats_dtype, backend,
-        obstacles, num_classes,
+        settings=settings, x=x, w=w, bias=bias, label=y, x_norm=row_norm(x, compute_dtype),
+        sample_weight=sample_weight, row_margin=row_margin, margin=hooks, scale=value,
+        observer=observer, learns_scale=learns_scale, sampling=sampling, x_dtype=x_dtype,
+        compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
+        tile_obstacles=obstacles, num_classes=num_classes,
     )  # fmt: skip
     return call._replace(label=validation.check_values(call))
 
 
 def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> dict[str, object]:
-    """Lists what changes what ranks exchange or compute, and so has to be the same on all."""
+    """Lists the values that have to be equal on all ranks."""
     training: object = margin.training
     described: object = type(scale).__name__ if isinstance(scale, Tensor) else scale
     if isinstance(scale, nn.Module):
@@ -160,7 +162,7 @@ def _tile_obstacles(
     compute_dtype: torch.dtype,
     backend: str,
 ) -> list[str]:
-    """Lists what forbids to keep exponentials."""
+    """Lists why exponentials cannot be kept."""
     is_number = not isinstance(scale, Tensor)
     obstacles = {
         f"normalize={settings.normalize!r}": settings.normalize != "both",

@@ -95,8 +95,9 @@ def margin_cross_entropy(
             part in the softmax and no gradient; with label smoothing it is an error.
         normalize: "both" x and w are normalised, only the "weight", or "none"; logits of
             un-normalised sides keep the norms: the target logit is scale * |x| * |w_y| * t.
-        reduction: "mean" (sum of weight * loss over sum of weight, over the rows kept; 0 where that
-            is 0/0), "sum", or "none" (weighted losses (N,), 0 for ignored rows).
+        reduction: "mean", "sum" or "none". "mean" is the sum of weight * loss over the sum of
+            weight, over the rows kept; the mean of no rows is 0. "none" gives weighted losses (N,),
+            0 for ignored rows.
         ignore_index: label of rows that take no part. Their x must still be finite.
         label_smoothing: epsilon in [0, 1): targets (1 - eps) + eps / C, others eps / C, as
             F.cross_entropy.
@@ -108,16 +109,17 @@ def margin_cross_entropy(
         compute_dtype: the type that x and w are rounded to; accumulation and statistics are fp32
             (fp64 for float64). None: autocast's where that is on, else x's; float64 if x or w is.
         save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
-            save backward a quarter of its work. "auto" keeps at most 256 MiB. True needs both sides
-            normalised, no bias, no smoothing, a margin that leaves the other classes alone, a
-            number below 73 as scale, float32 or bfloat16 and a backend that can.
+            save backward a quarter of its work. "auto" keeps at most 256 MiB. True is an error
+            where they cannot be kept. They need ``normalize="both"``, a number below 73 as scale,
+            float32 or bfloat16, and a backend that can. Bias, label smoothing, logq and a margin
+            that changes the other classes forbid them.
         backend: "auto" (the best that runs here) or a name of :func:`marginkernels.backend_report`.
         return_stats: also return :class:`HeadStats`, from the same sweep.
-        shard: which classes of how many ``w`` and ``bias`` hold, the others being held by other
-            ranks that make the same call: a :class:`ClassShard`. Then x, y, sample_weight and
-            row_margin are this rank's rows, y and a margin's table count the classes of all ranks,
-            the loss is that of all ranks' rows and the same on each ("none": of all rows, rank
-            after rank); dx is times the number of ranks unless the shard says otherwise.
+        shard: a :class:`ClassShard`, which says which classes ``w`` and ``bias`` hold. The other
+            ranks hold the other classes, and make the same call. x, y, sample_weight and row_margin
+            are this rank's rows. y and a margin's table count the classes of all ranks. The loss is
+            that of all ranks' rows, the same on each; with "none" the rows come rank after rank. dx
+            is times the number of ranks unless the shard says otherwise.
         sampling: :class:`PartialFC`, a step on a sample of the classes, or None for all.
 
     Returns:
@@ -165,8 +167,8 @@ def _gathered(exchange: Exchange, call: Call) -> Batch:
         None if given is None else exchange.rows(given)
         for given in (call.sample_weight, call.row_margin, noise)
     )
-    kept = class_id != call.settings.ignore_index
-    valid = kept & (class_id >= 0) & (class_id < call.num_classes)  # a GPU does not check labels
-    rows = Rows(torch.where(valid, class_id, 0), x_norm, None, row_margin, valid, noise)
-    local_class = exchange.held(torch.where(valid, class_id, -1))
-    return Batch(x, rows, kept, valid, local_class, sample_weight)
+    labelled = class_id != call.settings.ignore_index
+    kept = labelled & (class_id >= 0) & (class_id < call.num_classes)  # a GPU checks no labels
+    rows = Rows(torch.where(kept, class_id, 0), x_norm, None, row_margin, kept, noise)
+    local_class = exchange.held(torch.where(kept, class_id, -1))
+    return Batch(x, rows, labelled, kept, local_class, sample_weight)

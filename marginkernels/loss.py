@@ -91,7 +91,7 @@ def row_losses(
     if regularizer is not None:
         loss = loss + regularizer
     # a label that no rank holds must not pass for a loss; its row has no gradient
-    return torch.where(target.found, loss, torch.where(batch.kept, torch.nan, 0.0))
+    return torch.where(target.found, loss, torch.where(batch.labelled, torch.nan, 0.0))
 
 
 def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
@@ -100,8 +100,8 @@ def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
 
 
 def reduced(row_loss: Tensor, batch: Batch, reduction: str) -> Tensor:
-    """Weights the losses of the kept rows, and returns their mean or sum where asked for."""
-    weight = batch.kept.to(row_loss.dtype)
+    """Weights the losses of the labelled rows, and returns their mean or sum where asked for."""
+    weight = batch.labelled.to(row_loss.dtype)
     if batch.sample_weight is not None:
         weight = weight * batch.sample_weight.to(row_loss.dtype)
     weighted = row_loss * weight

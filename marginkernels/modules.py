@@ -26,15 +26,16 @@ from .distributed.shard import (
     sharding_of,
     watch_wrappers,
 )
-from .functional import HeadStats, margin_cross_entropy
+from .functional import margin_cross_entropy
 from .generators import rank_generator, without_unused
+from .loss import HeadStats
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings
 
 
 class MarginSoftmaxHead(nn.Module):
-    """Is the last layer and loss of a classifier for embeddings.
+    """Joins the last layer of a classifier for embeddings with its loss.
 
     It holds the class weights and computes :func:`margin_cross_entropy` on them.
 
@@ -117,13 +118,7 @@ class MarginSoftmaxHead(nn.Module):
         observer = observer_of(scale)
         validation.check_cosines(hooks, observer, normalize, bias)
         validation.check_sampling(sampling, label_smoothing, hooks, observer)
-        if sampling is not None and not (
-            isinstance(sampling, PartialFC) and not sampling.generator
-        ):
-            raise TypeError(
-                "sampling: expected PartialFC without a generator, as the head keeps its own, got "
-                f"{sampling}"
-            )
+        validation.check_own_generator(sampling)
         self.shard = self._mesh = None
         if sharding is not None:
             self._mesh, self.shard = sharding.split(num_classes, device)
@@ -226,6 +221,17 @@ class MarginSoftmaxHead(nn.Module):
         row_margin: Tensor | None = None,
         return_stats: Literal[True],
     ) -> tuple[Tensor, HeadStats]: ...
+
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        row_margin: Tensor | None = None,
+        return_stats: bool,
+    ) -> Tensor | tuple[Tensor, HeadStats]: ...
 
     def forward(
         self,
@@ -341,8 +347,7 @@ class MarginSoftmaxHead(nn.Module):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns ``state_dict()`` with the classes of all ranks, as an unsharded head has it.
 
-        Collective: every rank gets all of it. It loads into a head that is sharded in any way, or
-        not.
+        Collective: every rank gets the whole state. It loads into any head, sharded or not.
         """
         return {
             name: value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -60,7 +60,7 @@ _ROUNDED_SCHEMA = """(Tensor rows, ScalarType dtype) -> Tensor"""
 
 LIBRARY = torch.library.Library("marginkernels", "DEF")
 
-# put together here: torch.compile(dynamic=True) cannot put a float into a string
+# built at import, because torch.compile(dynamic=True) cannot format a float
 BAD_X = f"x: expected finite rows of norm at most {GREATEST_NORM:g}"
 BAD_W = f"w: expected finite rows of norm at most {GREATEST_NORM:g}"
 

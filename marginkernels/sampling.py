@@ -34,11 +34,11 @@ class Sampling:
         """Says whether all classes are taken."""
         return False
 
-    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample | None:
+    def choose(self, exchange: "Exchange", local_class: Tensor, num_classes: int) -> Sample | None:
         """Returns the classes of a step, or None for all.
 
         Args:
-            label: (N,), the rows' classes among the ``num_classes`` of this rank, or -1.
+            local_class: (N,), the rows' classes among the ``num_classes`` of this rank, or -1.
         """
         raise NotImplementedError
 
@@ -51,8 +51,8 @@ class Sampling:
 class PartialFC(Sampling):
     """Computes each step on a share of the classes (An et al., 2022, arXiv:2203.15565).
 
-    The rows' own classes and as many others at random as make it max(int(rate C), min(N, C)), of
-    the C classes of each rank. All other classes have gradient 0.
+    The sample has max(int(rate C), min(N, C)) of the C classes of each rank: the rows' own, and
+    others at random. All other classes have gradient 0.
 
     Args:
         rate: the share of the classes, in (0, 1]; 1 is all of them.
@@ -81,13 +81,13 @@ class PartialFC(Sampling):
     def takes_all(self) -> bool:
         return self.rate == 1
 
-    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample | None:
+    def choose(self, exchange: "Exchange", local_class: Tensor, num_classes: int) -> Sample | None:
         if self.takes_all:
             return None
         if self.generator is not None:  # torch.utils.checkpoint resets the default one
             ops.refuse_recomputation("margin_cross_entropy(sampling=PartialFC(generator=))")
-        num_sample = max(int(self.rate * num_classes), min(label.shape[0], num_classes))
-        return Sample(sample_classes(label, num_classes, num_sample, self.generator))
+        num_sample = max(int(self.rate * num_classes), min(local_class.shape[0], num_classes))
+        return Sample(sample_classes(local_class, num_classes, num_sample, self.generator))
 
     def described(self) -> str:
         return f"PartialFC(rate={self.rate}, logq={self.logq})"
@@ -98,8 +98,8 @@ class ChosenBy(Sampling):
     """Computes each step on the classes that a function chooses.
 
     Args:
-        function: from the rows' classes (N,), -1 for those that ``w`` does not hold, to the sorted
-            indices of a row of ``w`` at least, the rows' own among them. On a GPU a bad sample
+        function: maps the rows' classes (N,), -1 where ``w`` does not hold the class, to sorted
+            rows of ``w``, at least one. They include the rows' own classes. On a GPU a bad sample
             gives the loss NaN, as a bad label does.
         logq: as for :class:`PartialFC`, as if the function chose at random.
     """
@@ -114,36 +114,38 @@ class ChosenBy(Sampling):
             )
         arguments.boolean("logq", self.logq)
 
-    def choose(self, exchange: "Exchange", label: Tensor, num_classes: int) -> Sample:
+    def choose(self, exchange: "Exchange", local_class: Tensor, num_classes: int) -> Sample:
         # the exchange says whether the host may wait, and raises one rank's error on all
-        sample = exchange.attempt(_checked, self.function, label, num_classes, bool(exchange.check))
+        sample = exchange.attempt(
+            _checked, self.function, local_class, num_classes, bool(exchange.check_w)
+        )
         if sample is None:
-            every = torch.arange(num_classes, device=label.device)
-            return Sample(every, label.new_zeros((), dtype=torch.bool))
+            every = torch.arange(num_classes, device=local_class.device)
+            return Sample(every, local_class.new_zeros((), dtype=torch.bool))
         return sample
 
 
 def sample_classes(
-    label: Tensor, num_classes: int, num_sample: int, generator: torch.Generator | None = None
+    local_class: Tensor, num_classes: int, num_sample: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Chooses num_sample of the classes [0, num_classes), sorted: the rows' own and random ones.
 
     Nothing waits for the device, and the size does not depend on values.
 
     Args:
-        label: (N,) int64, class of each row or -1.
+        local_class: (N,) int64, class of each row or -1.
         num_sample: at least min(N, num_classes), so that all classes of the rows find room.
-        generator: on label's device; None: torch's default one.
+        generator: on their device; None: torch's default one.
     """
     # random numbers are below 1; a place beyond the classes takes the rows without one
-    order = torch.empty(num_classes + 1, dtype=torch.float32, device=label.device)
+    order = torch.empty(num_classes + 1, dtype=torch.float32, device=local_class.device)
     order.uniform_(generator=generator)
-    order.index_fill_(0, torch.where(label >= 0, label, num_classes), 2.0)
+    order.index_fill_(0, torch.where(local_class >= 0, local_class, num_classes), 2.0)
     return order[:num_classes].topk(num_sample, sorted=False).indices.sort().values
 
 
 def _checked(
-    function: Callable[[Tensor], Tensor], label: Tensor, num_classes: int, check: bool
+    function: Callable[[Tensor], Tensor], local_class: Tensor, num_classes: int, check: bool
 ) -> Sample:
     """Returns the classes that ``function`` chooses, and whether they are sorted and all there.
 
@@ -153,28 +155,28 @@ def _checked(
         TypeError, ValueError: a wrong type or shape; with ``check``, for which the host waits, also
             wrong values.
     """
-    index = function(label)
+    index = function(local_class)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         came = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"sampler: expected it to return an int64 tensor, got {came}")
+        raise TypeError(f"sampling: expected it to return an int64 tensor, got {came}")
     if index.ndim != 1 or (index.numel() == 0) != (num_classes == 0):
         raise ValueError(
-            f"sampler: expected it to return 1 to {num_classes} indices, got {tuple(index.shape)}"
+            f"sampling: expected it to return 1 to {num_classes} indices, got {tuple(index.shape)}"
         )
-    if index.device != label.device:
-        raise ValueError(f"sampler: expected indices on {label.device}, got {index.device}")
+    if index.device != local_class.device:
+        raise ValueError(f"sampling: expected indices on {local_class.device}, got {index.device}")
     inside, sorted_ = (index >= 0) & (index < num_classes), index.diff() > 0
     valid = inside.all() & sorted_.all()
     if check and not bool(valid):
         what, wrong = f"indices in [0, {num_classes})", index[~inside]
         if len(wrong) == 0:
             what, wrong = "sorted indices without repetition", index[1:][~sorted_]
-        raise ValueError(f"sampler: expected it to return {what}, got {int(wrong[0])}")
+        raise ValueError(f"sampling: expected it to return {what}, got {int(wrong[0])}")
     if check:
-        missing = label[(label >= 0) & ~torch.isin(label, index)]
+        missing = local_class[(local_class >= 0) & ~torch.isin(local_class, index)]
         if len(missing) > 0:
             raise ValueError(
-                "sampler: expected the classes of the rows among its indices, but class "
+                "sampling: expected the classes of the rows among its indices, but class "
                 f"{int(missing[0])} is missing"
             )
     return Sample(index.clamp(0, max(num_classes - 1, 0)), valid)
@@ -183,7 +185,7 @@ def _checked(
 def sampled(
     w: Tensor,
     bias: Tensor | None,
-    label: Tensor,
+    local_class: Tensor,
     index: Tensor,
     logq: bool,
     dtype: torch.dtype,
@@ -195,9 +197,9 @@ def sampled(
     """
     num_classes, num_sample = w.shape[0], index.shape[0]
     if num_sample == 0:  # a rank without classes
-        return w, w.new_zeros(0, dtype=dtype) if logq else bias, label
-    places = torch.searchsorted(index, label).clamp_max(num_sample - 1)
-    owned = index[places] == label
+        return w, w.new_zeros(0, dtype=dtype) if logq else bias, local_class
+    places = torch.searchsorted(index, local_class).clamp_max(num_sample - 1)
+    owned = index[places] == local_class
     w = w.index_select(0, index)
     bias = None if bias is None else bias.index_select(0, index)
     if logq:

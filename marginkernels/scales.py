@@ -68,7 +68,7 @@ class AdaCos(Stateful, AdaptiveScale):
 
         s = ln(B) / cos(min(pi / 4, median theta_y)),  B = mean_i sum_{j != y_i} exp(s c_ij)
 
-    with the previous s on the right, before the step uses it. That takes two sweeps forward;
+    B has the previous s, and the step uses the new one. That takes two sweeps forward;
     ``delayed=True`` uses the previous s and needs one. ln(B) comes from the rows' log-sum-exp, so
     that it does not overflow; the median of an even number of rows is the lower angle, as
     torch.median's. Where ln(B) <= 0, which a few classes can bring about, s stays. s is a buffer:

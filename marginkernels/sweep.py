@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
     x: Tensor  # (N, D)
     rows: Rows  # with the class of each row, 0 for rows without
-    kept: Tensor  # (N,) bool, whether the label is not ignore_index
-    valid: Tensor  # (N,) bool, whether it is also that of a class
+    labelled: Tensor  # (N,) bool, whether the label is not ignore_index
+    kept: Tensor  # (N,) bool, whether the label is also that of a class, as in ``rows``
     local_class: Tensor  # (N,) the class as a row of this rank's w; -1 where w does not hold it
     sample_weight: Tensor | None  # (N,)
 
@@ -67,7 +67,7 @@ class Sweep:
         if observer is not None and not observer.delayed:
             with torch.no_grad():
                 result = self._swept(self._tensor(scale), IDENTITY)
-            observer.observe(result.lse, result.target_cosine, self.batch.valid)
+            observer.observe(result.lse, result.target_cosine, self.batch.kept)
             scale = observer()
         return self._tensor(scale)
 
@@ -89,7 +89,7 @@ class Sweep:
         observer = call.observer
         if observer is not None and observer.delayed:
             lse, cosine = result.lse.detach(), result.target_cosine.detach()
-            observer.observe(lse, cosine, self.batch.valid)
+            observer.observe(lse, cosine, self.batch.kept)
         return result
 
     def _swept(
@@ -103,8 +103,10 @@ class Sweep:
         """Sweeps over the classes of this rank, and merges the results of all ranks."""
         call, position, bias = self.call, self.position, self.bias
         settings = ops.SweepSettings(
-            call.backend, call.settings.normalize == "both", call.settings.normalize != "none",
-            call.compute_dtype, save_tiles, want_sum, want_max, transform.name, self.exchange.check,
+            backend=call.backend, normalize_x=call.settings.normalize == "both",
+            normalize_w=call.settings.normalize != "none", compute_dtype=call.compute_dtype,
+            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, transform=transform.name,
+            check_w=self.exchange.check_w,
         )  # fmt: skip
         result = SweepResult(
             *HeadFunction.apply(
@@ -127,7 +129,7 @@ class Sweep:
         return scale.to(device, dtype)
 
     def _transform(self) -> Transform:
-        """Returns what the margin makes of the negatives, its operands in the statistics dtype."""
+        """Asks the margin for its transform, and checks and casts the operands."""
         margin, rows, dtype = self.call.margin, self.batch.rows, self.call.stats_dtype
         if not margin.transforms_negatives:
             return IDENTITY

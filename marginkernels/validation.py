@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import arguments, device_checks, numerics, ops
 from .distributed.shard import ClassShard
 from .margins import MarginHooks, adapted
-from .sampling import Sampling
+from .sampling import PartialFC, Sampling
 from .scales import AdaptiveScale
 from .settings import Settings
 
@@ -172,6 +172,15 @@ def check_sampling(
     looks = _looks_at_all(margin, observer)
     if sampling.logq and looks is not None:
         raise ValueError(f"logq: expected False with {looks}, which looks at all cosines")
+
+
+def check_own_generator(sampling: Sampling | None) -> None:
+    """Checks that a head's sampling leaves the generator to the head."""
+    if sampling is not None and not (isinstance(sampling, PartialFC) and not sampling.generator):
+        raise TypeError(
+            "sampling: expected PartialFC without a generator, as the head keeps its own, got "
+            f"{sampling}"
+        )
 
 
 def check_numbers(dtype: torch.dtype, **values: float | Tensor) -> None:

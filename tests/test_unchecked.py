@@ -101,7 +101,7 @@ def sharded_sample(index_of_rank):
 @pytest.mark.parametrize("case", [([3, 4], [1, 2]), ([3, 4], [5, 1]), ([3, 4], [5, 99])])
 def test_a_bad_sample_of_one_rank_is_an_error_of_all(case):
     first, second = workers.run(2, sharded_sample, case)
-    assert second.startswith("sampler:") and first == f"rank 1: {second}"
+    assert second.startswith("sampling:") and first == f"rank 1: {second}"
 
 
 class Chooses(PartialFC_V2):
@@ -123,7 +123,7 @@ def choosing(margin_loss, index, fused):
 @pytest.mark.parametrize("index", [[2, 3, 5], [7, 3], [3, 7, C]], ids=["missing", "order", "range"])
 def test_the_choice_of_an_insightface_head_is_checked(index, fused):
     call = choosing(CosFace(16.0), index, fused)
-    with pytest.raises(ValueError, match="sampler:"):
+    with pytest.raises(ValueError, match="sampling:"):
         call()
     with values_unchecked():
         assert call().isnan()

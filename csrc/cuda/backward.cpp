@@ -50,7 +50,7 @@ Tensor power_of_two(const Operands& operands, const Incoming& incoming) {
 }
 
 // The base of every source of G. A source has next(first, w_chunk), which returns a chunk of G,
-// (classes, N), but for factors that the results are multiplied with.
+// (classes, N). Some factors are still missing from it; the results are multiplied with them.
 struct GradientSource {
     int64_t chunk_classes = 0;
     Tensor x;                             // (N, width): the other operand of dw

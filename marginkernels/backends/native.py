@@ -20,7 +20,7 @@ from ..version import __version__
 from .base import Backend
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# what the build left; see setup.py
+# the build writes its versions here; see setup.py
 _RECORD = Path(__file__).parents[1] / "_C.json"
 
 

@@ -4,9 +4,9 @@
 
     from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
 
-What is its own stays: signatures, which classes and which random numbers fall to which rank, the
-``state_dict`` with one plain ``weight`` per rank, and gradients as of the loss's mean over the
-global batch, those of the embeddings times the number of ranks. What differs:
+Unchanged are the signatures, which classes and random numbers a rank has, and the ``state_dict``
+with one plain ``weight`` per rank. Gradients are those of the mean loss over the global batch; the
+gradient of the embeddings is times the number of ranks. These things differ:
 
 - The loss of a row is not capped at 69.08, unless ``loss_cap=LOSS_CAP`` asks for it.
 - Batches may differ in size from step to step and from rank to rank.
@@ -218,7 +218,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         """Returns the labels as int64, -1 where they are fractions."""
         if not labels.is_floating_point():
             return labels.long()
-        exact = 2 / torch.finfo(labels.dtype).eps  # the least that is not the only one that rounds
+        exact = 2 / torch.finfo(labels.dtype).eps  # from here on two integers share one float
         if self.num_classes > exact:
             raise TypeError(
                 f"local_labels: expected integers, got {labels.dtype}, which holds no more than "
@@ -240,16 +240,16 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 stacklevel=3,
             )
 
-    def sample(self, label: Tensor) -> Tensor:
+    def sample(self, local_class: Tensor) -> Tensor:
         """Chooses the classes of this rank for a step, and returns them sorted.
 
         Args:
-            label: (N,), the rows' classes on this rank, or -1.
+            local_class: (N,), the rows' classes on this rank, or -1.
         """
-        positive = torch.unique(label[label >= 0])
+        positive = torch.unique(local_class[local_class >= 0])
         if len(positive) > self.num_sample:
             return positive
-        order = torch.rand(self.num_local).to(label.device)
+        order = torch.rand(self.num_local).to(local_class.device)
         order[positive] = 2.0
         # a shard needs a class, where insightface fails
         return order.topk(max(self.num_sample, 1)).indices.sort().values
@@ -276,28 +276,27 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes the same with all logits, for a margin that takes nothing else."""
         weight: Tensor = self.weight
-        exchange, label = opened(self.shard, x, weight, lambda: y, lambda _: {})
+        exchange, class_id = opened(self.shard, x, weight, lambda: y, lambda _: {})
         x = exchange.features(x)
-        label = exchange.held(exchange.rows(label, fill=_NO_LABEL))
-        lost = label.new_zeros((), dtype=torch.bool)
+        position = local_class = exchange.held(exchange.rows(class_id, fill=_NO_LABEL))
+        lost = position.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
-            before = label
-            sample = sampling.ChosenBy(self.sample).choose(exchange, label, len(weight))
-            weight, _, label = sampling.sampled(
-                weight, None, label, sample.classes, False, weight.dtype
+            sample = sampling.ChosenBy(self.sample).choose(exchange, local_class, len(weight))
+            weight, _, position = sampling.sampled(
+                weight, None, local_class, sample.classes, False, weight.dtype
             )
-            lost = (before >= 0) & (label < 0)
+            lost = (local_class >= 0) & (position < 0)
             if sample.valid is not None:
                 lost = lost | ~sample.valid
         with torch.autocast(x.device.type, torch.float16, enabled=self.fp16):
             logits = F.linear(F.normalize(x.to(weight.dtype)), F.normalize(weight))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-1, 1)
-        logits = self.margin_softmax(logits, label[:, None].clone())  # it may overwrite both
-        target = logits.gather(1, label.clamp_min(0)[:, None])[:, 0]
-        target = torch.where(label >= 0, target, 0)
+        logits = self.margin_softmax(logits, position[:, None].clone())  # it may overwrite both
+        target = logits.gather(1, position.clamp_min(0)[:, None])[:, 0]
+        target = torch.where(position >= 0, target, 0)
         none = target.new_empty(0)
         lse = logits.logsumexp(1).masked_fill(lost, torch.nan)
-        merged = exchange.merge(label, SweepResult(lse, target, none, none, none))
+        merged = exchange.merge(position, SweepResult(lse, target, none, none, none))
         return merged.lse - merged.target_cosine
 
 

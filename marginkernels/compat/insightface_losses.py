@@ -109,8 +109,9 @@ class CosineMarginLoss(MarginLoss):
         column = labels.reshape(-1, 1).clamp_min(0)
         c, ones = logits.gather(1, column), torch.ones_like(logits[:, 0])
         t = self.fused(c[:, 0], margins.Rows(column[:, 0], ones, ones, None, here[:, 0]))
-        threshold = getattr(self.fused, "threshold", None)
-        others = logits if threshold is None else logits.masked_fill(logits > threshold, 0)
+        others = logits
+        if isinstance(self.fused, margins.InterClassFilter):
+            others = logits.masked_fill(logits > self.fused.threshold, 0)
         target = torch.where(here, t[:, None], others.gather(1, column))
         return self.s * others.scatter(1, column, target)
 
@@ -122,7 +123,9 @@ def _m_of(kind: type[margins.ParametricMargin], name: str) -> property:
     """
 
     def read(loss: CosineMarginLoss) -> Any:
-        margin = getattr(loss.fused, "margin", loss.fused)  # inside of a filter
+        margin = loss.fused
+        if isinstance(margin, margins.InterClassFilter):
+            margin = margin.margin
         return margin.m if isinstance(margin, kind) else loss.__dict__[name]
 
     return property(read)

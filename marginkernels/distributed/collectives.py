@@ -157,7 +157,7 @@ class MergeResults(torch.autograd.Function):
         holds_classes: bool,  # a rank without classes swept a stand-in
         check: bool,  # whether values are checked, for which the host waits
         error: Exception | None,  # of this rank, raised on all where values are checked
-        label: Tensor,
+        position: Tensor,
         lse: Tensor,
         target_cosine: Tensor,
         w_norm: Tensor,
@@ -178,7 +178,7 @@ class MergeResults(torch.autograd.Function):
         if check and bool(merged.isnan().any()):
             bad_w = ValueError(ops.BAD_W) if bool(lse.isnan().any()) else None
             raise_together(group, error or bad_w)
-        ctx.save_for_backward(label, lse, merged)
+        ctx.save_for_backward(position, lse, merged)
         maximum = maxima.amax(0)
         ctx.mark_non_differentiable(maximum)
         ctx.set_materialize_grads(False)
@@ -198,14 +198,14 @@ class MergeResults(torch.autograd.Function):
         _: None,
         *grad_bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        label, lse, merged = saved
+        position, lse, merged = saved
         if grad_lse is not None:
             share = torch.where(lse == -torch.inf, 0, (lse - merged).exp())
             grad_lse = grad_lse * share
 
         def of_owner(grad: Tensor | None) -> Tensor | None:
             # backends read the owner's alone, but choose an exponent for fp16 by the greatest
-            return None if grad is None else torch.where(label >= 0, grad, 0)
+            return None if grad is None else torch.where(position >= 0, grad, 0)
 
         return (
             None, None, None, None, None,

@@ -85,7 +85,7 @@ class Exchange(ABC):
     N. :class:`Whole` serves a single process, :class:`Sharded` a rank of a group.
     """
 
-    check: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
+    check_w: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
     wants_stats: bool  # whether any rank wants statistics
 
     @abstractmethod
@@ -121,8 +121,8 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def held(self, label: Tensor) -> Tensor:
-        """Returns labels as local classes of this rank, -1 where another rank holds the class."""
+    def held(self, class_id: Tensor) -> Tensor:
+        """Returns the local classes of this rank, -1 where another rank holds the class."""
 
     @abstractmethod
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
@@ -144,11 +144,11 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
         """Returns the ranks' sweep results as one sweep over all classes would give them.
 
         Args:
-            label: (N,), local classes, -1 where another rank holds the class.
+            position: (N,), the place of the row's class among the swept, -1 where it is not there.
             result: of the sweep over this rank's classes.
         """
 
@@ -170,7 +170,7 @@ class Whole(Exchange):
     """Holds all classes and rows in this process, and exchanges nothing."""
 
     def __init__(self, x: Tensor, wants_stats: bool = False):
-        self.check = "raise" if device_checks.checks_values(x.device) else ""
+        self.check_w = "raise" if device_checks.checks_values(x.device) else ""
         self.wants_stats = wants_stats
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
@@ -184,8 +184,8 @@ class Whole(Exchange):
     ) -> Tensor:
         return own
 
-    def held(self, label: Tensor) -> Tensor:
-        return label
+    def held(self, class_id: Tensor) -> Tensor:
+        return class_id
 
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         return function(*args)
@@ -196,7 +196,7 @@ class Whole(Exchange):
     def scale(self, scale: Tensor, learns: bool) -> Tensor:
         return scale
 
-    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
         return result
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,14 +229,14 @@ class Sharded(Exchange):
         self.factor = dist.get_world_size(self.group) if shard.grad_scale == "ddp" else 1
         self.device = _device(self.group, w, x)
         # ranks raise together, or none does
-        self.check = "mark" if device_checks.checks_values(self.device) else ""
+        self.check_w = "mark" if device_checks.checks_values(self.device) else ""
         n, height = 0 if error else x.shape[0], shard.max_local_batch
         if height is not None and n > height:
             self.error = ValueError(f"x: expected at most max_local_batch={height} rows, got {n}")
         self.wants_dx, self.wants_stats = True, wants_stats
         promised = shard.even_batches or height is not None
         sizes = None
-        if self.check or not promised:
+        if self.check_w or not promised:
             sizes, wants_dx = self._agree(n, x, agreed)
             if promised:
                 sizes = None  # the padding stays, as where ranks do not tell their numbers
@@ -294,12 +294,12 @@ class Sharded(Exchange):
     def _through_own(self, own: Tensor, every: Tensor) -> Tensor:
         return collectives.ReplaceByBatch.apply(own, every, self.layout, self.factor)
 
-    def held(self, label: Tensor) -> Tensor:
-        here = (label >= self.shard.start) & (label < self.shard.stop)
-        return torch.where(here, label - self.shard.start, -1)
+    def held(self, class_id: Tensor) -> Tensor:
+        here = (class_id >= self.shard.start) & (class_id < self.shard.stop)
+        return torch.where(here, class_id - self.shard.start, -1)
 
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
-        if not self.check:
+        if not self.check_w:
             return function(*args)
         try:
             return function(*args)
@@ -316,10 +316,10 @@ class Sharded(Exchange):
         anchor = torch.zeros_like(scale, requires_grad=True)
         return collectives.SumGradients.apply(scale, anchor, self.group)
 
-    def merge(self, label: Tensor, result: SweepResult) -> SweepResult:
+    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
         given = [t for t in result if t is not None]  # bias_y, the last, may be None
         merged = collectives.MergeResults.apply(
-            self.group, self.shard.size > 0, bool(self.check), self.error, label, *given
+            self.group, self.shard.size > 0, bool(self.check_w), self.error, position, *given
         )
         return SweepResult(*merged)
 

@@ -4,10 +4,10 @@
 
 :mod:`marginkernels.distributed.exchange` says what the ranks exchange in a step.
 
-All ranks compute the same loss, over the rows of all ranks. Of what is split, each rank gets the
-gradient of its own part: the weights of its classes, as in one process, and the features of its
-rows, times the number of ranks (``grad_scale``). Of what all ranks hold, learnable margins and
-scales, each rank gets the whole gradient, and averaging it over the ranks changes nothing.
+All ranks compute the same loss, over the rows of all ranks. A rank gets the gradient of its own
+weights, as in one process, and of the features of its own rows, times the number of ranks
+(``grad_scale``). It gets the whole gradient of learnable margins and scales, which all ranks hold.
+Averaging that one over the ranks changes nothing.
 
 Where the group is one dimension of a larger mesh, the replicas of a class see different rows. The
 trainer then averages their gradients.

@@ -50,7 +50,7 @@ class Bounded(NamedTuple):
 
 
 class MarginHooks:
-    """Answers what the library asks of a margin besides t, for a margin with nothing to add."""
+    """Declares the hooks of a margin, with defaults that add nothing to the loss."""
 
     training: bool
     __call__: Callable[..., Any]  # (c, rows) -> t
@@ -68,7 +68,7 @@ class MarginHooks:
         return type(self).__name__
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
-        """Says what becomes of the cosines to the other classes.
+        """Returns the transform of the other classes' cosines.
 
         It is called before the sweep, without gradient.
 

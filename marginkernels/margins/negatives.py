@@ -115,7 +115,7 @@ class MVSoftmax(ParametricMargin):
     cos(theta_y + m) ("arc"). This is the paper's adaptive weight, exp(s t (c_j + 1)). Usual values:
     m = 0.35 with "am", 0.5 with "arc", t = 0.2, scale 32: those of the authors' SV-X-Softmax
     (FaceX-Zoo has t = 0.12). The target has the easy branch, without which training has been seen
-    to diverge: for "am" FaceX-Zoo's, c > m, where the authors' code has c > 0.
+    to diverge. For "am" the branch is c > m as in FaceX-Zoo; the authors' code has c > 0.
 
     Args:
         m: margin: a float, 0-d tensor or table (num_classes,).
@@ -149,8 +149,9 @@ class CurricularFace(Stateful, ArcFace):
     """Computes t = cos(theta + m) with the hard branch, others c_j (t + c_j) where c_j >
     cos(theta_y + m): CurricularFace (Huang et al., 2020, arXiv:2004.00288).
 
-    ``t``, a buffer from 0, is the moving average of the target cosines, in training mode with those
-    of the present batch: hard classes count for little while training starts and for more later.
+    The buffer ``t`` is the moving average of the target cosines, from 0. In training mode it
+    includes the present batch. So hard classes count for little while training starts, and for more
+    later.
     Hard is what exceeds cos(theta_y + m) itself, not the value of the branch. Usual values: m =
     0.5, scale 64, alpha = 0.01 (TFace: 0.1).
 

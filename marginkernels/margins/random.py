@@ -31,10 +31,10 @@ class ElasticFace(ParametricMargin):
         std: standard deviation of the margins.
         kind: "arc" or "cos".
         plus: see above.
-        seed: of random numbers that are the margin's own, an integer in [0, 2^63): those of a
-            training step follow from the seed, the number of the step, which is saved, and the
-            process's rank. ``torch.compile`` breaks its graph for them. None: torch's default
-            generator, and nothing is saved.
+        seed: starts a generator of the margin's own, an integer in [0, 2^63). The numbers of a
+            training step follow from the seed, the process's rank and the number of the step, which
+            is saved. ``torch.compile`` breaks its graph for them. None: torch's default generator,
+            and nothing is saved.
         gradient: "exact" or "straight_through", see :class:`ParametricMargin`.
     """
 

@@ -177,7 +177,7 @@ class SphereFace(ParametricMargin):
 class X2Softmax(ParametricMargin):
     """Computes t = a (theta - h)^2 + k: X2-Softmax (Xu et al., 2023, arXiv:2312.05281).
 
-    A parabola instead of the cosine: for a < 0 and h <= 0 it falls on all of [0, pi], and its
+    It replaces the cosine by a parabola, which falls on all of [0, pi] for a < 0 and h <= 0. Its
     distance from the cosine, the margin, grows with the angle. k is the ``m`` of the base class:
     what a table or ``row_margin`` replaces. Usual values: those of the training script published
     with it, a = -0.9, h = 0, k = 0.65 with scale 64. Like that code this one has the

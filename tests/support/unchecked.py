@@ -76,14 +76,14 @@ def choose(index: Any) -> Callable[[Tensor], Tensor]:
 
 
 SAMPLES = {  # what a sampler returns for rows of the classes 3, 7, 7; words of the error
-    "a class is missing": ([2, 3, 5, 9], ["sampler:", "class 7"]),
-    "unsorted": ([7, 3, 5], ["sampler:", "sorted", "got 3"]),
-    "repeated": ([3, 7, 7], ["sampler:", "without repetition", "got 7"]),
-    "too large": ([3, 7, C], ["sampler:", f"[0, {C})", f"got {C}"]),
-    "negative": ([-1, 3, 7], ["sampler:", f"[0, {C})", "got -1"]),
-    "floats": ([3.0, 7.0], ["sampler:", "int64", "float32"]),
-    "empty": (torch.empty(0, dtype=torch.int64), ["sampler:", f"1 to {C}", "(0,)"]),
-    "2-d": ([[3, 7]], ["sampler:", "(1, 2)"]),
+    "a class is missing": ([2, 3, 5, 9], ["sampling:", "class 7"]),
+    "unsorted": ([7, 3, 5], ["sampling:", "sorted", "got 3"]),
+    "repeated": ([3, 7, 7], ["sampling:", "without repetition", "got 7"]),
+    "too large": ([3, 7, C], ["sampling:", f"[0, {C})", f"got {C}"]),
+    "negative": ([-1, 3, 7], ["sampling:", f"[0, {C})", "got -1"]),
+    "floats": ([3.0, 7.0], ["sampling:", "int64", "float32"]),
+    "empty": (torch.empty(0, dtype=torch.int64), ["sampling:", f"1 to {C}", "(0,)"]),
+    "2-d": ([[3, 7]], ["sampling:", "(1, 2)"]),
 }
 
 

@@ -126,8 +126,8 @@ def statistics_kernel(
 ):
     """Takes softmax statistics of the negatives in a row tile and every ``columns``-th class tile.
 
-    Logits are in units of ln 2 where the row factor can take that in, so that an exponential is one
-    FFMA and one EX2; with a bias they are plain, which keeps the digits of a large one.
+    Logits are in units of ln 2 where the row factor can take that in: an exponential is then one
+    FFMA and one EX2. With a bias logits are plain, which keeps the digits of a large bias.
     """
     PER_UNIT: tl.constexpr = LOG2E if bias is None else 1.0  # 1 / unit
     TO_LOG2: tl.constexpr = 1.0 if bias is None else LOG2E
