@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, numerics, ops, validation
 from .distributed.shard import ClassShard
-from .margins import MarginHooks
+from .margins import MarginHooks, name_of
 from .norms import row_norm
 from .sampling import Sampling
 from .scales import AdaptiveScale, observer_of
@@ -169,7 +169,7 @@ def _tile_obstacles(
         "a bias": bias is not None,
         "logq": sampling is not None and sampling.logq,
         "label_smoothing": settings.label_smoothing > 0,
-        f"{margin.name}, which transforms the negatives": margin.transforms_negatives,
+        f"{name_of(margin)}, which transforms the negatives": margin.transforms_negatives,
         "a scale that is no number": not is_number,
         _GREAT_SCALE: is_number and scale >= numerics.OFFSET_SCALE_LIMIT,
         f"compute type {compute_dtype}": compute_dtype not in (torch.float32, torch.bfloat16),

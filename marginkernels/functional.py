@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from . import loss
 from .call import Call, Operands, agreed, check
 from .distributed.exchange import Exchange, opened
-from .distributed.shard import ClassShard, global_rank
+from .distributed.shard import ClassShard
 from .loss import HeadStats
 from .margins import Rows
 from .norms import row_norm
@@ -151,7 +151,7 @@ def margin_cross_entropy(
 
     target = loss.target_of(call, batch, result)
     seen = loss.statistics(target, result, s) if return_stats else None
-    t = loss.margined(call.margin, target.cosine, target.rows)
+    t = loss.margined(call, target)
     row_loss = loss.row_losses(call, batch, target, result, target.logit(s, t))
     value = loss.reduced(row_loss, batch, reduction)
     return value if seen is None else (value, HeadStats(*seen, row_loss.detach()))
@@ -159,7 +159,7 @@ def margin_cross_entropy(
 
 def _gathered(exchange: Exchange, call: Call) -> Batch:
     """Gathers the rows of all ranks."""
-    noise = call.margin.draw(call.x, global_rank()) if call.margin.training else None
+    noise = loss.drawn(call) if exchange.is_split else None  # by the rank that has the rows
     x = exchange.features(call.x, sent_as=call.x_dtype)
     class_id = exchange.rows(call.label, fill=call.settings.ignore_index)
     x_norm = exchange.of_own_rows(call.x_norm, row_norm, x, call.compute_dtype)

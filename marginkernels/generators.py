@@ -5,6 +5,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
@@ -94,6 +95,11 @@ def without_unused(
 def random_seed() -> int:
     """Draws a seed from torch's default generator, whatever the default device."""
     return int(torch.randint(2**62, (), device="cpu"))
+
+
+def process_rank() -> int:
+    """Returns the rank in the default process group, or 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def rank_generator(device: torch.device, rank: int) -> torch.Generator:

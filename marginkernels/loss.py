@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
-from .margins import MarginHooks, Rows
+from .generators import process_rank
+from .margins import Rows, name_of
 from .results import SweepResult
 from .sweep import Batch
 
@@ -61,13 +62,21 @@ def statistics(target: Target, result: SweepResult, scale: Tensor) -> tuple[Tens
     return cosine, (target.found & (z_y > result.logit_max)).detach()
 
 
-def margined(margin: MarginHooks, c: Tensor, rows: Rows) -> Tensor:
-    """Calls the margin on the cosines c (N,), and checks and casts what it returns."""
-    t = margin(c, rows)
+def drawn(call: Call) -> Tensor | None:
+    """Draws the random numbers that the margin needs for this rank's rows, or returns None."""
+    return call.margin.draw(call.x, process_rank()) if call.margin.training else None
+
+
+def margined(call: Call, target: Target) -> Tensor:
+    """Calls the margin on the cosines (N,), and checks and casts what it returns."""
+    c, rows = target.cosine, target.rows
+    if rows.noise is None:  # in one process they are drawn once the sweep has accepted the batch
+        rows = rows._replace(noise=drawn(call))
+    t = call.margin(c, rows)
     if not isinstance(t, Tensor) or t.shape != c.shape:
         came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(
-            f"margin: expected {margin.name} to return a tensor {tuple(c.shape)} "
+            f"margin: expected {name_of(call.margin)} to return a tensor {tuple(c.shape)} "
             f"for the rows' cosines, got {came}"
         )
     return t.to(c.dtype)

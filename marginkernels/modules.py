@@ -114,7 +114,7 @@ class MarginSoftmaxHead(nn.Module):
         )  # fmt: skip
         validation.check_settings(self.settings)
         self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.margin, self.scale, self.sampling = margin, scale, sampling
+        self.margin, self.scale = margin, scale
         observer = observer_of(scale)
         validation.check_cosines(hooks, observer, normalize, bias)
         validation.check_sampling(sampling, label_smoothing, hooks, observer)
@@ -122,12 +122,15 @@ class MarginSoftmaxHead(nn.Module):
         self.shard = self._mesh = None
         if sharding is not None:
             self._mesh, self.shard = sharding.split(num_classes, device)
-            self._require_agreement(self.shard, bias, dtype or torch.get_default_dtype())
+            self._require_agreement(
+                self.shard, bias=bias, dtype=dtype or torch.get_default_dtype(), sampling=sampling
+            )
             self._copy_first(self.shard)
             refuse_ddp()
         self.sampler = None
         if sampling is not None and not sampling.takes_all:
             self.sampler = step_generators(None if self.shard is None else self.shard.group)
+        self.sampling = sampling
         self.weight = self._parameter((num_classes, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
@@ -138,11 +141,18 @@ class MarginSoftmaxHead(nn.Module):
             if isinstance(value, AdaptiveScale):
                 value.check(self.num_classes)
             arguments.replace(self, name, value)
+        elif name == "sampling":
+            validation.check_own_generator(value)
+            if self.sampler is None and not (value is None or value.takes_all):
+                raise ValueError(
+                    "sampling: expected None for a head that was made without, and has no "
+                    f"generator for a sample, got {value}"
+                )
         elif name == "weight" and hasattr(value, "to_local"):
             self._split = True
         super().__setattr__(name, value)
 
-    def _require_agreement(self, shard: ClassShard, bias: bool, dtype: torch.dtype) -> None:
+    def _require_agreement(self, shard: ClassShard, **given: object) -> None:
         scale: object = self.scale
         if isinstance(scale, Tensor):
             scale = f"{type(scale).__name__} {scale.dtype} {tuple(scale.shape)}"
@@ -150,10 +160,9 @@ class MarginSoftmaxHead(nn.Module):
         settings = self.settings._asdict()
         del settings["save_tiles"], settings["backend"]
         require_agreement(
-            shard.group, dtype=dtype, bias=bias, scale=scale, grad_scale=shard.grad_scale,
-            even_batches=shard.even_batches, max_local_batch=shard.max_local_batch,
-            embedding_size=self.embedding_size, num_classes=self.num_classes, margin=self.margin,
-            sampling=self.sampling, **settings,
+            shard.group, scale=scale, grad_scale=shard.grad_scale, even_batches=shard.even_batches,
+            max_local_batch=shard.max_local_batch, embedding_size=self.embedding_size,
+            num_classes=self.num_classes, margin=self.margin, **given, **settings,
         )  # fmt: skip
 
     def _parameter(

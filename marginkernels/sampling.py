@@ -44,7 +44,7 @@ class Sampling:
 
     def described(self) -> str:
         """Describes what has to be the same on all ranks."""
-        return type(self).__name__
+        return f"{type(self).__name__}(logq={self.logq})"
 
 
 @dataclass(frozen=True)

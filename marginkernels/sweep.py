@@ -12,8 +12,8 @@ from . import backends, ops
 from .autograd import HeadFunction
 from .call import Call
 from .distributed.exchange import Exchange
-from .margins import Rows
-from .norms import unit_rows
+from .margins import Rows, name_of
+from .norms import row_norm
 from .results import SweepResult
 from .sampling import sampled
 from .transforms import IDENTITY, Transform
@@ -140,7 +140,7 @@ class Sweep:
         if row_parameter is not None:
             if row_parameter.shape != rows.label.shape:
                 raise ValueError(
-                    f"margin: expected {margin.name} to return a row_parameter "
+                    f"margin: expected {name_of(margin)} to return a row_parameter "
                     f"{tuple(rows.label.shape)}, got {tuple(row_parameter.shape)}"
                 )
             row_parameter = row_parameter.to(dtype)
@@ -154,10 +154,10 @@ class Sweep:
 
         It is 0 where the class is not here.
         """
-        dtype = self.call.compute_dtype
-        unit = unit_rows(self.w[self.position.clamp_min(0)], dtype)
-        dot = (ops.rounded(self.batch.x, dtype) * unit).sum(1)
-        return torch.where(self.position >= 0, dot / self.batch.rows.x_norm, 0)
+        dtype, w_y = self.call.compute_dtype, self.w[self.position.clamp_min(0)]
+        dot = (ops.rounded(self.batch.x, dtype) * ops.rounded(w_y, dtype)).sum(1)
+        norms = self.batch.rows.x_norm * row_norm(w_y, dtype)
+        return torch.where(self.position >= 0, dot / norms, 0)
 
 
 def saves_tiles(

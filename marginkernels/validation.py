@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import arguments, device_checks, numerics, ops
 from .distributed.shard import ClassShard
-from .margins import MarginHooks, adapted
+from .margins import MarginHooks, adapted, name_of
 from .sampling import PartialFC, Sampling
 from .scales import AdaptiveScale
 from .settings import Settings
@@ -138,7 +138,7 @@ def _looks_at_all(margin: MarginHooks, observer: AdaptiveScale | None) -> str | 
     """Names the scale or margin that inspects every cosine, or returns None."""
     if observer is not None:
         return type(observer).__name__
-    return margin.name if margin.transforms_negatives else None
+    return name_of(margin) if margin.transforms_negatives else None
 
 
 def check_cosines(
@@ -147,7 +147,9 @@ def check_cosines(
     """Checks that losses that inspect every cosine have normalize="both" and no bias."""
     looks = _looks_at_all(margin, observer)
     if observer is not None and margin.transforms_negatives:
-        raise ValueError(f"scale: expected one that does not adapt with {margin.name}, got {looks}")
+        raise ValueError(
+            f"scale: expected one that does not adapt with {name_of(margin)}, got {looks}"
+        )
     if looks is not None and normalize != "both":
         raise ValueError(f"normalize: expected 'both' with {looks}, got {normalize!r}")
     if looks is not None and bias:

@@ -114,6 +114,10 @@ DIFFERENCES = {
 }
 
 
+def half(label):
+    return torch.arange(C // 2)
+
+
 def differing(promise):
     messages = {}
     for case, (value, _) in DIFFERENCES.items():
@@ -128,6 +132,7 @@ def differing(promise):
         "margin's branch": dict(margin=ArcFace(0.2, branch="easy" if odd else "none")),
         "scale that sweeps twice": dict(margin=NSoftmax(), scale=AdaCos(C, delayed=odd)),
         "sample_weight's type": dict(sample_weight=torch.ones(N, dtype=F64 if odd else None)),
+        "logq of a function": dict(sampling=ChosenBy(half, logq=odd)),
     }.items():
         messages[case] = raised_by(lambda s=settings: call(my_shard(C, **promise), **s))
     return messages
@@ -145,6 +150,7 @@ def test_settings_that_differ_are_named_on_all_ranks(promise):
     names = {case: name for case, (_, name) in DIFFERENCES.items()}
     names |= {"k": "k", "grad mode": "torch.is_grad_enabled()", "margin's branch": "margin"}
     names |= {"scale that sweeps twice": "scale", "sample_weight's type": "sample_weight"}
+    names |= {"logq of a function": "sampling"}
     for case, name in names.items():
         assert first[case] is not None, case
         kind, message = first[case]

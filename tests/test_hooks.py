@@ -5,7 +5,15 @@
 import pytest
 import torch
 
-from marginkernels import ArcFace, Margin, MarginSoftmaxHead, NSoftmax, margin_cross_entropy
+from marginkernels import (
+    ArcFace,
+    ElasticFace,
+    Margin,
+    MarginSoftmaxHead,
+    NSoftmax,
+    PartialFC,
+    margin_cross_entropy,
+)
 from marginkernels.margins import InterClassFilter
 from marginkernels.transforms import Transform
 from tests.support.losses import C, operands, solve
@@ -29,17 +37,15 @@ class Everything:
     def draw(self, x, rank=0):
         return torch.linspace(0, 1, len(x))
 
-    def check(self, num_classes, device=None, row_margin=None):
-        if num_classes != C:
-            raise ValueError(f"margin: expected {C} classes, got {num_classes}")
-
 
 class Foreign(Everything, torch.nn.Module):
-    pass
+    check, bounded, name = True, 3.0, "its own"  # which mean nothing to the library
 
 
 class Own(Everything, Margin):
-    pass
+    def check(self, num_classes, device=None, row_margin=None):
+        if num_classes != C:
+            raise ValueError(f"margin: expected {C} classes, got {num_classes}")
 
 
 class Bare(torch.nn.Module):
@@ -66,10 +72,13 @@ def test_a_module_of_the_users_own_has_the_hooks_that_it_defines():
     assert all(map(torch.equal, losses(InterClassFilter(Bare(), 1.0)), plain))
 
 
-@pytest.mark.parametrize("kind", [Foreign, Own])
-def test_the_check_of_a_margin_is_asked(kind):
+def test_the_check_of_a_margin_is_asked():
     with pytest.raises(ValueError, match=f"margin: expected {C} classes, got 5"):
-        MarginSoftmaxHead(8, 5, margin=kind(), scale=16.0)
+        MarginSoftmaxHead(8, 5, margin=Own(), scale=16.0)
+
+
+@pytest.mark.parametrize("kind", [Foreign, Own])
+def test_margins_with_negatives_are_refused_by_name(kind):
     with pytest.raises(ValueError, match=f"normalize: expected 'both' with {kind.__name__}"):
         MarginSoftmaxHead(8, C, margin=kind(), scale=16.0, normalize="none")
     with pytest.raises(ValueError, match=kind.__name__):
@@ -95,3 +104,23 @@ class Observing(torch.nn.Module):
 def test_a_scale_that_observes_derives_from_adaptive_scale():
     with pytest.raises(TypeError, match=r"scale: expected Observing, .* to derive from .*Adaptive"):
         MarginSoftmaxHead(8, C, margin=NSoftmax(), scale=Observing())
+
+
+def test_a_call_that_fails_draws_nothing():
+    margin, (x, w, y) = ElasticFace(seed=3), operands()
+    state = torch.get_rng_state()
+    for each in (margin, ElasticFace()):
+        with pytest.raises(ValueError, match="w: expected finite rows"):
+            margin_cross_entropy(x, 1e20 * w, y, margin=each, scale=16.0)
+    assert margin.generators.step == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sampling_takes_the_place_of_another_where_there_is_a_generator():
+    head = MarginSoftmaxHead(8, C, margin=ArcFace(), scale=16.0, sampling=PartialFC(0.5))
+    head.sampling = PartialFC(0.7, logq=True)
+    with pytest.raises(TypeError, match="sampling: expected PartialFC without a generator"):
+        head.sampling = PartialFC(0.7, generator=torch.Generator())
+    assert head.sampling == PartialFC(0.7, logq=True)
+    head = MarginSoftmaxHead(8, C, margin=ArcFace(), scale=16.0)
+    with pytest.raises(ValueError, match=r"sampling: expected None for a head .*rate=0.5"):
+        head.sampling = PartialFC(0.5)

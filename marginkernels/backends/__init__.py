@@ -41,24 +41,25 @@ def register(backend: Backend) -> None:
 @contextlib.contextmanager
 def registered(backend: Backend) -> Iterator[None]:
     """Has a backend registered inside the context, in place of one of the same name if there is."""
-    before = dict(_registered)
+    global _registered
+    before = _registered
     _put(backend)
     try:
         yield
     finally:
-        _registered.clear()
-        _registered.update(before)
+        _registered = before
         forget_selections()
 
 
 def _put(backend: Backend) -> None:
+    global _registered
     if backend.name not in _with_ops:
         ops.define_head(backend.name, backend.tiles_shape)
-        backend.register_kernels()
         _with_ops.add(backend.name)
+        backend.register_kernels()
     backends = {**_registered, backend.name: backend}
-    _registered.clear()
-    _registered.update(sorted(backends.items(), key=lambda item: -item[1].priority))
+    # a new table, because other threads may be reading the one before
+    _registered = dict(sorted(backends.items(), key=lambda item: -item[1].priority))
     forget_selections()
 
 
@@ -127,9 +128,10 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _best(device: torch.device, compute_dtype: torch.dtype) -> str:
     """Returns the first that runs, and warns of its caveat once for each type of device."""
-    why_not = {name: reasons(name, device, compute_dtype) for name in _registered}
+    known = _registered
+    why_not = {name: known[name].unavailable_reasons(device, compute_dtype) for name in known}
     best = next(name for name, obstacles in why_not.items() if not obstacles)
-    caveat = _registered[best].caveat
+    caveat = known[best].caveat
     if caveat and compute_dtype != torch.float64 and device.type not in _warned:
         _warned.add(device.type)
         others = ". ".join(f"{name}: {'; '.join(why)}" for name, why in why_not.items() if why)

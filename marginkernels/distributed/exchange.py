@@ -85,6 +85,7 @@ class Exchange(ABC):
     N. :class:`Whole` serves a single process, :class:`Sharded` a rank of a group.
     """
 
+    is_split: bool  # whether other ranks hold classes and rows too
     check_w: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
     wants_stats: bool  # whether any rank wants statistics
 
@@ -169,6 +170,8 @@ class Exchange(ABC):
 class Whole(Exchange):
     """Holds all classes and rows in this process, and exchanges nothing."""
 
+    is_split = False
+
     def __init__(self, x: Tensor, wants_stats: bool = False):
         self.check_w = "raise" if device_checks.checks_values(x.device) else ""
         self.wants_stats = wants_stats
@@ -215,6 +218,8 @@ class Sharded(Exchange):
         agreed: gives the values that have to be the same on all ranks. The ranks compare them, and
             errors show them, as strings.
     """
+
+    is_split = True
 
     def __init__(
         self,

@@ -35,11 +35,6 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def global_rank() -> int:
-    """Returns the rank in the default process group, or 0 where there is none."""
-    return dist.get_rank() if in_group() else 0
-
-
 def check_settings(grad_scale: str, even_batches: bool, max_local_batch: int | None) -> None:
     """Raises TypeError or ValueError for settings that a :class:`ClassShard` does not take."""
     if grad_scale not in ("ddp", "exact"):

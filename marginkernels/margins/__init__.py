@@ -4,7 +4,7 @@
 
 from .angles import safe_acos, safe_sin
 from .annealed import ASoftmax, LSoftmax
-from .base import Margin, MarginHooks, Rows, adapted, straight_through
+from .base import Margin, MarginHooks, Rows, adapted, name_of, straight_through
 from .negatives import AirFace, ArcNegFace, CurricularFace, InterClassFilter, MVSoftmax
 from .norms import AdaFace, MagFace
 from .parametric import Interval, ParametricMargin
@@ -38,6 +38,7 @@ __all__ = [
     "X2Softmax",
     "adapted",
     "margins_from_counts",
+    "name_of",
     "safe_acos",
     "safe_sin",
     "straight_through",

@@ -62,11 +62,6 @@ class MarginHooks:
         super().__init_subclass__(**settings)
         cls.transforms_negatives = cls.negatives is not MarginHooks.negatives
 
-    @property
-    def name(self) -> str:
-        """Names the margin in errors."""
-        return type(self).__name__
-
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         """Returns the transform of the other classes' cosines.
 
@@ -101,7 +96,7 @@ class MarginHooks:
             device: that of the embeddings, or None where it is not known yet.
         """
         if row_margin is not None and not self.takes_row_margin:
-            raise ValueError(f"row_margin: expected None for {self.name}, which has no m")
+            raise ValueError(f"row_margin: expected None for {name_of(self)}, which has no m")
 
     def bounded(self, row_margin: Tensor | None) -> Bounded | None:
         """Names the tensor whose values are checked, or returns None."""
@@ -122,7 +117,8 @@ class Margin(MarginHooks, nn.Module):
 class _Adapted(MarginHooks):
     """Gives an ``nn.Module`` the hooks that it does not define itself."""
 
-    _HOOKS = ("needs_target_cosine", "negatives", "regularizer", "draw", "check", "bounded")
+    # not check and bounded, which mean other things in modules that know nothing of margins
+    _HOOKS = ("needs_target_cosine", "negatives", "regularizer", "draw")
 
     def __init__(self, module: nn.Module):
         self.module, self.training = module, module.training
@@ -132,10 +128,6 @@ class _Adapted(MarginHooks):
             if hasattr(module, hook):
                 setattr(self, hook, getattr(module, hook))
 
-    @property
-    def name(self) -> str:
-        return type(self.module).__name__
-
     def __call__(self, c: Tensor, rows: Rows) -> Tensor:
         return self.module(c, rows)
 
@@ -143,6 +135,11 @@ class _Adapted(MarginHooks):
 def adapted(module: nn.Module) -> MarginHooks:
     """Returns a margin with all hooks: the module itself where it is a :class:`Margin`."""
     return module if isinstance(module, Margin) else _Adapted(module)
+
+
+def name_of(margin: MarginHooks) -> str:
+    """Names a margin in errors, by the class that the user has given."""
+    return type(margin.module if isinstance(margin, _Adapted) else margin).__name__
 
 
 def straight_through(function: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:

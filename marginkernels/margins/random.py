@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import integer, number
-from ..generators import StepGenerators, without_unused
+from ..generators import StepGenerators, process_rank, without_unused
 from .base import Rows
 from .parametric import Interval, ParametricMargin
 from .target import arc
@@ -63,7 +63,9 @@ class ElasticFace(ParametricMargin):
         m = super().of_rows(c, rows)
         if not self.training:
             return m
-        noise = self.std * (self.draw(c) if rows.noise is None else rows.noise).to(c.dtype)
+        noise = self.std * (self.draw(c, process_rank()) if rows.noise is None else rows.noise).to(
+            c.dtype
+        )
         return m + (_by_difficulty(noise, c.detach(), rows.kept) if self.plus else noise)
 
     def draw(self, x: Tensor, rank: int = 0) -> Tensor:
