@@ -128,7 +128,7 @@ def replace(owner: nn.Module, name: str, value: Any) -> None:
     if home is owner._buffers and name not in home:
         owner.register_buffer(name, None)
     # fully_shard puts a whole parameter in the place of its part, and back, at each step
-    if not any(hasattr(tensor, "to_local") for tensor in (now, value)):
+    if not any(is_dtensor(tensor) for tensor in (now, value)):
         setattr(owner, f"_given_{name}", kept(value))
 
 
@@ -161,3 +161,16 @@ def restore(name: str, tensor: Any, given: Tensor | None) -> None:
         )
         given = torch.full_like(tensor, math.nan)
     tensor.copy_(given)
+
+
+def is_dtensor(value: object) -> bool:
+    """Returns whether the value is a DTensor, of which this process may hold a part only."""
+    return hasattr(value, "to_local")
+
+
+def reset_inside(owner: nn.Module) -> None:
+    """Calls ``reset_parameters`` of every module inside ``owner`` that has one."""
+    for module in owner.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if module is not owner and callable(reset):
+            reset()

@@ -14,7 +14,7 @@ from .margins import MarginHooks, name_of
 from .norms import row_norm
 from .sampling import Sampling
 from .scales import AdaptiveScale, observer_of
-from .settings import Settings
+from .settings import Settings, shared
 
 # built at import, because torch.compile(dynamic=True) cannot format a float
 _GREAT_SCALE = f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more"
@@ -107,17 +107,15 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
     described: object = type(scale).__name__ if isinstance(scale, Tensor) else scale
     if isinstance(scale, nn.Module):
         training, described = (margin.training, scale.training), _described(scale)
-    # compute_dtype is compared as resolved; ranks may differ in how they compute
-    own = ("compute_dtype", "save_tiles", "backend")
     given = dict(sample_weight=call.sample_weight, row_margin=call.row_margin)
     return {
         "margin": _described(margin),
         "training": training,
         "scale": described,
         "learnable scale": call.learns_scale,
-        "compute_dtype": call.compute_dtype,
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        **{name: value for name, value in call.settings._asdict().items() if name not in own},
+        **shared(call.settings),
+        "compute_dtype": call.compute_dtype,  # as it was resolved
         "bias": "None" if call.bias is None else "given",
         "sampling": "None" if call.sampling is None else call.sampling.described(),
         # the numbers of rows are gathered as they are

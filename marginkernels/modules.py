@@ -31,7 +31,7 @@ from .generators import rank_generator, without_unused
 from .loss import HeadStats
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
-from .settings import Setting, Settings
+from .settings import Setting, Settings, shared
 
 
 class MarginSoftmaxHead(nn.Module):
@@ -148,7 +148,7 @@ class MarginSoftmaxHead(nn.Module):
                     "sampling: expected None for a head that was made without, and has no "
                     f"generator for a sample, got {value}"
                 )
-        elif name == "weight" and hasattr(value, "to_local"):
+        elif name == "weight" and arguments.is_dtensor(value):
             self._split = True
         super().__setattr__(name, value)
 
@@ -156,13 +156,10 @@ class MarginSoftmaxHead(nn.Module):
         scale: object = self.scale
         if isinstance(scale, Tensor):
             scale = f"{type(scale).__name__} {scale.dtype} {tuple(scale.shape)}"
-        # ranks may differ in how they compute
-        settings = self.settings._asdict()
-        del settings["save_tiles"], settings["backend"]
         require_agreement(
             shard.group, scale=scale, grad_scale=shard.grad_scale, even_batches=shard.even_batches,
             max_local_batch=shard.max_local_batch, embedding_size=self.embedding_size,
-            num_classes=self.num_classes, margin=self.margin, **given, **settings,
+            num_classes=self.num_classes, margin=self.margin, **given, **shared(self.settings),
         )  # fmt: skip
 
     def _parameter(
@@ -188,10 +185,7 @@ class MarginSoftmaxHead(nn.Module):
         """
         self._reset_classes()
         arguments.restore("scale", self.scale, self._given_scale)
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and callable(reset):
-                reset()
+        arguments.reset_inside(self)
         if self.shard is not None:
             self._copy_first(self.shard)
 
@@ -369,7 +363,7 @@ class MarginSoftmaxHead(nn.Module):
             # each rank takes its own of a tensor with all classes
             for name in ("weight", "bias"):
                 value = state_dict.get(prefix + name)
-                if isinstance(value, Tensor) and not hasattr(value, "to_local"):
+                if isinstance(value, Tensor) and not arguments.is_dtensor(value):
                     rows = value[self.shard.start : self.shard.stop]
                     rows = rows.to(local(self.weight).device)
                     state_dict[prefix + name] = sharded(rows, self._mesh, value.shape)

@@ -21,6 +21,18 @@ class Settings(NamedTuple):
     backend: str
 
 
+def shared(settings: Settings) -> dict[str, object]:
+    """Returns the settings that have to be the same on all ranks, by name.
+
+    Ranks may differ in how they compute.
+    """
+    return {
+        name: value
+        for name, value in settings._asdict().items()
+        if name not in ("save_tiles", "backend")
+    }
+
+
 class Setting:
     """Reads a field of ``head.settings`` as an attribute of the head, and replaces it there."""
 

@@ -99,7 +99,7 @@ def check_tensor(
 
 def check_local(name: str, t: Tensor) -> None:
     """Checks that ``t`` is no DTensor, of which this process may hold a part only."""
-    if hasattr(t, "to_local"):
+    if arguments.is_dtensor(t):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor. MarginSoftmaxHead(..., sharding=mesh)"
             " splits the classes over ranks; of a tensor that fully_shard or another wrapper has "

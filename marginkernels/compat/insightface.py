@@ -154,10 +154,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         have ``reset_parameters``.
         """
         self._reset_weight()
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and callable(reset):
-                reset()
+        arguments.reset_inside(self)
 
     def _reset_weight(self) -> None:
         if not self.weight.is_meta:

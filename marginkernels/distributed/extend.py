@@ -138,7 +138,7 @@ def _is_per_class(key: str, value: Any, parameter: Tensor) -> bool:
         and key not in _OF_ALL_CLASSES
         and value.shape[:1] == parameter.shape[:1]
         and value.ndim == parameter.ndim
-        and hasattr(value, "to_local") == hasattr(parameter, "to_local")
+        and arguments.is_dtensor(value) == arguments.is_dtensor(parameter)
     )
 
 

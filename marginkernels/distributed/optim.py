@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..arguments import is_dtensor
 from .shard import local
 
 
@@ -95,8 +96,8 @@ def clip_grad_norm_(
     DistributedDataParallel.
     """
     gradients = _gradients(parameters)
-    whole = [g for g in gradients if not hasattr(g, "to_local")]
-    norms = [_norm(g, norm_type) for g in gradients if hasattr(g, "to_local")]
+    whole = [g for g in gradients if not is_dtensor(g)]
+    norms = [_norm(g, norm_type) for g in gradients if is_dtensor(g)]
     if whole:
         norms.append(get_total_norm(whole, norm_type))
     total = get_total_norm(norms, norm_type, error_if_nonfinite)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ...arguments import is_dtensor
 from ...generators import is_state_of_generators
 from ..shard import ClassShard, held_shards
 from .index import Index
@@ -52,7 +53,7 @@ class State:
         self._shards = {
             _name(model, name): shard
             for name, (tensor, shard) in held_shards(model).items()
-            if not hasattr(tensor, "to_local")
+            if not is_dtensor(tensor)
         }
         self._in_model = get_model_state_dict(model)
         self._parameters = {_name(model, name): p for name, p in model.named_parameters()}
@@ -97,11 +98,11 @@ class State:
     def _storable(self, name: str, key: str, value: Any) -> Any:
         """Returns an entry of the optimizer's state of a parameter as it is saved."""
         parameter, shard = self._parameters[name], self._shards.get(name)
-        on_one_rank = isinstance(value, Tensor) and not hasattr(value, "to_local") and value.ndim
+        on_one_rank = isinstance(value, Tensor) and not is_dtensor(value) and value.ndim
         if on_one_rank and shard is not None and len(value) == shard.size == len(parameter):
             return Rows(value, shard)
         if (on_one_rank or isinstance(value, dict | list | tuple)) and (
-            shard is not None or hasattr(parameter, "to_local")
+            shard is not None or is_dtensor(parameter)
         ):
             raise ValueError(
                 f"optimizer: expected state of {name}, which is split over ranks, with a row for "
@@ -179,7 +180,7 @@ class State:
         whole = parameter if shard is None else Rows(parameter, shard)
         if shape == whole.size():
             room = torch.empty_like(parameter, dtype=dtype)
-        elif hasattr(parameter, "to_local"):
+        elif is_dtensor(parameter):
             raise ValueError(
                 f"optimizer: expected state of {name} {tuple(whole.size())}, got {key} "
                 f"{tuple(shape)}"
