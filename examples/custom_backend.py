@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marginkernels import ArcFace, CurricularFace, MarginSoftmaxHead, backends, ops
 from marginkernels.numerics import least_norm
-from marginkernels.transforms import TRANSFORMS
+from marginkernels.transforms import TRANSFORMS, checked
 
 
 class DenseBackend(backends.Backend):
@@ -49,8 +49,11 @@ class Logits:
         self.unit_x = self.x * self.x_inv[:, None]
         self.unit_w = self.w * self.w_inv[:, None] if normalize_w else self.w
         self.cosine = self.unit_x @ self.unit_w.T
-        function = TRANSFORMS[transform].function
-        self.value, self.slope = function(self.cosine, row_parameter, constants)
+        name, *operands = checked(
+            "dense", TRANSFORMS, transform, row_parameter, constants, rows=len(x),
+            has_bias=bias is not None,
+        )  # fmt: skip
+        self.value, self.slope = TRANSFORMS[name].function(self.cosine, *operands)
         shift = 0 if bias is None else bias
         self.z, self.f = scale * self.cosine + shift, scale * self.value + shift
         self.is_target = torch.arange(len(w), device=w.device) == y[:, None]
@@ -68,16 +71,17 @@ def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
     """Sweeps forward."""
     of = Logits(x, w, y, scale, bias, **settings)
     others = of.f.masked_fill(of.is_target, -torch.inf)
-    empty = of.z.new_empty(0)
     return ops.Forward(
         lse=others.logsumexp(1),
         target_cosine=of.cosine.masked_fill(~of.is_target, 0).sum(1),
         w_norm=torch.where(y >= 0, 1 / of.w_inv[y.clamp_min(0)], 0),
-        logit_sum=of.f.masked_fill(of.is_target, 0).sum(1) if want_sum else empty,
-        logit_max=of.z.masked_fill(of.is_target, -torch.inf).amax(1) if want_max else empty,
+        logit_sum=of.f.masked_fill(of.is_target, 0).sum(1) if want_sum else of.f.new_empty(0),
+        logit_max=of.z.masked_fill(of.is_target, -torch.inf).amax(1)
+        if want_max
+        else of.z.new_empty(0),
         x_inv=of.x_inv,
         w_inv=of.w_inv,
-        tiles=empty,
+        tiles=of.z.new_empty(0),
     )
 
 
@@ -102,12 +106,11 @@ def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
         has_class = y >= 0
         radial = torch.zeros_like(of.w_inv).index_add_(0, y[has_class], grad_w_norm[has_class])
         dw = dw + (radial * of.w_inv)[:, None] * of.w
-    empty = g.new_empty(0)
     return (
         dx.to(x.dtype) if need_x else x.new_empty(0),
         dw.to(w.dtype) if need_w else w.new_empty(0),
-        dbias if need_bias else empty,
-        dscale if need_scale else empty,
+        dbias if need_bias else g.new_empty(0),
+        dscale if need_scale else g.new_empty(0),
     )
 
 

@@ -61,7 +61,8 @@ class MarginSoftmaxHead(nn.Module):
             ``weight`` and ``bias`` are DTensors, Shard(0).
             :mod:`marginkernels.distributed.exchange` says what a step exchanges. All ranks
             construct the head, and call it, together. It must not be inside a
-            DistributedDataParallel, which would make all shards rank 0's: wrap the backbone.
+            DistributedDataParallel, which would overwrite every rank's classes with rank 0's: wrap
+            the backbone.
         sampling: :class:`PartialFC`, for steps on a sample of the classes in training mode, or
             None. The state of the random numbers is saved with the head.
 
@@ -145,7 +146,7 @@ class MarginSoftmaxHead(nn.Module):
             validation.check_own_generator(value)
             if self.sampler is None and not (value is None or value.takes_all):
                 raise ValueError(
-                    "sampling: expected None for a head that was made without, and has no "
+                    "sampling: expected None for a head that was made for all classes, and has no "
                     f"generator for a sample, got {value}"
                 )
         elif name == "weight" and arguments.is_dtensor(value):
@@ -251,6 +252,13 @@ class MarginSoftmaxHead(nn.Module):
         """
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
             self._look_for_replicas()
+        loss = self._loss if self.shard is None else self._split_loss
+        return loss(
+            embeddings, labels, sample_weight=sample_weight, row_margin=row_margin,
+            return_stats=return_stats,
+        )  # fmt: skip
+
+    def _loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Any:
         sampling = None
         if self.training and self.sampling is not None and self.sampler is not None:
             rank = 0 if self.shard is None else dist.get_rank(self.shard.group)
@@ -258,10 +266,12 @@ class MarginSoftmaxHead(nn.Module):
             sampling = dataclasses.replace(self.sampling, generator=generator)
         return margin_cross_entropy(
             embeddings, self.held_weight(), labels, margin=self.margin, scale=self.scale,
-            bias=self.held_bias(), sample_weight=sample_weight, row_margin=row_margin,
-            return_stats=return_stats, shard=self.shard, sampling=sampling,
+            bias=self.held_bias(), shard=self.shard, sampling=sampling, **given,
             **self.settings._asdict(),
         )  # fmt: skip
+
+    # torch.compile knows neither process groups nor the rows of a DTensor
+    _split_loss = torch._disable_dynamo(_loss)
 
     def held_weight(self) -> Tensor:
         """Returns the rows of ``weight`` that this rank has to hold."""
@@ -297,7 +307,8 @@ class MarginSoftmaxHead(nn.Module):
         if world > 1 and owned and not is_wrapped(self.weight):
             warnings.warn(
                 f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
-                "their weights will differ. Split its classes (sharding=dist.group.WORLD) or "
+                "their weights will differ. Split its classes (sharding=dist.group.WORLD, which is "
+                "None before init_process_group) or "
                 "put it into DistributedDataParallel. If you exchange its gradients yourself: "
                 "warnings.filterwarnings('ignore', 'MarginSoftmaxHead: each')",
                 stacklevel=3,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer
+from .margins.base import Margin
 from .margins.statistics import Stateful, masked_mean
 
 
@@ -19,8 +20,8 @@ class AdaptiveScale(nn.Module):
     """Returns the scale at a call, and moves it by what a sweep finds: the base of such scales.
 
     While ``observes`` holds, :meth:`observe` sees the un-margined cosines of the whole batch. It is
-    called before the sweep that trains, after a sweep of its own. Where ``delayed`` holds it is
-    called after the sweep that trains, with what that one finds.
+    called before the sweep that trains, with the results of a sweep of its own. Where ``delayed``
+    holds it is called after the sweep that trains, with the results of that sweep.
     """
 
     delayed: bool = False
@@ -48,10 +49,16 @@ def observer_of(scale: float | Tensor | nn.Module) -> AdaptiveScale | None:
     """Returns the scale where it wants to observe the present step, else None.
 
     Raises:
-        TypeError: a module has ``observe`` but does not derive from :class:`AdaptiveScale`.
+        TypeError: a module has ``observe`` but does not derive from :class:`AdaptiveScale`, or it
+            is a margin.
     """
     if isinstance(scale, AdaptiveScale):
         return scale if scale.observes else None
+    if isinstance(scale, Margin):
+        raise TypeError(
+            "scale: expected a number, a 0-d tensor or a module such as AdaCos, got the margin "
+            f"{type(scale).__name__}"
+        )
     if isinstance(scale, nn.Module) and hasattr(scale, "observe"):
         raise TypeError(
             f"scale: expected {type(scale).__name__}, which has observe(), to derive from "

@@ -129,6 +129,10 @@ def check_margin(
 ) -> MarginHooks:
     """Checks the margin and returns it with all hooks."""
     arguments.module("margin", margin, "ArcFace(0.5)")
+    if isinstance(margin, AdaptiveScale):
+        raise TypeError(
+            f"margin: expected a margin such as ArcFace(0.5), got the scale {type(margin).__name__}"
+        )
     hooks = adapted(margin)
     hooks.check(num_classes, device, row_margin)
     return hooks

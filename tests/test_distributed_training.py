@@ -17,8 +17,10 @@ from marginkernels import (
     GradScaler,
     MagFace,
     MarginSoftmaxHead,
+    PartialFC,
     Sharding,
     clip_grad_norm_,
+    margin_cross_entropy,
 )
 from marginkernels.distributed.shard import local
 from tests.support import workers
@@ -299,3 +301,37 @@ def test_a_dead_rank_ends_the_others():
         assert all("RuntimeError" in outcomes[rank][1] for rank in (0, 2))
     finally:
         pool.kill()
+
+
+def compiled(kind):
+    """Compares a compiled step with an eager one, also after another batch size."""
+    head = make_head(
+        sharding=dist.group.WORLD, sampling=PartialFC(0.5) if kind == "sample" else None
+    )
+    backbone, shard = make_backbone(), head.shard
+    weight = head.weight.to_local().detach().requires_grad_()
+
+    def step(x, y):
+        if kind == "function":
+            return margin_cross_entropy(
+                backbone(x), weight, y, margin=ArcFace(0.2), scale=8.0, shard=shard
+            )
+        return head(backbone(x), y)
+
+    fast = torch.compile(step, backend="eager")
+    for n in (6, 4):
+        x, y, results = torch.randn(n, 6), torch.randint(0, C, (n,)), []
+        for function in (step, fast):
+            if kind == "sample":
+                head.sampler.step = 3
+            backbone.zero_grad()
+            loss = function(x, y)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in backbone.parameters())])
+        for eager, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("kind", ["head", "sample", "function"])
+def test_a_compiled_step_of_split_classes_is_the_eager_one(kind):
+    workers.run(2, compiled, kind)

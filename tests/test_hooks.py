@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from marginkernels import (
+    AdaCos,
     ArcFace,
     ElasticFace,
     Margin,
@@ -124,3 +125,10 @@ def test_a_sampling_takes_the_place_of_another_where_there_is_a_generator():
     head = MarginSoftmaxHead(8, C, margin=ArcFace(), scale=16.0)
     with pytest.raises(ValueError, match=r"sampling: expected None for a head .*rate=0.5"):
         head.sampling = PartialFC(0.5)
+
+
+def test_a_margin_is_no_scale_and_a_scale_is_no_margin():
+    with pytest.raises(TypeError, match=r"scale: expected a number, .* got the margin ArcFace"):
+        MarginSoftmaxHead(8, C, margin=NSoftmax(), scale=ArcFace())
+    with pytest.raises(TypeError, match=r"margin: expected .* got the scale AdaCos"):
+        MarginSoftmaxHead(8, C, margin=AdaCos(C), scale=16.0)

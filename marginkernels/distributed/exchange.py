@@ -67,6 +67,19 @@ def opened(
     if shard is None:
         checked = check()
         return Whole(x, wants_stats), checked
+    return _opened_split(shard, x, w, check, agreed, wants_stats)
+
+
+# as torch.compiler.disable, which imports the compiler at once
+@torch._disable_dynamo
+def _opened_split(
+    shard: ClassShard,
+    x: Tensor,
+    w: Tensor,
+    check: Callable[[], T],
+    agreed: Callable[[T], dict[str, object]],
+    wants_stats: bool,
+) -> tuple["Exchange", T]:
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard: expected a ClassShard or None, got {type(shard).__name__}")
     error = None
@@ -350,3 +363,8 @@ def _fingerprint(values: dict[str, str]) -> int:
     """Returns 64 bits that are the same in every process for the same values."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+# torch.compile knows no process groups: what talks to other ranks breaks the graph
+for _method in Exchange.__abstractmethods__:
+    setattr(Sharded, _method, torch._disable_dynamo(getattr(Sharded, _method)))

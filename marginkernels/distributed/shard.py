@@ -142,7 +142,8 @@ class Sharding:
                 )
         elif not isinstance(self.over, dist.ProcessGroup):
             raise TypeError(
-                "sharding: expected a process group that this rank is in, or a device mesh, got "
+                "sharding: expected a process group that this rank is in, a device mesh of one "
+                "dimension, a Sharding or None, got "
                 f"{type(self.over).__name__}"
             )
 

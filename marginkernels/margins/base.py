@@ -50,7 +50,12 @@ class Bounded(NamedTuple):
 
 
 class MarginHooks:
-    """Declares the hooks of a margin, with defaults that add nothing to the loss."""
+    """Declares the hooks of a margin, with defaults that add nothing to the loss.
+
+    ``takes_row_margin`` says whether a call's ``row_margin`` may replace the margin's m.
+    ``needs_target_cosine`` says whether ``negatives`` looks at c. ``transforms_negatives`` follows
+    from whether the class overrides ``negatives``.
+    """
 
     training: bool
     __call__: Callable[..., Any]  # (c, rows) -> t

@@ -37,13 +37,12 @@ differs between public implementations, and which one is followed.
 
 t takes the place of the target's cosine c = cos(theta): the target logit is scale t, the others are
 scale c_j, unless the table says what becomes of them. With `normalize="weight"` logits keep |x|,
-with `"none"` also |w_j|. Angles are in radians. All compose with label smoothing, sample weights,
+with `"none"` also |w_j|. The column `normalize` says what the paper has; give it to the head, whose
+default is `"both"`. Angles are in radians. All compose with label smoothing, sample weights,
 `z_loss`, `focal_gamma` and `ignore_index`. What a loss remembers are buffers or parameters: saved
-with the head, and moved in training mode only.
-
-What happens beyond theta = pi - m differs between public implementations, and so does the gradient.
-`branch=` and `gradient=` name the rules in use, and the docstrings say who uses which.
-
+with the head, and moved in training mode only. What happens beyond theta = pi - m differs between
+public implementations, and so does the gradient. `branch=` and `gradient=` name the rules in use,
+and the docstrings say who uses which.
 """
 
 PICTURES = """
