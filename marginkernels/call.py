@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, numerics, ops, validation
+from . import arguments, backends, numerics, ops, validation
 from .distributed.shard import ClassShard
 from .margins import MarginHooks, name_of
 from .norms import row_norm
@@ -62,9 +62,11 @@ def check(
     scale: float | Tensor | nn.Module,
     shard: ClassShard | None,
     sampling: Sampling | None,
+    return_stats: bool,
 ) -> Call:
     """Raises an error for the first bad argument of a call, before anything is exchanged."""
     validation.check_settings(settings)
+    arguments.boolean("return_stats", return_stats)
     validation.check_operands(operands, shard)
     x, w, y, bias, sample_weight, row_margin = operands
     observer = observer_of(scale)

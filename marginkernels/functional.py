@@ -139,9 +139,9 @@ def margin_cross_entropy(
     operands = Operands(x, w, y, bias, sample_weight, row_margin)
     exchange, call = opened(
         shard, x, w,
-        lambda: check(settings, operands, margin, scale, shard, sampling),
+        lambda: check(settings, operands, margin, scale, shard, sampling, return_stats),
         lambda call: agreed(call, margin, scale),
-        return_stats,
+        bool(return_stats),
     )  # fmt: skip
 
     batch = _gathered(exchange, call)

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from test_compat import LOSSES, C, D, batch, make, same
 
-from marginkernels import AdaCos, CurricularFace, MarginSchedule, NSoftmax
+from marginkernels import (
+    AdaCos,
+    CurricularFace,
+    MarginSchedule,
+    MarginSoftmaxHead,
+    NSoftmax,
+)
 from marginkernels.compat import insightface
 from marginkernels.compat.insightface import (
     ArcFace,
@@ -261,3 +267,9 @@ def made_before_the_group():
 
 def test_a_head_made_before_the_group_says_that_it_is_alone():
     workers.run(2, made_before_the_group)
+
+
+def test_a_loss_of_insightface_is_no_margin_of_the_head():
+    head = MarginSoftmaxHead(8, 5, margin=CosFace(), scale=16.0)
+    with pytest.raises(TypeError, match="margin: expected a margin, got insightface's CosFace"):
+        head(torch.randn(3, 8), torch.arange(3))

@@ -105,6 +105,11 @@ class CosineMarginLoss(MarginLoss):
             logits: cosines (N, C).
             labels: (N,) or (N, 1), -1 for a row without a label.
         """
+        if isinstance(labels, margins.Rows):
+            raise TypeError(
+                f"margin: expected a margin, got insightface's {type(self).__name__}: give it to "
+                "PartialFC_V2, or the margin inside, its fused, to MarginSoftmaxHead"
+            )
         here = labels.reshape(-1, 1) >= 0
         column = labels.reshape(-1, 1).clamp_min(0)
         c, ones = logits.gather(1, column), torch.ones_like(logits[:, 0])

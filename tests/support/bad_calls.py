@@ -331,6 +331,7 @@ BAD = {
         ValueError,
         ["save_tiles:", "normalize", "73", "label_smoothing", "reference"],
     ),
+    "return_stats": (lambda a: dict(return_stats="yes"), TypeError, ["return_stats:", "bool"]),
     "sampling": (lambda a: dict(sampling=0.5), TypeError, ["sampling:", "PartialFC", "float"]),
     "backend list": (lambda a: dict(backend=[]), ValueError, ["backend:", "reference", "[]"]),
     "backend": (lambda a: dict(backend="cudnn"), ValueError, ["backend:", "'auto'", "cudnn"]),
