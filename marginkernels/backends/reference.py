@@ -55,6 +55,25 @@ def _without_autocast(function: Callable) -> Callable:
     return call
 
 
+def _checked(
+    transform: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+    rows: int,
+    bias: Tensor | None,
+) -> Transform:
+    """Returns the transform with its operands, after the checks of both sweeps."""
+    return transforms.checked(
+        "reference",
+        TRANSFORMS,
+        transform,
+        row_parameter,
+        constants,
+        rows=rows,
+        has_bias=bias is not None,
+    )
+
+
 class _Block(NamedTuple):
     """Holds B of the classes: their weights, and the logits of all rows of x."""
 
@@ -136,15 +155,7 @@ def head_fwd(
     constants: Tensor | None,  # (K,)
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
-    checked = transforms.checked(
-        "reference",
-        TRANSFORMS,
-        transform,
-        row_parameter,
-        constants,
-        rows=len(x),
-        has_bias=bias is not None,
-    )
+    checked = _checked(transform, row_parameter, constants, len(x), bias)
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
@@ -219,15 +230,7 @@ def head_bwd(
     constants: Tensor | None,  # (K,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw (C, D), dbias (C,), dscale ()
     """Computes the backward op; see :mod:`marginkernels.ops`."""
-    checked = transforms.checked(
-        "reference",
-        TRANSFORMS,
-        transform,
-        row_parameter,
-        constants,
-        rows=len(x),
-        has_bias=bias is not None,
-    )
+    checked = _checked(transform, row_parameter, constants, len(x), bias)
     classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
     rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
