@@ -39,4 +39,13 @@ constexpr double kLeastSine = 1e-4;
 // Saved exponentials have their rows padded to a multiple of this, whatever the vectors are.
 constexpr int64_t kTilePadding = 16;
 
+// Positions in the numbers of an update step: what the gradient is multiplied with first, whether
+// nothing is to be written, the greatest norm of a row's gradient, and where the numbers of the
+// rule begin.
+constexpr int kUnscale = 0, kSkip = 1, kMaxRowNorm = 2, kOfRule = 3;
+constexpr int64_t kUpdateNumbers = 12;
+
+// Rounds of the generator of random bits; Salmon et al. (2011) found no flaw from 7 on.
+constexpr int kPhiloxRounds = 7;
+
 }  // namespace mk
