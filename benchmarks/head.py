@@ -12,19 +12,14 @@ contenders take turns.
 """
 
 import argparse
-import os
-import platform
-import re
-import subprocess
 from pathlib import Path
-
-import torch
 
 from . import process, table
 from .contenders import Shape, contenders
-from .memory import extra_peaks
+from .machine import header, provenance
+from .memory import beyond_gradients, extra_peaks
 from .process import Memory
-from .timing import Config, Measured, measure
+from .sweeps import Config, Measured, measure
 
 MILLION = Shape(256, 1_000_000, 512)
 SETTINGS = [Memory(warm, huge_pages) for huge_pages in (False, True) for warm in (True, False)]
@@ -42,7 +37,7 @@ def main() -> None:
         return
     extra: dict[str, float] = {}
     if not options.quick:
-        extra, _ = extra_peaks(shape, options.device, options.backend, options.only)
+        extra, _ = peaks(shape, options, options.only)
     exported = []
     for memory in SETTINGS[:1] if options.quick or options.device != "cpu" else SETTINGS:
         asked = (shape, options.device, options.backend, options.only, options.repeats)
@@ -78,12 +73,20 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def peaks(
+    shape: Shape, options: argparse.Namespace, only: list[str] | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns peak MiB by contender, and the reason for those that do not run."""
+    names = [contender.name for contender in contenders(options.backend, only)]
+    return extra_peaks(names, beyond_gradients, shape, options.device, options.backend)
+
+
 def print_table(config: Config, measured: Measured, rows: list[table.Row]) -> None:
     """Prints one table, with its setting and the peaks of the machine."""
     print(f"\n(N, C, D) = {tuple(config.shape)}, {config.memory}, {config.repeats} rounds")
     print("\n".join([table.peaks_text(measured), *table.floor_lines(config, measured)]))
     if rows:
-        print(table.text(rows))
+        print(table.text(rows, table.COLUMNS))
     print_skipped(measured.skipped)
 
 
@@ -91,7 +94,7 @@ def print_memory(shape: Shape, options: argparse.Namespace) -> None:
     """Prints peak memory at the given shape, and at a million classes."""
     # at a million classes the peers need more than many machines have
     for asked, only in ((shape, options.only), (MILLION, ["recompute"])):
-        found, skipped = extra_peaks(asked, options.device, options.backend, only)
+        found, skipped = peaks(asked, options, only)
         print(f"\n(N, C, D) = {tuple(asked)}: peak MiB beyond x, w, dx, dw")
         for name, mib in found.items():
             print(f"{name:<32}{mib:10.1f}")
@@ -102,46 +105,6 @@ def print_skipped(skipped: dict[str, str]) -> None:
     """Prints who was left out, and why."""
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}")
-
-
-def header(device: str) -> str:
-    """Writes where the numbers come from."""
-    facts = provenance(device)
-    about = "GPU numbers" if device == "cuda" else f"CPU numbers, {facts['threads']} threads"
-    return f"{facts['device']} ({about}); torch {facts['torch']}; commit {facts['commit']}"
-
-
-def provenance(device: str) -> dict[str, str | int]:
-    """Returns the device and the versions that the numbers depend on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-
-
-def cpu_name() -> str:
-    """Names model, cores and the instruction set that torch found: a VM may hide the model."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    name = model[1] if model else platform.processor() or platform.machine()
-    isa = torch.backends.cpu.get_cpu_capability()
-    if re.search(r"\bavx512_bf16\b", cpuinfo):
-        isa += " with BF16"
-    return f"{name}, {os.cpu_count()} cores, {isa}"
-
-
-def commit() -> str:
-    """Returns the commit of the working tree, marked where the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        check=False,  # a copy without git is no error
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from typing import Any
 
 from .contenders import contenders, work
 from .peaks import ROOFS
-from .timing import Config, Measured, Step
+from .sweeps import Config, Measured, Step
 
 Row = dict[str, Any]
+Columns = dict[str, tuple[int, str]]  # column -> (width, format); None prints as "-"
 
-# column -> (width, format); None prints as "-"
-COLUMNS = {
+COLUMNS: Columns = {
     "ms": (8, ".1f"),
     "p20": (8, ".1f"),
     "p80": (8, ".1f"),
@@ -96,17 +96,17 @@ def _speedup(baseline: list[Step] | None, steps: list[Step]) -> float | None:
     return statistics.median(other.ms / own.ms for other, own in zip(baseline, steps, strict=True))
 
 
-def text(table: list[Row]) -> str:
+def text(table: list[Row], columns: Columns) -> str:
     """Writes the rows in columns."""
     names = 2 + max(len(row["contender"]) for row in table)
-    head = "".join(f"{column:>{width}}" for column, (width, _) in COLUMNS.items())
-    return "\n".join([" " * names + head, *(_line(row, names) for row in table)])
+    head = "".join(f"{column:>{width}}" for column, (width, _) in columns.items())
+    return "\n".join([" " * names + head, *(_line(row, names, columns) for row in table)])
 
 
-def _line(row: Row, names: int) -> str:
+def _line(row: Row, names: int, columns: Columns) -> str:
     cells = (
         f"{'-' if row[column] is None else format(row[column], spec):>{width}}"
-        for column, (width, spec) in COLUMNS.items()
+        for column, (width, spec) in columns.items()
     )
     return f"{row['contender']:<{names}}" + "".join(cells)
 
