@@ -66,10 +66,11 @@ class Logits:
         return (tangent * inverse[:, None]).masked_fill(is_zero, 0)
 
 
-def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *,
-             want_sum: bool, want_max: bool, **settings: Any) -> ops.Forward:  # fmt: skip
+def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
+             index: Tensor | None, known_w_inv: Tensor | None, *, want_sum: bool,
+             want_max: bool, **settings: Any) -> ops.Forward:  # fmt: skip
     """Sweeps forward."""
-    of = Logits(x, w, y, scale, bias, **settings)
+    of = Logits(x, w if index is None else w[index], y, scale, bias, **settings)
     others = of.f.masked_fill(of.is_target, -torch.inf)
     return ops.Forward(
         lse=others.logsumexp(1),
@@ -85,12 +86,13 @@ def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
     )
 
 
-def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, lse: Tensor,
-             x_inv: Tensor, w_inv: Tensor, tiles: Tensor, grad_lse: Tensor, grad_target: Tensor,
-             grad_w_norm: Tensor | None, grad_sum: Tensor | None, *, need_x: bool, need_w: bool,
-             need_bias: bool, need_scale: bool, **settings: Any) -> tuple[Tensor, ...]:  # fmt: skip
+def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
+             index: Tensor | None, lse: Tensor, x_inv: Tensor, w_inv: Tensor, tiles: Tensor,
+             grad_lse: Tensor, grad_target: Tensor, grad_w_norm: Tensor | None,
+             grad_sum: Tensor | None, *, need_x: bool, need_w: bool, need_bias: bool,
+             need_scale: bool, **settings: Any) -> tuple[Tensor, ...]:  # fmt: skip
     """Sweeps backward."""
-    of = Logits(x, w, y, scale, bias, **settings)
+    of = Logits(x, w if index is None else w[index], y, scale, bias, **settings)
     finite_lse = lse.masked_fill(lse.isinf(), 0)  # a row without other classes has -inf
     g = grad_lse[:, None] * torch.exp(of.f - finite_lse[:, None])
     g = g if grad_sum is None else g + grad_sum[:, None]
@@ -106,6 +108,8 @@ def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
         has_class = y >= 0
         radial = torch.zeros_like(of.w_inv).index_add_(0, y[has_class], grad_w_norm[has_class])
         dw = dw + (radial * of.w_inv)[:, None] * of.w
+    if index is not None:
+        dw = torch.zeros(w.shape, dtype=dw.dtype, device=w.device).index_copy_(0, index, dw)
     return (
         dx.to(x.dtype) if need_x else x.new_empty(0),
         dw.to(w.dtype) if need_w else w.new_empty(0),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import numerics, ops
 from .ops import SweepSettings
+from .step import open_update
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -49,7 +50,8 @@ class HeadFunction(torch.autograd.Function):
     """Maps (x, w, bias, scale) to lse, target_cosine, w_norm, logit_sum and logit_max.
 
     Each is (N,) or (0,), as :mod:`marginkernels.ops` says. logit_max has no gradient. Saves the
-    operands and 3 N + C numbers besides (and the tiles, where ``settings`` ask for them).
+    operands and 3 N + C numbers besides (and the tiles, where ``settings`` ask for them). Where an
+    optimizer updates w in backward, w gets no gradient.
     """
 
     @staticmethod
@@ -62,21 +64,29 @@ class HeadFunction(torch.autograd.Function):
         y: Tensor,  # (N,) int64, -1: no target here
         row_parameter: Tensor | None,  # (N,) of the transform
         constants: Tensor | None,  # (K,) of the transform
+        index: Tensor | None,  # (C,) rows of w that are swept, or None for all
+        known_w_inv: Tensor | None,  # (C,) inverse norms of w, where they are known
         settings: SweepSettings,
+        *state: Tensor,  # of the optimizer whose step backward takes
     ) -> tuple[Tensor, ...]:
         s = settings
         out = ops.Forward(
             *ops.head_fwd(s.backend)(
-                x, w, y, scale, bias, normalize_x=s.normalize_x, normalize_w=s.normalize_w,
-                compute_dtype=s.compute_dtype, save_tiles=s.save_tiles, want_sum=s.want_sum,
-                want_max=s.want_max, transform=s.transform, row_parameter=row_parameter,
-                constants=constants,
+                x, w, y, scale, bias, index, known_w_inv, normalize_x=s.normalize_x,
+                normalize_w=s.normalize_w, compute_dtype=s.compute_dtype, save_tiles=s.save_tiles,
+                want_sum=s.want_sum, want_max=s.want_max, transform=s.transform,
+                row_parameter=row_parameter, constants=constants,
             )
         )  # fmt: skip
         lse = _checked(out.lse, out.w_inv, s.check_w)
+        token = None
+        if s.update:
+            token = open_update(x, s.update) if ctx.needs_input_grad[1] else None
+            w = w.data  # the token tells changes of w from the update's own, and torch does not
         ctx.save_for_backward(
-            x, w, bias, scale, y, lse, out.x_inv, out.w_inv, out.tiles, row_parameter, constants
-        )
+            x, w, bias, scale, y, lse, out.x_inv, out.w_inv, out.tiles, row_parameter, constants,
+            index, token, *state,
+        )  # fmt: skip
         ctx.settings = settings
         ctx.mark_non_differentiable(out.logit_max)
         ctx.set_materialize_grads(False)
@@ -95,25 +105,37 @@ class HeadFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # hooks on saved tensors may bring back other strides; the ops read x and w with any
         x, w, *rest = saved
-        bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants = (
+        rest, state = rest[:11], list(rest[11:])
+        bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants, index, token = (
             t if t is None else t.contiguous() for t in rest
         )
         s, needs = ctx.settings, ctx.needs_input_grad[:4]
         need_x, need_w, need_bias, need_scale = needs
         zeros = torch.zeros_like(lse)
-        gradients = ops.head_bwd(s.backend)(
-            x, w, y, scale, bias, lse, x_inv, w_inv, tiles,
+        operands = (
+            x, w, y, scale, bias, index, lse, x_inv, w_inv, tiles,
             zeros if grad_lse is None else grad_lse,
             zeros if grad_target_cosine is None else grad_target_cosine / scale,
             grad_w_norm,
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
             grad_sum if s.want_sum else None,
-            normalize_x=s.normalize_x, normalize_w=s.normalize_w, compute_dtype=s.compute_dtype,
-            need_x=need_x, need_w=need_w, need_bias=need_bias, need_scale=need_scale,
-            transform=s.transform, row_parameter=row_parameter, constants=constants,
         )  # fmt: skip
-        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *wanted, None, None, None, None
+        wanted = dict(
+            normalize_x=s.normalize_x, normalize_w=s.normalize_w, compute_dtype=s.compute_dtype,
+            need_x=need_x, need_bias=need_bias, need_scale=need_scale, transform=s.transform,
+            row_parameter=row_parameter, constants=constants,
+        )  # fmt: skip
+        if token is None:
+            dx, dw, dbias, dscale = ops.head_bwd(s.backend)(*operands, need_w=need_w, **wanted)
+        else:
+            dw, need_w = None, False
+            dx, dbias, dscale = torch.ops.marginkernels.head_step(
+                token, *operands, state, update=s.update, backend=s.backend, **wanted
+            )
+        return (
+            dx if need_x else None, dw if need_w else None, dbias if need_bias else None,
+            dscale if need_scale else None, *[None] * (6 + len(state)),
+        )  # fmt: skip
 
 
 def _checked(lse: Tensor, w_inv: Tensor, check_w: str) -> Tensor:

@@ -15,6 +15,7 @@ from .norms import row_norm
 from .sampling import Sampling
 from .scales import AdaptiveScale, observer_of
 from .settings import Settings, shared
+from .update import Update
 
 # built at import, because torch.compile(dynamic=True) cannot format a float
 _GREAT_SCALE = f"a scale of {numerics.OFFSET_SCALE_LIMIT:g} or more"
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     observer: AdaptiveScale | None  # the scale's module, where it wants to observe
     learns_scale: bool  # whether it may be trained
     sampling: Sampling | None
+    update: Update | None  # of an optimizer that moves w in backward
     x_dtype: torch.dtype  # of x as given
     compute_dtype: torch.dtype
     stats_dtype: torch.dtype
@@ -62,6 +64,7 @@ def check(
     scale: float | Tensor | nn.Module,
     shard: ClassShard | None,
     sampling: Sampling | None,
+    update: Update | None,
     return_stats: bool,
 ) -> Call:
     """Raises an error for the first bad argument of a call, before anything is exchanged."""
@@ -87,6 +90,11 @@ def check(
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
     backend = backends.select(settings.backend, x.device, compute_dtype)
+    if update is not None and not backends.get(backend).updates:
+        raise RuntimeError(
+            f"backend: expected one that serves marginkernels.optim, got {backend!r}, which has no "
+            "head_step. Take an optimizer of torch.optim"
+        )
     obstacles = _tile_obstacles(settings, bias, hooks, value, sampling, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
@@ -96,8 +104,8 @@ def check(
     call = Call(
         settings=settings, x=x, w=w, bias=bias, label=y, x_norm=row_norm(x, compute_dtype),
         sample_weight=sample_weight, row_margin=row_margin, margin=hooks, scale=value,
-        observer=observer, learns_scale=learns_scale, sampling=sampling, x_dtype=x_dtype,
-        compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
+        observer=observer, learns_scale=learns_scale, sampling=sampling, update=update,
+        x_dtype=x_dtype, compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
         tile_obstacles=obstacles, num_classes=num_classes,
     )  # fmt: skip
     return call._replace(label=validation.check_values(call))
@@ -119,6 +127,7 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
         **shared(call.settings),
         "compute_dtype": call.compute_dtype,  # as it was resolved
         "bias": "None" if call.bias is None else "given",
+        "optimizer": "None" if call.update is None else call.update.rule,
         "sampling": "None" if call.sampling is None else call.sampling.described(),
         # the numbers of rows are gathered as they are
         **{name: v if v is None else f"given in {v.dtype}" for name, v in given.items()},

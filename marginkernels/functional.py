@@ -19,6 +19,7 @@ from .options import Options
 from .sampling import Sampling
 from .settings import Settings
 from .sweep import Batch, Sweep
+from .update import Update
 
 
 @overload
@@ -66,6 +67,7 @@ def margin_cross_entropy(
     return_stats: bool = False,
     shard: ClassShard | None = None,
     sampling: Sampling | None = None,
+    update: Update | None = None,
 ) -> Tensor | tuple[Tensor, HeadStats]:
     r"""Computes normalised linear layer, margin and softmax cross-entropy, without the (N, C)
      logits.
@@ -121,6 +123,8 @@ def margin_cross_entropy(
             that of all ranks' rows, the same on each; with "none" the rows come rank after rank. dx
             is times the number of ranks unless the shard says otherwise.
         sampling: :class:`PartialFC`, a step on a sample of the classes, or None for all.
+        update: of an optimizer of :mod:`marginkernels.optim`, which moves ``w`` in backward, so
+            that ``w`` gets no gradient; a head passes its own. None: ``w`` gets its gradient.
 
     Returns:
         The loss, fp32 (float64 for float64), () or (N,); with ``return_stats`` a pair with
@@ -139,7 +143,7 @@ def margin_cross_entropy(
     operands = Operands(x, w, y, bias, sample_weight, row_margin)
     exchange, call = opened(
         shard, x, w,
-        lambda: check(settings, operands, margin, scale, shard, sampling, return_stats),
+        lambda: check(settings, operands, margin, scale, shard, sampling, update, return_stats),
         lambda call: agreed(call, margin, scale),
         bool(return_stats),
     )  # fmt: skip

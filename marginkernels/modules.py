@@ -32,6 +32,7 @@ from .loss import HeadStats
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings, shared
+from .update import Update
 
 
 class MarginSoftmaxHead(nn.Module):
@@ -74,6 +75,7 @@ class MarginSoftmaxHead(nn.Module):
     """
 
     _given_scale: Tensor | None = None
+    _update: Update | None = None  # of an optimizer of marginkernels.optim
     _looked_for_replicas = False
     _split = False  # whether the weight was ever a DTensor: fully_shard's is none in its forward
 
@@ -266,12 +268,23 @@ class MarginSoftmaxHead(nn.Module):
             sampling = dataclasses.replace(self.sampling, generator=generator)
         return margin_cross_entropy(
             embeddings, self.held_weight(), labels, margin=self.margin, scale=self.scale,
-            bias=self.held_bias(), shard=self.shard, sampling=sampling, **given,
+            bias=self.held_bias(), shard=self.shard, sampling=sampling,
+            update=self._own_update(), **given,
             **self.settings._asdict(),
         )  # fmt: skip
 
     # torch.compile knows neither process groups nor the rows of a DTensor
     _split_loss = torch._disable_dynamo(_loss)
+
+    def _own_update(self) -> Update | None:
+        """Returns the update of the optimizer that moves the weight in backward, if there is one.
+
+        Raises:
+            RuntimeError: the optimizer cannot move this weight.
+        """
+        if self._update is not None and not torch.compiler.is_compiling():
+            self._update.check(self)
+        return self._update
 
     def held_weight(self) -> Tensor:
         """Returns the rows of ``weight`` that this rank has to hold."""

@@ -2,11 +2,11 @@
 # Copyright (c) 2026 The marginkernels authors
 """Defines the dispatcher ops: schemas, fake implementations and handles.
 
-One schema serves every backend, as ``marginkernels::head_fwd_<backend>`` and
-``head_bwd_<backend>``. A backend registers kernels for them (:func:`implement_head` in Python,
+One schema serves every backend, as ``marginkernels::head_fwd_<backend>``, ``head_bwd_<backend>``
+and ``head_step_<backend>``. A backend registers kernels for them (:func:`implement_head` in Python,
 ``TORCH_LIBRARY_IMPL`` in C++); nothing here imports one.
 
-The two ops are sweeps over the classes; the (N, C) logits
+The ops are sweeps over the classes; the (N, C) logits
 
     z_ij = r_i q_j <x_i, w_j> + bias_j        r_i = scale / |x_i| or scale, q_j = 1 / |w_j| or 1
 
@@ -30,6 +30,16 @@ u = grad_sum, and G_iy = grad_target, the gradient of (scale target_cosine). It 
 dbias and dscale; a gradient that is not needed is a (0,) tensor. ``y`` is (N,) int64 with the local
 class or -1 for a row that owns no target here. A bias of -inf masks its class: no part in lse, and
 logit_sum is -inf.
+
+``index``, sorted, names the rows of w that a sweep goes over; None: all of them. Then C counts
+these rows, y, bias and w_inv go by the position among them, and dw alone has all rows of w: 0 where
+the index does not name them. ``known_w_inv`` is w_inv where it is known already.
+
+``head_step`` is ``head_bwd`` with an optimizer in place of dw. While the gradient of a class is in
+the cache, the rule (:mod:`marginkernels.rules`) is applied to the class's row of w and of each
+state, with the numbers of the step; ``project`` then gives the row the norm 1. bfloat16 is rounded
+at random (:mod:`marginkernels.rounding`; ``random`` is seed and step, and row j of w the class
+``first_class`` + j). w_inv becomes that of the new rows. dx is the gradient with the old w.
 """
 
 from collections.abc import Callable
@@ -41,17 +51,23 @@ from torch._ops import OpOverloadPacket
 
 from .numerics import GREATEST_NORM
 
-_FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, *,
-    bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool save_tiles, bool want_sum,
-    bool want_max, str transform, Tensor? row_parameter, Tensor? constants)
-    -> (Tensor lse, Tensor target_cosine, Tensor w_norm, Tensor logit_sum, Tensor logit_max,
-    Tensor x_inv, Tensor w_inv, Tensor tiles)"""
-_BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor lse,
-    Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
+_FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index=None,
+    Tensor? known_w_inv=None, *, bool normalize_x, bool normalize_w, ScalarType compute_dtype,
+    bool save_tiles, bool want_sum, bool want_max, str transform, Tensor? row_parameter,
+    Tensor? constants) -> (Tensor lse, Tensor target_cosine, Tensor w_norm, Tensor logit_sum,
+    Tensor logit_max, Tensor x_inv, Tensor w_inv, Tensor tiles)"""
+_BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
+    Tensor lse, Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, *, bool normalize_x, bool normalize_w,
     ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias, bool need_scale,
     str transform, Tensor? row_parameter, Tensor? constants)
     -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
+_STEP_SCHEMA = """(Tensor x, Tensor(a!) w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
+    Tensor lse, Tensor x_inv, Tensor(b!) w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
+    Tensor? grad_w_norm, Tensor? grad_sum, Tensor(c!)[] state, Tensor numbers, Tensor random, *,
+    bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool need_x, bool need_bias,
+    bool need_scale, str transform, Tensor? row_parameter, Tensor? constants, str rule,
+    bool project, int first_class) -> (Tensor dx, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
 _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int? ignore_index,
     str name='y') -> Tensor"""
@@ -94,6 +110,7 @@ class SweepSettings(NamedTuple):
     want_max: bool
     transform: str
     check_w: str  # for a w out of range: "raise", "mark" every lse by NaN, or "" to go on
+    update: int = 0  # number of the optimizer's update that backward makes, see update.py; 0: none
 
 
 def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -111,8 +128,13 @@ def head_bwd(backend: str) -> OpOverloadPacket:
     return getattr(torch.ops.marginkernels, f"head_bwd_{backend}")
 
 
+def head_step(backend: str) -> OpOverloadPacket:
+    """Returns the op of a backend that sweeps backward and updates w on the way."""
+    return getattr(torch.ops.marginkernels, f"head_step_{backend}")
+
+
 def define_head(backend: str, tiles_shape: Callable[[int, int], tuple[int, int] | None]) -> None:
-    """Defines the two ops of a backend, and what they return under torch.compile.
+    """Defines the ops of a backend, and what they return under torch.compile.
 
     Args:
         tiles_shape: (N, C) -> the shape of the tiles that forward saves; None: it saves none.
@@ -121,14 +143,26 @@ def define_head(backend: str, tiles_shape: Callable[[int, int], tuple[int, int] 
     def forward_fake(*args: Any, **settings: Any) -> Forward:
         return _head_fwd_fake(tiles_shape, *args, **settings)
 
-    _define(f"head_fwd_{backend}", _FWD_SCHEMA, forward_fake)
-    _define(f"head_bwd_{backend}", _BWD_SCHEMA, _head_bwd_fake)
+    define(f"head_fwd_{backend}", _FWD_SCHEMA, forward_fake)
+    define(f"head_bwd_{backend}", _BWD_SCHEMA, _head_bwd_fake)
+    define(f"head_step_{backend}", _STEP_SCHEMA, head_step_fake)
 
 
-def implement_head(backend: str, forward: Callable, backward: Callable, dispatch_key: str) -> None:
-    """Registers Python functions as the kernels of a backend's two ops."""
+def implement_head(
+    backend: str,
+    forward: Callable,
+    backward: Callable,
+    dispatch_key: str,
+    step: Callable | None = None,
+) -> None:
+    """Registers Python functions as the kernels of a backend's ops.
+
+    ``step`` may be None: then the backend serves no optimizer of :mod:`marginkernels.optim`.
+    """
     LIBRARY.impl(f"head_fwd_{backend}", forward, dispatch_key)
     LIBRARY.impl(f"head_bwd_{backend}", backward, dispatch_key)
+    if step is not None:
+        LIBRARY.impl(f"head_step_{backend}", step, dispatch_key)
 
 
 def checked(result: Tensor, value: Tensor, low: float, high: float, what: str) -> Tensor:
@@ -191,6 +225,10 @@ def _head_fwd_fake(
     tiles_shape: Callable[[int, int], tuple[int, int] | None],
     x: Tensor,
     w: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None = None,
     *_: Any,
     compute_dtype: torch.dtype,
     save_tiles: bool,
@@ -198,7 +236,7 @@ def _head_fwd_fake(
     want_max: bool,
     **__: Any,
 ) -> Forward:
-    n, c = x.shape[0], w.shape[0]
+    n, c = x.shape[0], (w if index is None else index).shape[0]
 
     def stat(size: int) -> Tensor:
         return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
@@ -219,19 +257,37 @@ def _head_fwd_fake(
 def _head_bwd_fake(
     x: Tensor,
     w: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    *_: Any,
+    need_w: bool,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dbias, dscale = head_step_fake(x, w, y, scale, bias, index, **settings)
+    return dx, w.new_empty(w.shape if need_w else 0), dbias, dscale
+
+
+def head_step_fake(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
     *_: Any,
     compute_dtype: torch.dtype,
     need_x: bool,
-    need_w: bool,
     need_bias: bool,
     need_scale: bool,
     **__: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats = statistics_dtype(compute_dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what ``head_step`` returns, without values."""
+    stats, c = statistics_dtype(compute_dtype), (w if index is None else index).shape[0]
     return (
         x.new_empty(x.shape if need_x else 0),
-        w.new_empty(w.shape if need_w else 0),
-        x.new_empty(w.shape[0] if need_bias else 0, dtype=stats),
+        x.new_empty(c if need_bias else 0, dtype=stats),
         x.new_empty(() if need_scale else 0, dtype=stats),
     )
 
@@ -272,15 +328,16 @@ def _keep_dtype(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) ->
     ctx.dtype = inputs[0].dtype
 
 
-def _define(name: str, schema: str, fake: Callable) -> None:
+def define(name: str, schema: str, fake: Callable) -> None:
+    """Defines an op, and what it returns under torch.compile."""
     LIBRARY.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"marginkernels::{name}", fake, lib=LIBRARY)
 
 
-_define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
-_define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))
-_define("snapshot", _SNAPSHOT_SCHEMA, lambda value, _: torch.empty_like(value))
-_define(
+define("checked", _CHECKED_SCHEMA, lambda result, *_: torch.empty_like(result))
+define("checked_labels", _CHECKED_LABELS_SCHEMA, lambda y, *_: torch.empty_like(y))
+define("snapshot", _SNAPSHOT_SCHEMA, lambda value, _: torch.empty_like(value))
+define(
     "rounded",
     _ROUNDED_SCHEMA,
     lambda rows, dtype: torch.empty_like(rows, dtype=statistics_dtype(dtype)),

@@ -8,6 +8,7 @@ from typing_extensions import Required, TypedDict
 
 from .distributed.shard import ClassShard
 from .sampling import Sampling
+from .update import Update
 
 
 class Options(TypedDict, total=False):
@@ -29,3 +30,4 @@ class Options(TypedDict, total=False):
     backend: str
     shard: ClassShard | None
     sampling: Sampling | None
+    update: Update | None

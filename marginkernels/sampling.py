@@ -183,33 +183,32 @@ def _checked(
 
 
 def sampled(
-    w: Tensor,
+    num_classes: int,
     bias: Tensor | None,
     local_class: Tensor,
     index: Tensor,
     logq: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns the rows ``index`` of w, their bias, and the position of each row's class among them.
+) -> tuple[Tensor | None, Tensor]:
+    """Returns the bias of the classes ``index``, and the position of each row's class among them.
 
     The bias includes the logq correction, in ``dtype``. The position is -1 where the class is not
     among them.
     """
-    num_classes, num_sample = w.shape[0], index.shape[0]
+    num_sample = index.shape[0]
     if num_sample == 0:  # a rank without classes
-        return w, w.new_zeros(0, dtype=dtype) if logq else bias, local_class
+        return torch.zeros(0, dtype=dtype, device=index.device) if logq else bias, local_class
     places = torch.searchsorted(index, local_class).clamp_max(num_sample - 1)
     owned = index[places] == local_class
-    w = w.index_select(0, index)
     bias = None if bias is None else bias.index_select(0, index)
     if logq:
-        of_rows = torch.zeros(num_sample + 1, dtype=torch.bool, device=w.device)
+        of_rows = torch.zeros(num_sample + 1, dtype=torch.bool, device=index.device)
         of_rows = of_rows.index_fill_(0, torch.where(owned, places, num_sample), True)[:-1]
         positives = of_rows.sum().to(dtype)
         log_pi = torch.log((num_sample - positives) / (num_classes - positives))
         correction = torch.where(of_rows, 0, -log_pi)  # 0 / 0 where all are positives
         bias = correction if bias is None else bias + correction
-    return w, bias, torch.where(owned, places, -1)
+    return bias, torch.where(owned, places, -1)
 
 
 def step_generators(group: dist.ProcessGroup | None) -> StepGenerators:

@@ -46,17 +46,26 @@ class Sweep:
         w, position = call.w, batch.local_class
         bias = None if call.bias is None else call.bias.to(call.stats_dtype)
         self.usable: Tensor | None = None  # whether the sample can be used, a bool () on the device
+        self.index: Tensor | None = None  # the rows of w that are swept
         if call.sampling is not None:
             sample = call.sampling.choose(exchange, position, w.shape[0])
             if sample is not None:
-                self.usable = sample.valid
-                w, bias, position = sampled(
-                    w, bias, position, sample.classes, call.sampling.logq, call.stats_dtype
+                self.usable, self.index = sample.valid, sample.classes
+                bias, position = sampled(
+                    w.shape[0], bias, position, sample.classes, call.sampling.logq, call.stats_dtype
                 )
+        self.state = [] if call.update is None else call.update.state()
         if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
+            self.index = None
             w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
-        self.w, self.bias = w, bias  # of the classes that are swept
-        self.position = position  # (N,) of the row's class among them, or -1
+            self.state = [F.pad(t, (0, 0, 0, 1)) for t in self.state]
+        self.w, self.bias = w, bias
+        self.position = position  # (N,) of the row's class among those that are swept, or -1
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the number of the classes that are swept."""
+        return (self.w if self.index is None else self.index).shape[0]
 
     def scale(self) -> Tensor:
         """Returns the scale of the step, () in the statistics dtype.
@@ -79,8 +88,8 @@ class Sweep:
         result = self._swept(
             self.exchange.scale(scale, call.learns_scale),
             transform,
-            save_tiles=saves_tiles(
-                call.settings.save_tiles, call.tile_obstacles, self.batch.x, self.w,
+            save_tiles=self._learns() and saves_tiles(
+                call.settings.save_tiles, call.tile_obstacles, len(self.batch.x), self.num_classes,
                 call.compute_dtype, call.backend,
             ),
             want_sum=call.settings.label_smoothing > 0,
@@ -91,6 +100,11 @@ class Sweep:
             lse, cosine = result.lse.detach(), result.target_cosine.detach()
             observer.observe(lse, cosine, self.batch.kept)
         return result
+
+    def _learns(self) -> bool:
+        """Says whether there may be a backward."""
+        wanted = self.batch.x.requires_grad or self.w.requires_grad
+        return torch.is_grad_enabled() and wanted
 
     def _swept(
         self,
@@ -106,12 +120,15 @@ class Sweep:
             backend=call.backend, normalize_x=call.settings.normalize == "both",
             normalize_w=call.settings.normalize != "none", compute_dtype=call.compute_dtype,
             save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, transform=transform.name,
-            check_w=self.exchange.check_w,
+            check_w=self.exchange.check_w, update=0 if call.update is None else call.update.number,
         )  # fmt: skip
+        known = None
+        if call.update is not None and self.index is None:
+            known = call.update.known_norms(self.w, call.compute_dtype)
         result = SweepResult(
             *HeadFunction.apply(
                 self.batch.x, self.w, bias, scale, position, transform.row_parameter,
-                transform.constants, settings,
+                transform.constants, self.index, known, settings, *self.state,
             )
         )  # fmt: skip
         if self.usable is not None:
@@ -163,17 +180,15 @@ class Sweep:
 def saves_tiles(
     asked: str | bool,
     obstacles: list[str],
-    x: Tensor,
-    w: Tensor,
+    rows: int,
+    num_classes: int,
     compute_dtype: torch.dtype,
     backend: str,
 ) -> bool:
-    """Decides whether forward saves its exponentials."""
+    """Decides whether forward saves its exponentials for a backward that may come."""
     if asked is False or obstacles:
         return False
-    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
-        return False  # no backward will read them
     if asked == "auto" and torch.compiler.is_exporting():
         return False  # the graph is for batches of any size
-    height, width = backends.get(backend).tiles_shape(x.shape[0], w.shape[0]) or (0, 0)
+    height, width = backends.get(backend).tiles_shape(rows, num_classes) or (0, 0)
     return asked is True or height * width * compute_dtype.itemsize <= _AUTO_TILES_BYTES

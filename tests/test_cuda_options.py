@@ -65,7 +65,7 @@ def test_all_options_at_once(name, compute, normalize):
         )
         needs = dict(need_x=True, need_w=True, need_bias=bool(bias), need_scale=True)
         gradients = ops.head_bwd(backend)(
-            *args, lse, x_inv, w_inv, tiles, *map(as_stats, upstream), **needs, **settings
+            *args, None, lse, x_inv, w_inv, tiles, *map(as_stats, upstream), **needs, **settings
         )
         return [lse, d_, w_norm, *more], gradients
 

@@ -285,5 +285,5 @@ def test_fakes_agree_with_the_ops(save_tiles):
         torch.library.opcheck(ops.head_fwd("triton"), forward, sides | wanted)
         lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd("triton")(*forward, **sides, **wanted)
         g = torch.randn(5)
-        backward = (*forward, lse, x_inv, w_inv, tiles, g, g, None, None)
+        backward = (*forward, None, lse, x_inv, w_inv, tiles, g, g, None, None)
         torch.library.opcheck(ops.head_bwd("triton"), backward, sides | needs)

@@ -109,16 +109,18 @@ struct Arguments {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
-    const Tensor& x,             // (N, D)
-    const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
-    const Tensor& scale,         // ()
-    const OptionalTensor& bias,  // (C,)
-    bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
-    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants) {
-    const Arguments arguments(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype,
-                              transform, row_parameter, constants);
+    const Tensor& x,              // (N, D)
+    const Tensor& w,              // (C, D)
+    const Tensor& y,              // (N,)
+    const Tensor& scale,          // ()
+    const OptionalTensor& bias,   // (C,)
+    const OptionalTensor& index,  // (C,) rows of w
+    const OptionalTensor&, bool normalize_x, bool normalize_w, at::ScalarType compute_dtype,
+    bool save_tiles, bool want_sum, bool want_max, c10::string_view transform,
+    const OptionalTensor& row_parameter, const OptionalTensor& constants) {
+    const Arguments arguments(x, index.has_value() ? w.index_select(0, *index) : w, y, scale, bias,
+                              normalize_x, normalize_w, compute_dtype, transform, row_parameter,
+                              constants);
     const Call& call = arguments.call;
     TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(call) && call.compute != Type::kFloat16),
                       "save_tiles: needs both sides normalised, no bias, a scale below ",
@@ -147,12 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
-    const Tensor& x,             // (N, D)
-    const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
-    const Tensor& scale,         // ()
-    const OptionalTensor& bias,  // (C,)
-    const Tensor& lse_,          // (N,)
+    const Tensor& x,              // (N, D)
+    const Tensor& w,              // (C, D)
+    const Tensor& y,              // (N,)
+    const Tensor& scale,          // ()
+    const OptionalTensor& bias,   // (C,)
+    const OptionalTensor& index,  // (C,) rows of w
+    const Tensor& lse_,           // (N,)
     const Tensor& x_inv, const Tensor& w_inv_, const Tensor& tiles,
     const Tensor& grad_lse_,     // (N,)
     const Tensor& grad_target_,  // (N,)
@@ -160,6 +163,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants) {
+    if (index.has_value()) {
+        auto gradients =
+            head_bwd(x, w.index_select(0, *index), y, scale, bias, std::nullopt, lse_, x_inv,
+                     w_inv_, tiles, grad_lse_, grad_target_, grad_w_norm_, grad_sum_, normalize_x,
+                     normalize_w, compute_dtype, need_x, need_w, need_bias, need_scale, transform,
+                     row_parameter, constants);
+        auto& dw = std::get<1>(gradients);
+        if (need_w) dw = at::zeros_like(w).index_copy_(0, *index, dw);
+        return gradients;
+    }
     const Arguments arguments(x, w, y, scale, bias, normalize_x, normalize_w, compute_dtype,
                               transform, row_parameter, constants);
     const Call& call = arguments.call;

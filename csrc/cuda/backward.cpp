@@ -315,6 +315,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& y,                    // (N,)
     const Tensor& scale,                // ()
     const OptionalTensor& bias,         // (C,)
+    const OptionalTensor& index,        // (C,) rows of w
     const Tensor& lse,                  // (N,)
     const Tensor& x_inv,                // (N,)
     const Tensor& w_inv,                // (C,)
@@ -328,6 +329,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants) {    // (K,)
     const OpGuard guard(x);
+    if (index.has_value()) {
+        auto gradients = head_bwd(x, w.index_select(0, *index), y, scale, bias, std::nullopt, lse,
+                                  x_inv, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum,
+                                  normalize_x, normalize_w, compute_dtype, need_x, need_w,
+                                  need_bias, need_scale, transform, row_parameter, constants);
+        auto& dw = std::get<1>(gradients);
+        if (need_w) dw = at::zeros_like(w).index_copy_(0, *index, dw);
+        return gradients;
+    }
     Operands operands(
         {x, w, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
         need_bias || need_scale);

@@ -176,18 +176,20 @@ void take_statistics(Operands& operands, Source&& source, const Results& results
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
-    const Tensor& x,             // (N, D)
-    const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
-    const Tensor& scale,         // ()
-    const OptionalTensor& bias,  // (C,)
-    bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
-    bool want_sum, bool want_max, c10::string_view transform,
+    const Tensor& x,              // (N, D)
+    const Tensor& w,              // (C, D)
+    const Tensor& y,              // (N,)
+    const Tensor& scale,          // ()
+    const OptionalTensor& bias,   // (C,)
+    const OptionalTensor& index,  // (C,) rows of w
+    const OptionalTensor&, bool normalize_x, bool normalize_w, at::ScalarType compute_dtype,
+    bool save_tiles, bool want_sum, bool want_max, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants) {    // (K,)
     const OpGuard guard(x);
+    const Tensor rows = index.has_value() ? w.index_select(0, *index) : w;
     Operands operands(
-        {x, w, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
+        {x, rows, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
         save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&

@@ -17,14 +17,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
-    const OptionalTensor& bias, bool normalize_x, bool normalize_w, at::ScalarType compute_dtype,
-    bool save_tiles, bool want_sum, bool want_max, c10::string_view transform,
-    const OptionalTensor& row_parameter, const OptionalTensor& constants);
+    const OptionalTensor& bias, const OptionalTensor& index, const OptionalTensor& known_w_inv,
+    bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
+    bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
+    const OptionalTensor& constants);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
-    const OptionalTensor& bias, const Tensor& lse, const Tensor& x_inv, const Tensor& w_inv,
-    const Tensor& tiles, const Tensor& grad_lse, const Tensor& grad_target,
+    const OptionalTensor& bias, const OptionalTensor& index, const Tensor& lse, const Tensor& x_inv,
+    const Tensor& w_inv, const Tensor& tiles, const Tensor& grad_lse, const Tensor& grad_target,
     const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,

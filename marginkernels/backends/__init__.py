@@ -25,7 +25,7 @@ _with_ops: set[str] = set()  # names; an op that is defined stays
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend, and defines its two ops.
+    """Adds a backend, and defines its ops.
 
     Raises:
         ValueError: the name is "auto", or another backend's.

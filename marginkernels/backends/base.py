@@ -9,15 +9,16 @@ import torch
 
 
 class Backend(abc.ABC):
-    """Computes the two ops of :mod:`marginkernels.ops`, and says when it cannot.
+    """Computes the ops of :mod:`marginkernels.ops`, and says when it cannot.
 
-    :func:`marginkernels.backends.register` defines the ops ``head_fwd_<name>`` and
-    ``head_bwd_<name>``, and makes ``backend="<name>"`` an argument of every head.
+    :func:`marginkernels.backends.register` defines the ops ``head_fwd_<name>``, ``head_bwd_<name>``
+    and ``head_step_<name>``, and makes ``backend="<name>"`` an argument of every head.
     """
 
     name: ClassVar[str]
     priority: ClassVar[int]  # backend="auto" takes the highest one that runs
     caveat: ClassVar[str] = ""  # backend="auto" warns of it where it finds nothing better
+    updates: ClassVar[bool] = False  # whether it has head_step, for marginkernels.optim
 
     @abc.abstractmethod
     def unavailable_reasons(
@@ -29,7 +30,7 @@ class Backend(abc.ABC):
         """
 
     def register_kernels(self) -> None:  # noqa: B027, because loading an extension may do it
-        """Registers the kernels of the two ops, which are defined by now."""
+        """Registers the kernels of the ops, which are defined by now."""
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int] | None:
         """Returns the shape of the exponentials that forward saves for N rows and C classes.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Computes the two ops in C++ and CUDA (csrc/): loading the extension registers their kernels.
+"""Computes the ops in C++ and CUDA (csrc/): loading the extension registers their kernels.
 
 An extension that was compiled for another torch may crash on loading. The build leaves the versions
 that it was made for in a file beside it; they are compared first.
@@ -62,6 +62,7 @@ class NativeBackend(Backend):
 
     name: ClassVar[str] = "native"
     priority: ClassVar[int] = 20
+    updates: ClassVar[bool] = True
 
     extension: ModuleType | None
     load_failure: list[str]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Computes the two ops in plain PyTorch, on any device and up to fp64: the judge of other backends.
+"""Computes the ops in plain PyTorch, on any device and up to fp64: the judge of other backends.
 
-Both ops go over blocks of classes. One block of the (N, C) logits exists at a time, and backward
+All ops go over blocks of classes. One block of the (N, C) logits exists at a time, and backward
 makes it again. The code is meant to be read, and to run everywhere, not to be fast. In the shapes N
 is the number of rows, C of classes, B of classes in a block, D of features, K of constants.
 """
@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops, transforms
+from .. import ops, rules, transforms
 from ..numerics import least_norm
+from ..rounding import stored
 from ..transforms import TRANSFORMS, Transform
 from .base import Backend
 
@@ -31,6 +32,7 @@ class ReferenceBackend(Backend):
     name: ClassVar[str] = "reference"
     priority: ClassVar[int] = 10
     caveat: ClassVar[str] = "plain PyTorch"
+    updates: ClassVar[bool] = True
 
     def unavailable_reasons(
         self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
@@ -41,7 +43,8 @@ class ReferenceBackend(Backend):
     def register_kernels(self) -> None:
         """Registers the functions of this file for every device."""
         forward, backward = _without_autocast(head_fwd), _without_autocast(head_bwd)
-        ops.implement_head(self.name, forward, backward, "CompositeExplicitAutograd")
+        step = _without_autocast(head_step)
+        ops.implement_head(self.name, forward, backward, "CompositeExplicitAutograd", step)
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -92,10 +95,11 @@ class _Block(NamedTuple):
 class _Classes(NamedTuple):
     """Holds all classes and what their logits depend on, to go over them block by block."""
 
-    w: Tensor  # (C, D) as it came
+    w: Tensor  # (C, D) as it came, or more rows with an index
     y: Tensor  # (N,) int64, -1: no target here
     scale: Tensor  # ()
     bias: Tensor | None  # (C,)
+    places: Tensor | None  # (C,) rows of w; None: all
     normalize_w: bool
     compute_dtype: torch.dtype
     transform: Transform
@@ -103,11 +107,20 @@ class _Classes(NamedTuple):
     def blocks(self, x_unit: Tensor) -> Iterator[_Block]:
         """Makes the logits of ``x_unit`` (N, D) block by block."""
         count = max(BLOCK_NUMBERS // max(*x_unit.shape, 1), BLOCK_CLASSES)
-        for first in range(0, len(self.w), count):
-            yield self._block(x_unit, slice(first, min(first + count, len(self.w))))
+        for first in range(0, self.total, count):
+            yield self._block(x_unit, slice(first, min(first + count, self.total)))
+
+    @property
+    def total(self) -> int:
+        """Returns C."""
+        return len(self.w if self.places is None else self.places)
+
+    def rows(self, classes: slice) -> slice | Tensor:
+        """Returns the places of classes in w."""
+        return classes if self.places is None else self.places[classes]
 
     def _block(self, x_unit: Tensor, classes: slice) -> _Block:
-        w = ops.rounded(self.w[classes], self.compute_dtype)
+        w = ops.rounded(self.w[self.rows(classes)], self.compute_dtype)
         w_inv = _inverse_norm(w, self.compute_dtype)
         w_unit = w * w_inv[:, None] if self.normalize_w else w
         product = x_unit @ w_unit.T
@@ -143,6 +156,8 @@ def head_fwd(
     y: Tensor,  # (N,) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
+    index: Tensor | None = None,  # (C,) rows of w, which then has more
+    known_w_inv: Tensor | None = None,  # (C,): measured all the same
     *,
     normalize_x: bool,
     normalize_w: bool,
@@ -156,14 +171,14 @@ def head_fwd(
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
+    classes = _Classes(w, y, scale, bias, index, normalize_w, compute_dtype, checked)
     x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     x_unit = x * x_inv[:, None] if normalize_x else x
     exponentials = _LogSumExp(x)
     target_cosine, logit_sum = x.new_zeros(len(x)), x.new_zeros(len(x))
     logit_max = x.new_full((len(x),), -math.inf)
-    w_inv = x.new_empty(len(w))
+    w_inv = x.new_empty(classes.total)
     for block in classes.blocks(x_unit):
         w_inv[block.classes] = block.w_inv
         target_cosine += block.product.masked_fill(~block.is_target, 0).sum(1)
@@ -205,10 +220,82 @@ class _LogSumExp:
 
 def head_bwd(
     x: Tensor,  # (N, D)
-    w: Tensor,  # (C, D)
+    w: Tensor,  # (C, D), or more rows with an index
     y: Tensor,  # (N,) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
+    index: Tensor | None,  # (C,) rows of w
+    *results_and_gradients: Any,
+    need_w: bool,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw as w, dbias (C,), dscale ()
+    """Computes the backward op; see :mod:`marginkernels.ops`."""
+    dw = w.new_zeros(w.shape if need_w else 0)
+
+    def store(rows: slice | Tensor, classes: slice, gradient: Tensor) -> None:
+        dw[rows] = gradient.to(w.dtype)
+
+    dx, dbias, dscale = _sweep_backward(
+        store if need_w else None, x, w, y, scale, bias, index, *results_and_gradients, **settings
+    )
+    return dx, dw, dbias, dscale
+
+
+def head_step(
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (C, D), or more rows with an index; updated
+    y: Tensor,  # (N,) int64, -1: no target here
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    index: Tensor | None,  # (C,) rows of w
+    lse: Tensor,  # (N,)
+    x_inv: Tensor,  # (N,)
+    w_inv: Tensor,  # (C,), updated
+    tiles: Tensor,  # (0,)
+    grad_lse: Tensor,  # (N,)
+    grad_target: Tensor,  # (N,)
+    grad_w_norm: Tensor | None,  # (N,)
+    grad_sum: Tensor | None,  # (N,)
+    state: list[Tensor],  # (rows of w, D or 1) each, updated
+    numbers: Tensor,  # (NUMBERS,)
+    random: Tensor,  # (2,) int64
+    *,
+    rule: str,
+    project: bool,
+    first_class: int,
+    compute_dtype: torch.dtype,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dbias (C,), dscale ()
+    """Computes the op that updates; see :mod:`marginkernels.ops`."""
+    places = torch.arange(len(w), device=w.device)
+    skip = numbers[rules.SKIP] != 0
+
+    def update(rows: slice | Tensor, classes: slice, gradient: Tensor) -> None:
+        old = [t[rows].to(gradient.dtype) for t in (w, *state)]
+        new_w, new_state = rules.applied(rule, old[0], gradient, old[1:], numbers)
+        if project:
+            inverse = _inverse_norm(new_w, compute_dtype)[:, None]
+            new_w = new_w * inverse.masked_fill(_is_zero_row(new_w, compute_dtype), 1.0)
+        class_id = first_class + places[rows]
+        for position, (t, new) in enumerate(zip((w, *state), (new_w, *new_state), strict=True)):
+            t[rows] = torch.where(skip, t[rows], stored(new, t.dtype, position, random, class_id))
+        w_inv[classes] = _inverse_norm(ops.rounded(w[rows], compute_dtype), compute_dtype)
+
+    return _sweep_backward(
+        update, x, w, y, scale, bias, index, lse, x_inv, w_inv.clone(), tiles, grad_lse,
+        grad_target, grad_w_norm, grad_sum, compute_dtype=compute_dtype, **settings,
+    )  # fmt: skip
+
+
+def _sweep_backward(
+    # takes the gradient (B, D) of some classes: their rows of w, their places in the sweep
+    take: Callable[[slice | Tensor, slice, Tensor], None] | None,
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (C, D), or more rows with an index
+    y: Tensor,  # (N,) int64, -1: no target here
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    index: Tensor | None,  # (C,)
     lse: Tensor,  # (N,) from forward, as x_inv and w_inv
     x_inv: Tensor,  # (N,)
     w_inv: Tensor,  # (C,)
@@ -222,21 +309,19 @@ def head_bwd(
     normalize_w: bool,
     compute_dtype: torch.dtype,
     need_x: bool,
-    need_w: bool,
     need_bias: bool,
     need_scale: bool,
     transform: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx (N, D), dw (C, D), dbias (C,), dscale ()
-    """Computes the backward op; see :mod:`marginkernels.ops`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dbias (C,), dscale ()
+    """Sweeps backward, and hands the gradient of each block of classes on."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    classes = _Classes(w, y, scale, bias, normalize_w, compute_dtype, checked)
+    classes = _Classes(w, y, scale, bias, index, normalize_w, compute_dtype, checked)
     rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
     dx = rows.new_zeros(rows.shape if need_x else 0)
-    dw = w.new_empty(w.shape if need_w else 0)
-    dbias = rows.new_empty(len(w) if need_bias else 0)
+    dbias = rows.new_empty(classes.total if need_bias else 0)
     dscale = rows.new_zeros(() if need_scale else 0)
     radial = None if grad_w_norm is None else _by_class(grad_w_norm, y, w_inv)
     for block in classes.blocks(x_unit):
@@ -248,12 +333,15 @@ def head_bwd(
         g = torch.where(block.is_target, grad_target[:, None], g * block.slope)
         if need_x:
             dx += g @ block.w_unit
-        if need_w:
-            dw[block.classes] = classes.gradient(block, g, x_unit, radial).to(w.dtype)
+        if take is not None:
+            take(
+                classes.rows(block.classes), block.classes,
+                classes.gradient(block, g, x_unit, radial),
+            )  # fmt: skip
     if need_x:
         dx *= scale
         dx = _project(dx, rows, x_inv, compute_dtype) if normalize_x else dx
-    return dx.to(x.dtype), dw, dbias, dscale
+    return dx.to(x.dtype), dbias, dscale
 
 
 def _logit_gradient(

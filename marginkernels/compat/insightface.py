@@ -279,9 +279,10 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         lost = position.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
             sample = sampling.ChosenBy(self.sample).choose(exchange, local_class, len(weight))
-            weight, _, position = sampling.sampled(
-                weight, None, local_class, sample.classes, False, weight.dtype
+            _, position = sampling.sampled(
+                len(weight), None, local_class, sample.classes, False, weight.dtype
             )
+            weight = weight.index_select(0, sample.classes)
             lost = (local_class >= 0) & (position < 0)
             if sample.valid is not None:
                 lost = lost | ~sample.valid

@@ -95,7 +95,7 @@ def sweep(
     )
     nothing, one = torch.zeros(n, device=device), torch.ones(n, device=device)
     backward = (
-        (x, w, y, s, None, lse, x_inv, w_inv, tiles, nothing, nothing, None, one),
+        (x, w, y, s, None, None, lse, x_inv, w_inv, tiles, nothing, nothing, None, one),
         dict(need_x=True, need_w=True, need_bias=False, need_scale=True, **common),
     )
     dx, dw, _, dscale = ops.head_bwd(backend)(*backward[0], **backward[1])
@@ -171,7 +171,7 @@ def backward_makes_the_logits_of_forward(
         x, w, y, s, bias, save_tiles=False, want_sum=False, want_max=False, **common
     )
     dx, _, dbias, _ = ops.head_bwd(backend)(
-        x, w, y, s, bias, lse, x_inv, w_inv, tiles, one, 0 * one, None, None, need_x=True,
+        x, w, y, s, bias, None, lse, x_inv, w_inv, tiles, one, 0 * one, None, None, need_x=True,
         need_w=True, need_bias=learns == "bias", need_scale=learns == "scale", **common,
     )  # fmt: skip
     expected = (scale * w[:1].double()).expand(n, d)
@@ -205,7 +205,7 @@ def sum_of_logits_that_a_bias_masks(backend: str, device: str = "cpu") -> None:
         assert torch.equal(logit_sum.isneginf(), (y != c - 1) & (value != 0))
         assert lse.isfinite().all() and logit_max.isfinite().all()
         gradients = ops.head_bwd(backend)(
-            x, w, y, s, bias, lse, x_inv, w_inv, tiles, 0 * one, 0 * one, None, one,
+            x, w, y, s, bias, None, lse, x_inv, w_inv, tiles, 0 * one, 0 * one, None, one,
             need_x=True, need_w=True, need_bias=True, need_scale=True, **common,
         )  # fmt: skip
         results.append(gradients)
@@ -233,7 +233,7 @@ def op_arguments(
     grads = grads if extra else [*grads[:2], None, None]
     needs = dict(need_x=True, need_w=True, need_bias=extra, need_scale=extra)
     return fwd, (
-        (x, w, y, scale, bias, lse, x_inv, w_inv, tiles, *grads),
+        (x, w, y, scale, bias, None, lse, x_inv, w_inv, tiles, *grads),
         dict(sides, **needs, **functor),
     )
 

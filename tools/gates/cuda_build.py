@@ -33,7 +33,7 @@ def gradients(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, w, y, scale, None, save_tiles=False, want_sum=False, want_max=False, **settings
     )
     dx, dw, _, _ = ops.head_bwd("native")(
-        x, w, y, scale, None, lse, x_inv, w_inv, tiles, lse, lse, None, None, need_x=True,
+        x, w, y, scale, None, None, lse, x_inv, w_inv, tiles, lse, lse, None, None, need_x=True,
         need_w=True, need_bias=False, need_scale=False, **settings,
     )  # fmt: skip
     return dx, dw

@@ -143,7 +143,7 @@ def run_launchers(
     )
     g = torch.zeros(n)
     head_bwd(
-        x, w, y, scale, b, lse, x_inv, w_inv, tiles, g, g,
+        x, w, y, scale, b, None, lse, x_inv, w_inv, tiles, g, g,
         g if extras else None, g if want_sum else None,
         need_x=True, need_w=True, need_bias=bias, need_scale=extras, **shared,
     )  # fmt: skip

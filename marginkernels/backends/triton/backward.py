@@ -39,6 +39,7 @@ def head_bwd(
     y: Tensor,  # (N,)
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
+    index: Tensor | None,  # (C,) rows of w
     lse: Tensor,  # (N,)
     x_inv: Tensor,  # (N,)
     w_inv: Tensor,  # (C,)
@@ -61,6 +62,8 @@ def head_bwd(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    all_rows = w
+    w = w if index is None else w.index_select(0, index)
     operands = Operands.of(
         x, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
@@ -80,6 +83,7 @@ def head_bwd(
     dbias = operands.statistics(len(w) if need_bias else 0)
     dscale = operands.statistics(*(() if need_scale else (0,)))
     if len(x) == 0:
+        dw = dw if index is None or not need_w else torch.empty_like(all_rows)
         return dx, dw.zero_(), dbias.zero_(), dscale.zero_()
     source: GradientSource
     if tiles.numel() > 0:
@@ -89,6 +93,8 @@ def head_bwd(
     _take_gradients(operands, source, incoming, normalize_x, dx, dw, dbias)
     if need_scale:
         dscale = source.dscale.sum() / scale
+    if need_w and index is not None:
+        dw = torch.zeros_like(all_rows).index_copy_(0, index, dw)
     return dx, dw, dbias, dscale
 
 

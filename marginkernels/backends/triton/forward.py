@@ -21,6 +21,8 @@ def head_fwd(
     y: Tensor,  # (N,)
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
+    index: Tensor | None = None,  # (C,) rows of w
+    known_w_inv: Tensor | None = None,  # (C,)
     *,
     normalize_x: bool,
     normalize_w: bool,
@@ -34,6 +36,7 @@ def head_fwd(
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    w = w if index is None else w.index_select(0, index)
     n, c = len(x), len(w)
     operands = Operands.of(
         x, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,

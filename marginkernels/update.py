@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Lets an optimizer move the class weights inside the backward sweep, once in a step.
+
+A head with an optimizer of :mod:`marginkernels.optim` hands an :class:`Update` to its loss. Forward
+opens it and keeps the token that it gets; backward calls the op ``marginkernels::head_step`` with
+the token. The op asks the update whether it may write, and calls the backend's op of the same name.
+
+Whatever may change from step to step stays behind the op, which torch.compile does not look into:
+learning rates, accumulation, and whether the step is open.
+"""
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_numbers = itertools.count(1)
+_updates: "weakref.WeakValueDictionary[int, Update]" = weakref.WeakValueDictionary()
+
+_ONE_STEP = (
+    "The update of the class weights is part of backward, so that a step has one forward and one "
+    "backward of the head"
+)
+
+
+class Numbers(NamedTuple):
+    """Holds the numbers of one step, on the device of the weight."""
+
+    of_step: Tensor  # (rules.NUMBERS,) in the statistics dtype
+    random: Tensor  # (2,) int64: seed and number of the step
+
+
+class RowGradients(NamedTuple):
+    """Holds what the gradient of w is made of: the operands of a backward sweep, by rows of x."""
+
+    x: Tensor  # (N, D) in the compute type
+    y: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    x_inv: Tensor  # (N,)
+    grad_lse: Tensor  # (N,)
+    grad_target: Tensor  # (N,)
+    grad_w_norm: Tensor | None  # (N,)
+    grad_sum: Tensor | None  # (N,)
+    row_parameter: Tensor | None  # (N,)
+
+
+class Update(ABC):
+    """Keeps account of the steps of one optimizer, and refuses what a step cannot be.
+
+    Subclasses say what is updated, and with which numbers.
+    """
+
+    rule: str  # of marginkernels.rules
+    project: bool
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        _updates[self.number] = self
+        self.accumulates = False
+        self.written = False  # whether backward came since the last step
+        self.torn = ""  # what interrupted a step that had begun to write
+        self._forwards: dict[int, StorageWeakRef] = {}  # alive, and not yet gone back through
+        self._forward_numbers = itertools.count(1)
+        self._kept: list[RowGradients] = []
+        self._shared: tuple[Tensor | None, ...] = ()  # operands that all kept rows have in common
+        self._known: tuple[Tensor, torch.dtype, tuple[int, int]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Returns None: a copy of the head is a plain head."""
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """Returns the rows of the class weights that this rank holds, (C, D)."""
+
+    @abstractmethod
+    def state(self) -> list[Tensor]:
+        """Returns the optimizer's state of these rows, (C, D) or (C, 1) each."""
+
+    @abstractmethod
+    def holds(self, parameter: Tensor) -> bool:
+        """Says whether the optimizer has this parameter."""
+
+    @abstractmethod
+    def numbers(self, upstream: list[Tensor], dtype: torch.dtype) -> Numbers:
+        """Returns the numbers of the step; ``upstream`` are the gradients that arrive."""
+
+    @property
+    @abstractmethod
+    def first_class(self) -> int:
+        """Returns the number of the first class of this rank."""
+
+    @abstractmethod
+    def check(self, head: torch.nn.Module) -> None:
+        """Raises RuntimeError if the weight of the head cannot be updated in backward."""
+
+    def receive(self, w: Tensor, state: list[Tensor]) -> None:
+        """Copies weights and state that a hook on saved tensors has moved elsewhere."""
+        for own, given in zip((self.weight(), *self.state()), (w, *state), strict=True):
+            if own.shape == given.shape and own.data_ptr() != given.data_ptr():
+                own.data.copy_(given)
+
+    @abstractmethod
+    def applied(self, numbers: Numbers, index: Tensor | None) -> None:
+        """Hears that the rows ``index`` of the weights, or all, have been updated."""
+
+    def open(self) -> Tensor:
+        """Begins a forward, and returns its token, int64 (2,) on the CPU.
+
+        Raises:
+            RuntimeError: an earlier step was interrupted while it was written.
+        """
+        self._require_whole()
+        number = next(self._forward_numbers)
+        token = torch.tensor([number, _version(self.weight())], device="cpu")
+        self._forwards = {n: ref for n, ref in self._forwards.items() if not ref.expired()}
+        self._forwards[number] = StorageWeakRef(token.untyped_storage())
+        return token
+
+    def admit(self, token: Tensor) -> None:
+        """Admits the backward of one forward.
+
+        Raises:
+            RuntimeError: the update would be wrong. Nothing has been written.
+        """
+        self._require_whole()
+        number, version = token.tolist()
+        self._forwards.pop(number, None)
+        if self.written:
+            raise RuntimeError(
+                f"backward: expected step() of the head's optimizer since the last one. {_ONE_STEP}"
+                ". Accumulate with `with head_optimizer.accumulate():` around all but the last"
+            )
+        if version != _version(self.weight()):
+            raise RuntimeError(
+                "backward: expected the class weights as they were in forward, but they have "
+                f"changed since. {_ONE_STEP}: retain_graph=True with a second backward, or a "
+                "weight that is changed between the two, is not possible"
+            )
+        others = sum(not ref.expired() for ref in self._forwards.values())
+        if others and not self.accumulates:
+            raise RuntimeError(
+                f"backward: expected one forward of the head in a step, got {1 + others}. "
+                f"{_ONE_STEP}. Join the batches and call the head once, accumulate with `with "
+                "head_optimizer.accumulate():` around all backward calls but the last, or call the "
+                "head under torch.no_grad() where no gradient is wanted"
+            )
+
+    def keep(self, rows: RowGradients, shared: tuple[Tensor | None, ...]) -> None:
+        """Keeps the rows of a batch for the update that is to come.
+
+        Raises:
+            RuntimeError: they cannot be in one sweep with rows that are kept already.
+        """
+        if self._kept and not all(
+            itertools.starmap(_equal, zip(shared, self._shared, strict=True))
+        ):
+            raise RuntimeError(
+                "accumulate: expected the same scale and the same state of the margin in all "
+                "batches of a step, which one sweep updates the weights with, but they have moved. "
+                "Put the margin or the adaptive scale into eval mode for the step"
+            )
+        self._kept.append(rows)
+        self._shared = shared
+
+    def take_kept(self) -> RowGradients | None:
+        """Returns the rows that were kept as one batch, and forgets them; None without any."""
+        kept, self._kept = self._kept, []
+        if not kept:
+            return None
+        x, *columns = zip(*kept, strict=True)
+        return RowGradients(torch.cat(x), *(_joined(column, x) for column in columns))
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Says whether rows of earlier batches wait for their update."""
+        return bool(self._kept)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Marks the step as torn while it is written, and the weights as changed afterwards."""
+        self._known = None
+        self.torn = "an error that is not known"
+        try:
+            yield
+        except BaseException as error:
+            self.torn = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            torch.autograd.graph.increment_version(self.weight())
+        self.torn, self.written = "", True
+
+    def close(self) -> None:
+        """Ends the step.
+
+        Raises:
+            RuntimeError: there was no backward, or it kept its rows only, or was interrupted.
+        """
+        self._require_whole()
+        if not self.written:
+            waiting = " outside of accumulate()" if self._kept else ""
+            raise RuntimeError(
+                f"step: expected a backward of the head{waiting} since the last step, got none"
+            )
+        self.written = False
+
+    def reset(self) -> None:
+        """Forgets all that is under way, after weight and state have been loaded."""
+        self.torn, self.written, self._kept, self._known = "", False, [], None
+
+    def remember_norms(self, w_inv: Tensor, compute_dtype: torch.dtype) -> None:
+        """Keeps the inverse norms (C,) that the update has written."""
+        self._known = w_inv, compute_dtype, _identity(self.weight())
+
+    def known_norms(self, w: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
+        """Returns the inverse norms (C,) of w, if nothing has changed it since they were kept."""
+        if self._known is None or torch.compiler.is_compiling():
+            return None
+        w_inv, dtype, identity = self._known
+        same = (dtype, identity) == (compute_dtype, _identity(w)) and w_inv.device == w.device
+        return w_inv if same and len(w_inv) == len(w) else None
+
+    def _require_whole(self) -> None:
+        if self.torn:
+            raise RuntimeError(
+                "head_optimizer: expected whole steps, but the last one was interrupted while it "
+                f"was written ({self.torn}): some classes are updated and some are not. Load "
+                "weights and state of an earlier step (load_state_dict of both), then go on"
+            )
+
+
+def _version(w: Tensor) -> int:
+    return w._version
+
+
+def _identity(w: Tensor) -> tuple[int, int]:
+    """Returns what changes with every change of w that torch knows of."""
+    return w.data_ptr(), w._version
+
+
+def _joined(parts: tuple[Tensor | None, ...], rows: tuple[Tensor, ...]) -> Any:
+    """Joins the numbers (n,) of batches; a batch without any counts as 0."""
+    given = next((part for part in parts if part is not None), None)
+    if given is None:
+        return None
+    return torch.cat(
+        [given.new_zeros(len(x)) if p is None else p for p, x in zip(parts, rows, strict=True)]
+    )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def of_number(number: int) -> Update:
+    """Returns the update with this number.
+
+    Raises:
+        RuntimeError: its optimizer is gone.
+    """
+    if number not in _updates:
+        raise RuntimeError("backward: expected the head's optimizer of forward, which is gone")
+    return _updates[number]
+
+
+def holder(parameter: Tensor) -> Update | None:
+    """Returns the update that moves this parameter, or None."""
+    return next((u for u in list(_updates.values()) if u.holds(parameter)), None)
