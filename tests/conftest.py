@@ -26,6 +26,7 @@ ON_FIBERS = (
     "test_losses",
     "test_transforms",
     "test_unchecked",
+    "test_update",
 )
 
 
