@@ -224,7 +224,7 @@ class Update(ABC):
 
     def known_norms(self, w: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
         """Returns the inverse norms (C,) of w, if nothing has changed it since they were kept."""
-        if self._known is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._known is None:
             return None
         w_inv, dtype, identity = self._known
         same = (dtype, identity) == (compute_dtype, _identity(w)) and w_inv.device == w.device

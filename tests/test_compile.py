@@ -15,17 +15,26 @@ from marginkernels import (
     ElasticFace,
     PartialFC,
     margin_cross_entropy,
+    optim,
 )
+from marginkernels.update import Update
 from tests.support import stateful, sweeps
 from tests.support.losses import LOSSES, operands
 from tests.support.losses import C as CLASSES
 from tests.support.small import C, N, batch, make_head
+from tests.support.updates import Case, opcheck, skip_without_updates
 
 
 @pytest.mark.parametrize("save_tiles", [False, True])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(compute_dtype, save_tiles, backend, device):
     sweeps.opcheck(compute_dtype, save_tiles, backend, device)
+
+
+@pytest.mark.parametrize("case", [Case(sampled=True), Case("adamw", compute_dtype=torch.bfloat16)])
+def test_opcheck_of_a_step(case, backend, device):
+    skip_without_updates(backend)
+    opcheck(backend, case, device)
 
 
 def test_opcheck_of_the_checks(device):
@@ -156,6 +165,36 @@ def test_every_loss_with_sizes_and_numbers_that_are_not_fixed():
             torch.manual_seed(n)
             results.append(function(*operands(n=n, dtype=torch.float32), *modules))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_step_inside_a_compiled_backward(compiler, backend, device, monkeypatch):
+    """Compiles one whole graph for three learning rates, and updates in place."""
+    skip_without_updates(backend)
+    head = make_head(backend, device, bias=True)
+    twin = copy.deepcopy(head)
+    optimizers = [optim.AdamW(each, lr=0.1) for each in (head, twin)]
+    counter, in_place = CompileCounterWithBackend(compiler), []
+    compiled = torch.compile(head, backend=counter, fullgraph=True)
+    receive = Update.receive
+
+    def received(update, w, state):
+        in_place.append(w.data_ptr() == update.weight().data_ptr())
+        receive(update, w, state)
+
+    for step in range(3):
+        x, y = batch(device)
+        with monkeypatch.context() as patched:
+            patched.setattr(Update, "receive", received)
+            compiled(x, y).backward()
+        twin(x, y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        torch.testing.assert_close(list(head.parameters()), list(twin.parameters()))
+    assert counter.frame_count == 1
+    # aot_eager makes the graph functional, and copies
+    assert all(in_place) or compiler == "aot_eager"
 
 
 def test_export_for_batches_of_any_size(backend, device):

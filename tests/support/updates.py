@@ -168,3 +168,21 @@ def assert_as_expected(case: Case, p: Problem, taken: Taken) -> None:
             rows = wanted.norm(dim=1, keepdim=True) / wanted.shape[1] ** 0.5
             close = (new[places].double() - wanted).abs() <= 16 * eps * (wanted.abs() + rows + 1e-3)
             assert close.all()
+
+
+def opcheck(backend: str, case: Case, device: str) -> None:
+    """Checks schema, fake and dispatch of the op."""
+    p = problem(case, device)
+    n, c = len(p.x), case.c
+    rows = [torch.rand(n, device=device) for _ in range(4)]
+    w_inv = torch.rand(c, device=device)
+    scale = torch.tensor(8.0, device=device)
+    operands = (p.x, p.w, p.y, scale, None, p.index, rows[0], rows[1], w_inv, rows[0][:0])
+    torch.library.opcheck(
+        ops.head_step(backend),
+        (*operands, rows[2], rows[3], None, None, p.state, p.numbers, p.random),
+        dict(
+            need_x=True, need_bias=False, need_scale=True, rule=case.rule, project=False,
+            first_class=0, **p.settings,
+        ),
+    )  # fmt: skip
