@@ -145,9 +145,13 @@ def sampled(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     PartialFC_V2 does the same (An et al., "Killing Two Birds with One Stone", CVPR 2022): it
     gathers the rows of w, and scatters their gradient into a dense dw.
     """
-    with torch.no_grad():
-        priority = torch.rand(len(w), device=w.device)
-        priority[y] = 2.0
-        chosen = priority.topk(sampled_classes(len(x), len(w))).indices.sort().values
-        label = torch.searchsorted(chosen, y)
+    chosen, label = sample(len(w), y)
     return plain(x, w.index_select(0, chosen), label)
+
+
+def sample(classes: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws the batch's classes and random others; returns them and the labels among them."""
+    priority = torch.rand(classes, device=y.device)
+    priority[y] = 2.0
+    chosen = priority.topk(sampled_classes(len(y), classes)).indices.sort().values
+    return chosen, torch.searchsorted(chosen, y)

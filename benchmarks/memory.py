@@ -38,14 +38,20 @@ def extra_peaks(
     return found, skipped
 
 
+def held(device: str) -> int:
+    """Returns the bytes that this process holds now."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return process.resident_bytes("VmRSS")
+
+
 def growth(device: str, run: Callable[[], object]) -> int:
     """Returns the bytes by which the peak during a call exceeds what was there before it."""
+    before = held(device)
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = process.resident_bytes("VmRSS")
     process.reset_peak()
     run()
     return process.resident_bytes("VmHWM") - before

@@ -11,6 +11,7 @@ from typing import Any
 from .contenders import contenders, work
 from .peaks import ROOFS
 from .sweeps import Config, Measured, Step
+from .timing import Timed
 
 Row = dict[str, Any]
 Columns = dict[str, tuple[int, str]]  # column -> (width, format); None prints as "-"
@@ -54,21 +55,22 @@ def rows(config: Config, measured: Measured, memory: dict[str, float]) -> list[R
     for contender in ran:
         own = measured.steps[contender.name]
         counted = work(contender, config.shape)
-        row: Row = {"contender": contender.name} | _times(own)
+        row: Row = {"contender": contender.name} | times(own)
         row |= {
             "GFLOP/s": counted.flops / row["ms"] * 1e-6,
             "% peak": _percent(counted.flops, own, [step.roof for step in own]),
             "% GEMM": _percent(counted.flops, own, measured.peaks[f"gemm {contender.compute}"]),
             "GB/s": counted.bytes / row["ms"] * 1e-6,
             "+MiB": memory.get(contender.name),
-            "x eager": _speedup(steps.get(("eager", contender.compute)), own),
-            "x compiled": _speedup(steps.get(("torch.compile", contender.compute)), own),
+            "x eager": speedup(steps.get(("eager", contender.compute)), own),
+            "x compiled": speedup(steps.get(("torch.compile", contender.compute)), own),
         }
         table.append(row)
     return table
 
 
-def _times(steps: list[Step]) -> Row:
+def times(steps: Sequence[Timed]) -> Row:
+    """Returns what every table has of the steps of a contender."""
     milliseconds = sorted(step.ms for step in steps)
     last = len(milliseconds) - 1
     return {
@@ -90,7 +92,8 @@ def _percent(flops: int, steps: list[Step], gflops: Sequence[float | None]) -> f
     )
 
 
-def _speedup(baseline: list[Step] | None, steps: list[Step]) -> float | None:
+def speedup(baseline: Sequence[Timed] | None, steps: Sequence[Timed]) -> float | None:
+    """Returns how many times faster than the baseline of the same round; the median."""
     if baseline is None:
         return None
     return statistics.median(other.ms / own.ms for other, own in zip(baseline, steps, strict=True))

@@ -31,11 +31,23 @@ def take_turns(turns: Sequence[Callable[[], object]], rounds: int) -> None:
 
 
 class Timed(Protocol):
-    """Has the time that something took."""
+    """Holds what a step took."""
 
     @property
     def ms(self) -> float:
-        """Returns milliseconds."""
+        """Returns the time of the step."""
+
+    @property
+    def forward_ms(self) -> float:
+        """Returns the time up to the loss."""
+
+    @property
+    def page_faults(self) -> int:
+        """Returns how many there were."""
+
+    @property
+    def loss(self) -> float:
+        """Returns the loss."""
 
 
 def reason_not_to_run(step: Callable[[], Timed]) -> str | None:
