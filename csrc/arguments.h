@@ -11,6 +11,7 @@
 #include <string>
 
 #include "transforms.h"
+#include "update.h"
 
 namespace marginkernels {
 
@@ -19,6 +20,22 @@ inline void check_shapes(const at::Tensor& x, const at::Tensor& w, const at::Ten
                       "w: expected (C, D) for x (N, D) = ", x.sizes(), ", got ", w.sizes());
     TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0),
                       "y: expected (N,) for x (N, D) = ", x.sizes(), ", got ", y.sizes());
+}
+
+// Returns how many classes a sweep meets: the rows of w, or those that an index names.
+inline int64_t checked_swept_classes(const at::Tensor& w, const std::optional<at::Tensor>& index) {
+    if (!index.has_value()) return w.size(0);
+    TORCH_CHECK_VALUE(index->dim() == 1 && index->scalar_type() == at::kLong,
+                      "index: expected int64 (n,), got ", index->scalar_type(), " ",
+                      index->sizes());
+    return index->size(0);
+}
+
+// Checks a vector with a number for each swept class.
+inline void check_per_class(const std::optional<at::Tensor>& t, const char* name, int64_t classes) {
+    TORCH_CHECK_VALUE(!t.has_value() || (t->dim() == 1 && t->size(0) == classes), name,
+                      ": expected one number for each of ", classes, " classes, got ",
+                      t.has_value() ? t->sizes() : at::IntArrayRef());
 }
 
 // Checks the operands of a transform that has this functor.
@@ -54,6 +71,57 @@ inline mk::Transform checked_transform(c10::string_view name, const std::optiona
     });
     TORCH_CHECK_VALUE(found.has_value(), "transform: the native backend knows ", names, ", got '",
                       name, "'");
+    return *found;
+}
+
+// Checks the states of a rule that has this functor.
+template <class Functor>
+void check_state(at::TensorList state, const at::Tensor& w, at::ScalarType statistics) {
+    for (int64_t i = 0; i < Functor::kStates; ++i) {
+        const at::ScalarType type = state[i].scalar_type();
+        TORCH_CHECK_VALUE(state[i].sizes() == w.sizes(), "state: expected ", w.sizes(),
+                          " like w for the rule '", Functor::kName, "', got ", state[i].sizes());
+        TORCH_CHECK_TYPE(type == statistics || (statistics == at::kFloat && type == at::kBFloat16),
+                         "state: expected ", statistics,
+                         statistics == at::kFloat ? " or BFloat16" : "", ", got ", type);
+    }
+    if constexpr (Functor::kHasRowState) {
+        const at::Tensor& row = state[Functor::kStates];
+        TORCH_CHECK_VALUE(row.dim() == 2 && row.size(0) == w.size(0) && row.size(1) == 1 &&
+                              row.scalar_type() == statistics,
+                          "state: expected (", w.size(0), ", 1) ", statistics, " for the rule '",
+                          Functor::kName, "', got ", row.sizes(), " ", row.scalar_type());
+    }
+}
+
+// Returns the rule of this name and with as many states, after checks of the operands of a step.
+inline mk::Rule checked_rule(c10::string_view name, at::TensorList state, const at::Tensor& w,
+                             const at::Tensor& numbers, const at::Tensor& random,
+                             at::ScalarType statistics) {
+    TORCH_CHECK_VALUE(numbers.dim() == 1 && numbers.size(0) == mk::kUpdateNumbers &&
+                          numbers.scalar_type() == statistics,
+                      "numbers: expected (", mk::kUpdateNumbers, ",) ", statistics, ", got ",
+                      numbers.sizes(), " ", numbers.scalar_type());
+    TORCH_CHECK_VALUE(random.dim() == 1 && random.size(0) == 2 && random.scalar_type() == at::kLong,
+                      "random: expected int64 (2,), got ", random.sizes(), " ",
+                      random.scalar_type());
+    TORCH_CHECK_TYPE(w.scalar_type() == statistics ||
+                         (statistics == at::kFloat && w.scalar_type() == at::kBFloat16),
+                     "w: expected ", statistics, statistics == at::kFloat ? " or BFloat16" : "",
+                     " for a step, got ", w.scalar_type());
+    std::string names;
+    std::optional<mk::Rule> found;
+    mk::Rules::for_each([&](mk::Rule rule, auto functor) {
+        using Functor = decltype(functor);
+        constexpr size_t kStates = Functor::kStates + (Functor::kHasRowState ? 1 : 0);
+        names += (names.empty() ? "'" : ", '") + std::string(Functor::kName) + "' with " +
+                 std::to_string(kStates);
+        if (name != Functor::kName || state.size() != kStates) return;
+        check_state<Functor>(state, w, statistics);
+        found = rule;
+    });
+    TORCH_CHECK_VALUE(found.has_value(), "rule: the native backend knows ", names,
+                      " tensors of state, got '", name, "' with ", state.size());
     return *found;
 }
 

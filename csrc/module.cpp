@@ -2,7 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // The Python module marginkernels._C. It says what was built, and hands tests the numbers of
-// numerics.h, the facts of transforms.h and the host side of math.h. The ops are not here: loading
+// numerics.h, the facts of transforms.h and update.h, and the host side of math.h, update.h and
+// rounding.h. The ops are not here: loading
 // the library registers them with PyTorch (cpu/ops.cpp, cuda/ops.cpp).
 
 #include <pybind11/numpy.h>
@@ -20,7 +21,9 @@
 #endif
 #include "math.h"
 #include "numerics.h"
+#include "rounding.h"
 #include "transforms.h"
+#include "update.h"
 
 namespace py = pybind11;
 
@@ -98,6 +101,69 @@ py::dict numerics() {
     return numbers;
 }
 
+// Returns the positions in the numbers of a step by the names in marginkernels/rules.py, and the
+// rounds of marginkernels/rounding.py.
+py::dict step_numbers() {
+    py::dict numbers;
+    numbers["UNSCALE"] = mk::kUnscale;
+    numbers["SKIP"] = mk::kSkip;
+    numbers["MAX_ROW_NORM"] = mk::kMaxRowNorm;
+    numbers["OF_RULE"] = mk::kOfRule;
+    numbers["NUMBERS"] = mk::kUpdateNumbers;
+    numbers["PHILOX_ROUNDS"] = mk::kPhiloxRounds;
+    return numbers;
+}
+
+// Returns, for each rule by its name, the states that it may have; tests compare
+// marginkernels/rules.py. Each is a list that says of a state whether it is one number per row.
+py::dict rules() {
+    py::dict known;
+    mk::Rules::for_each([&](mk::Rule, auto functor) {
+        using Functor = decltype(functor);
+        std::vector<bool> per_row(Functor::kStates, false);
+        if (Functor::kHasRowState) per_row.push_back(true);
+        if (!known.contains(Functor::kName)) known[Functor::kName] = py::list();
+        py::list(known[Functor::kName]).append(per_row);
+    });
+    return known;
+}
+
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// Moves a row of weights, and its states in place, by the rule that has this name and so many
+// states. A state per row is the last one, as one number.
+void apply_rule(const std::string& name, Floats w, const Floats& g, std::vector<Floats> states,
+                const Floats& numbers) {
+    mk::Rules::for_each([&](mk::Rule, auto functor) {
+        using Functor = decltype(functor);
+        if (name != Functor::kName || states.size() != Functor::kStates + Functor::kHasRowState)
+            return;
+        float row_state = 0;
+        if constexpr (Functor::kHasRowState) {
+            float total = 0;
+            for (py::ssize_t k = 0; k < w.size(); ++k)
+                total += Functor::row_term(w.at(k), g.at(k), numbers.data());
+            float& state = states.back().mutable_at(0);
+            row_state = state = Functor::row_state(state, total / w.size(), numbers.data());
+        }
+        for (py::ssize_t k = 0; k < w.size(); ++k) {
+            float state[mk::kMostStates] = {};
+            for (int s = 0; s < Functor::kStates; ++s) state[s] = states[s].at(k);
+            w.mutable_at(k) = Functor::apply(w.at(k), g.at(k), state, row_state, numbers.data());
+            for (int s = 0; s < Functor::kStates; ++s) states[s].mutable_at(k) = state[s];
+        }
+    });
+}
+
+uint32_t random_word(int64_t seed, int64_t step, int64_t global_class, int64_t feature,
+                     int64_t stream) {
+    const mk::Random random = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step)};
+    const auto four =
+        mk::random_words(random, static_cast<uint64_t>(feature / 4),
+                         static_cast<uint32_t>(global_class), static_cast<uint32_t>(stream));
+    return static_cast<uint32_t>(four.word[feature % 4]);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -116,4 +182,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     math.def("exp", py::vectorize(mk::exp<float>), py::arg("x"));
     math.def("inverse_norm", py::vectorize(mk::inverse_norm), py::arg("sum_of_squares"),
              py::arg("eps"));
+
+    m.attr("step_numbers") = step_numbers();
+    m.attr("rules") = rules();
+    py::module_ update =
+        m.def_submodule("update", "Host side of csrc/update.h and csrc/rounding.h, in float32.");
+    update.def("apply_rule", apply_rule, py::arg("rule"), py::arg("w").noconvert(), py::arg("g"),
+               py::arg("states"), py::arg("numbers_of_rule"),
+               "Moves a row of weights, and its states, in place.");
+    update.def("random_word", py::vectorize(random_word), py::arg("seed"), py::arg("step"),
+               py::arg("global_class"), py::arg("feature"), py::arg("stream"));
+    update.def("bits_of", py::vectorize(mk::bits_of<uint32_t>), py::arg("number"), py::arg("word"));
+    update.def("stochastic_bf16", py::vectorize(mk::stochastic_bf16<float, uint32_t>),
+               py::arg("value"), py::arg("bits"));
 }

@@ -2,12 +2,13 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // The backward sweep of one stripe: the logits again (or the exponentials that forward kept), G in
-// their place, and from G the stripe's part of dx and the final dw of its classes. The target's
-// gradient is added outside the products, in fp32.
+// their place, and from G the stripe's part of dx and the final dw of its classes, which is written
+// out or moves them. The target's gradient is added outside the products, in fp32.
 
 #pragma once
 
 #include "forward.h"
+#include "update_rows.h"
 
 namespace marginkernels {
 namespace {
@@ -132,12 +133,14 @@ void add_dw(const BackwardSweep& s, const Block& block, const Gradient& g, const
                         s.padded_d, block.begin > 0);
 }
 
-// Completes dw of some classes and writes it out: the targets' part, the projection, and the
-// gradient of the norm.
+// Completes dw of some classes, and writes it out or moves the classes by it: the targets' part,
+// the projection, and the gradient of the norm.
 void finish_dw(const BackwardSweep& s, int64_t first, int64_t count, const Scratch& scratch) {
     if (s.tiles != nullptr)
         for (int64_t k = 0; k < count * s.padded_d; k += kLanes)
             store(scratch.dw + k, s.scale * load(scratch.dw + k));
+    if (s.n == 0) memset(scratch.dw, 0, count * s.padded_d * sizeof(float));
+    const WritableRows dw = {s.dw, s.d, s.w.type};
     memset(scratch.radial, 0, count * sizeof(float));
     for_targets(s, Block{first, count, 0, s.n}, [&](int64_t i, int64_t j) {
         const float factor = s.grad_target[i] * s.row_scale[i] * scratch.q[j];
@@ -151,8 +154,9 @@ void finish_dw(const BackwardSweep& s, int64_t first, int64_t count, const Scrat
         if (s.normalize_w) project(gradient, row, inverse, s);
         if (scratch.radial[j] != 0 && !is_zero_row(inverse, s.compute))
             add_scaled(gradient, scratch.radial[j] * inverse, row, s.padded_d);
-        write_row(s.dw, s.w.type, first + j, s.d, gradient);
+        if (s.update == nullptr) write_row(dw, row_of(s, first + j), s.d, gradient);
     }
+    if (s.update != nullptr) update_rows(s, *s.update, first, count, scratch.dw, scratch);
 }
 
 template <class Op>
@@ -171,15 +175,25 @@ void backward_stripe(const BackwardSweep& s, int64_t stripe, void* memory) {
             fill_gradient<Op>(s, block, scratch, weighted);
             const Gradient g = format_gradient<Op>(block, scratch);
             if (s.dx != nullptr) add_dx<Op>(s, block, g, classes, dx, started);
-            if (s.dw != nullptr) add_dw<Op>(s, block, g, scratch);
+            if (s.needs_dw()) add_dw<Op>(s, block, g, scratch);
         });
         started = true;
-        if (s.dw != nullptr) finish_dw(s, first, count, scratch);
+        if (s.needs_dw()) finish_dw(s, first, count, scratch);
         if (s.dbias != nullptr)
             for (int64_t j = 0; j < count; ++j)
                 s.dbias[first + j] = sum(load(scratch.dbias + j * kLanes));
     });
     if (s.stripe_dscale != nullptr) s.stripe_dscale[stripe] = weighted / s.scale;
+}
+
+// Reads row i's class, rounded, as the sweep saw it; returns its inverse norm.
+float read_target(const BackwardSweep& s, int64_t i, float* out) {
+    if (s.target_rows == nullptr) {
+        read_row(s, s.w, row_of(s, s.y[i]), s.compute, out);
+        return s.w_inv[s.y[i]];
+    }
+    read_row(s, {s.target_rows, s.d, s.w.type}, i, s.compute, out);
+    return s.target_inv[i];
 }
 
 // Completes rows [begin, end) of dx and writes them out: the stripes' parts in their order, the
@@ -196,12 +210,12 @@ void finish_dx(const BackwardSweep& s, int64_t begin, int64_t end, void* memory)
             store(gradient + k, total * s.row_weight[i] * s.row_scale[i]);
         }
         if (s.y[i] >= 0) {
-            read_row(s, s.w, s.y[i], w_y);
-            const float q = s.normalize_w ? s.w_inv[s.y[i]] : 1.0F;
+            const float inverse = read_target(s, i, w_y);
+            const float q = s.normalize_w ? inverse : 1.0F;
             add_scaled(gradient, s.grad_target[i] * s.row_scale[i] * q, w_y, s.padded_d);
         }
         if (s.normalize_x) project(gradient, s.x_rows + i * s.padded_d, s.x_inv[i], s);
-        write_row(s.dx, s.x.type, i, s.d, gradient);
+        write_row({s.dx, s.d, s.x.type}, i, s.d, gradient);
     }
 }
 

@@ -46,6 +46,8 @@ struct Scratch {
     float* dw;             // (block_classes, padded_d)
     float* dbias;          // (block_classes, kLanes)
     float* radial;         // (block_classes,)
+    float* updated;        // (1 + mk::kMostStates, padded_d) a row of w and its states
+    uint32_t* words;       // (padded_d and up to one vector more) random
 };
 
 // Hands out arrays from a piece of memory, or without one counts their bytes.
@@ -76,12 +78,19 @@ size_t lay_out(const Plan& plan, bool backward, void* base, Scratch& scratch) {
     arena.take(scratch.dw, classes * plan.padded_d);
     arena.take(scratch.dbias, classes * kLanes);
     arena.take(scratch.radial, classes);
+    arena.take(scratch.updated, (1 + mk::kMostStates) * plan.padded_d);
+    arena.take(scratch.words, plan.padded_d + kLanes);
     return arena.used;
 }
 
 size_t scratch_bytes(const Plan& plan, bool backward) {
     Scratch scratch;
     return lay_out(plan, backward, nullptr, scratch);
+}
+
+// Returns the row of w that a swept class is.
+MK_HOST_DEVICE int64_t row_of(const Problem& s, int64_t j) {
+    return s.index == nullptr ? j : s.index[j];
 }
 
 // Calls f(row, class - block.first) for the rows of the block whose target is one of its classes.
@@ -131,7 +140,7 @@ void prepare_rows(const Problem& s, int64_t p) {
         const int64_t i = p * kPanel + lane;
         float* row = s.x_rows + i * s.padded_d;
         if (i < s.n) {
-            read_row(s, s.x, i, row);
+            read_row(s, s.x, i, s.compute, row);
             const float norm = mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));
             s.x_inv[i] = s.normalize_x ? norm : 1.0F;
             s.row_scale[i] = s.scale * s.x_inv[i];
@@ -180,7 +189,7 @@ void read_classes(const Problem& s, int64_t first, int64_t count, float* w_inv_o
                   Scratch& scratch) {
     for (int64_t j = 0; j < count; ++j) {
         float* row = scratch.rounded + j * scratch.class_stride;
-        read_row(s, s.w, first + j, row);
+        read_row(s, s.w, row_of(s, first + j), s.compute, row);
         if (w_inv_out != nullptr)
             w_inv_out[first + j] =
                 mk::inverse_norm(dot(row, row, s.padded_d), least_norm(s.compute));

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "../numerics.h"
+#include "../rule.h"
 #include "../transform.h"
 
 namespace marginkernels {
@@ -25,9 +26,19 @@ using mk::Transform;  // of the negatives' cosines
 
 enum class Type { kFloat32, kBFloat16, kFloat16 };
 
+constexpr int64_t size_of(Type type) {
+    return type == Type::kFloat32 ? 4 : 2;
+}
+
 struct Rows {
     const void* data;  // (count, D), the elements of a row next to each other
     int64_t stride;    // elements from one row to the next
+    Type type;
+};
+
+struct WritableRows {
+    void* data;
+    int64_t stride;
     Type type;
 };
 
@@ -35,12 +46,13 @@ inline float least_norm(Type compute) {
     return compute == Type::kFloat16 ? mk::kLeastNormFloat16 : mk::kLeastNorm;
 }
 
-// 1. The call: the arguments that both ops share. ops.cpp fills it in.
+// 1. The call: the arguments that the ops share. ops.cpp fills it in.
 struct Call {
-    Rows x;             // (N, D)
-    Rows w;             // (C, D)
-    const int64_t* y;   // (N,) class, -1: none here
-    const float* bias;  // (C,) or null
+    Rows x;                // (N, D)
+    Rows w;                // (C, D), or more rows with an index
+    const int64_t* index;  // (C,) the rows of w that are swept, ascending, or null: all
+    const int64_t* y;      // (N,) class among the swept ones, -1: none here
+    const float* bias;     // (C,) or null
     float scale;
     bool normalize_x, normalize_w;
     Type compute;
@@ -83,7 +95,22 @@ struct ForwardSweep : Problem {
     double* stripe_logit_sum;  // (stripes, padded_n), or null where it is not wanted
 };
 
-// 5. Backward: the gradients that arrive, then the results, each null where it is not wanted.
+// 5. The update: what a step does to w with dw, which then goes nowhere else.
+struct Update {
+    mk::Rule rule;
+    bool project;  // back to unit norm
+    float numbers[mk::kUpdateNumbers];
+    uint64_t seed;  // of the random bits, like the next two
+    uint32_t step;
+    int64_t first_class;  // the global class that row 0 of w is
+    WritableRows w;
+    WritableRows states[mk::kMostStates];  // like w, those that the rule has
+    float* row_state;                      // one number per row of w, or null
+    int64_t row_state_stride;
+    float* w_inv;  // (C,) of the new rows; it may be the memory of the old ones
+};
+
+// 6. Backward: the gradients that arrive, then the results, each null where it is not wanted.
 struct BackwardSweep : Problem {
     const float *a, *lse;      // (padded_n,) dL/dlse; lse
     const float* u;            // (padded_n,) dL/d(sum of logits), or null
@@ -95,11 +122,18 @@ struct BackwardSweep : Problem {
     // row_weight_i r_i x_i as operand of dw; with tiles it is divided by the scale
     float* gradient_panels;
 
+    // the targets' rows of w and their inverse norms as they are before the update, or null
+    const char* target_rows;  // (N, D) in w's type
+    const float* target_inv;  // (N,)
+
     float* dx_partial;      // (stripes, N, padded_d)
     void* dx;               // (N, D) in x's type
-    void* dw;               // (C, D) in w's type
+    void* dw;               // like w, contiguous, in w's type
+    const Update* update;   // or null
     float* dbias;           // (C,)
     double* stripe_dscale;  // (stripes,)
+
+    bool needs_dw() const { return dw != nullptr || update != nullptr; }
 };
 
 struct Kernels {

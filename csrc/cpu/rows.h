@@ -36,10 +36,6 @@ MK_HOST_DEVICE void store_as(void* data, int64_t at, vfloat v) {
               kType == Type::kBFloat16 ? to_bf16(v) : to_fp16(v));
 }
 
-constexpr int64_t size_of(Type type) {
-    return type == Type::kFloat32 ? 4 : 2;
-}
-
 template <Type kType>
 struct Tag {
     static constexpr Type value = kType;
@@ -55,15 +51,15 @@ MK_HOST_DEVICE void with_type(Type type, const F& f) {
     }
 }
 
-// Reads row i, rounded to the compute type, as fp32 and with zeros from d to padded_d.
-void read_row(const Problem& s, const Rows& rows, int64_t i, float* out) {
+// Reads row i, rounded to a type, as fp32 and with zeros from d to padded_d.
+void read_row(const Problem& s, const Rows& rows, int64_t i, Type rounded_to, float* out) {
     const char* row = static_cast<const char*>(rows.data) + i * rows.stride * size_of(rows.type);
     const int64_t whole = s.d / kLanes * kLanes;
     // numbers that fill no vector go through one that is zero elsewhere
     float rest[kLanes] = {};
     memcpy(rest, row + whole * size_of(rows.type), (s.d - whole) * size_of(rows.type));
     with_type(rows.type, [&](auto from) {
-        with_type(s.compute, [&](auto to) {
+        with_type(rounded_to, [&](auto to) {
             constexpr Type kFrom = decltype(from)::value, kTo = decltype(to)::value;
             for (int64_t k = 0; k < whole; k += kLanes)
                 store(out + k, round_to<kTo>(load_as<kFrom>(row, k)));
@@ -72,10 +68,18 @@ void read_row(const Problem& s, const Rows& rows, int64_t i, float* out) {
     });
 }
 
-// Writes the first d numbers of ``values`` to row i of a contiguous (count, d) matrix, past the
-// cache where the address allows it.
-void write_row(void* data, Type type, int64_t i, int64_t d, const float* values) {
-    char* row = static_cast<char*>(data) + i * d * size_of(type);
+// Rounds a row to the compute type.
+void round_row(const Problem& s, float* row) {
+    with_type(s.compute, [&](auto to) {
+        for (int64_t k = 0; k < s.padded_d; k += kLanes)
+            store(row + k, round_to<decltype(to)::value>(load(row + k)));
+    });
+}
+
+// Writes the first d numbers of ``values`` to row i, past the cache where the address allows it.
+void write_row(const WritableRows& rows, int64_t i, int64_t d, const float* values) {
+    const Type type = rows.type;
+    char* row = static_cast<char*>(rows.data) + i * rows.stride * size_of(type);
     const int64_t whole = d / kLanes * kLanes;
     if (type == Type::kFloat32 && reinterpret_cast<uintptr_t>(row) % sizeof(vfloat) == 0) {
         for (int64_t k = 0; k < whole; k += kLanes)

@@ -37,15 +37,30 @@ Memory<T> allocate(int64_t count) {
     return Memory<T>(static_cast<T*>(p));
 }
 
-// Calls f(index, scratch) for all indices, which go to whichever thread is free.
-template <class F>
-void for_each(const Parallel& parallel, int64_t count, size_t scratch_bytes, const F& f) {
-    std::atomic<int64_t> next{0};
-    parallel.run([&] {
-        const auto scratch = allocate<char>(scratch_bytes);
-        for (int64_t i = next++; i < count; i = next++) f(i, scratch.get());
-    });
-}
+// The threads of a sweep, and the memory that each works in.
+class Workers {
+  public:
+    Workers(const Parallel& parallel, size_t scratch_bytes) : parallel_(parallel) {
+        for (int i = 0; i < parallel.threads; ++i)
+            scratch_.push_back(allocate<char>(scratch_bytes));
+    }
+
+    // Calls f(index, scratch) for all indices, which go to whichever thread is free. Allocates
+    // nothing.
+    template <class F>
+    void for_each(int64_t count, const F& f) const {
+        std::atomic<int64_t> next_worker{0}, next{0};
+        const auto work = [&] {
+            char* const scratch = scratch_[next_worker++].get();
+            for (int64_t i = next++; i < count; i = next++) f(i, scratch);
+        };
+        parallel_.run(std::ref(work));
+    }
+
+  private:
+    const Parallel& parallel_;
+    std::vector<Memory<char>> scratch_;
+};
 
 int64_t panels(int64_t columns, const Kernels& kernels) {
     return (columns + kernels.panel_rows - 1) / kernels.panel_rows;
@@ -86,22 +101,19 @@ struct PreparedRows {
     Memory<float> rows, panel_data, scale;
     std::vector<float> parameter;
 
-    // Fills in the problem but for w_inv.
-    PreparedRows(Problem& problem, const Call& call, float* x_inv, const Kernels& kernels,
-                 const Parallel& parallel) {
-        static_cast<Call&>(problem) = call;
-        static_cast<Plan&>(problem) = plan_of(call, kernels, parallel.threads);
+    // Fills in the operands but for w_inv.
+    PreparedRows(Problem& problem, float* x_inv, const Kernels& kernels, const Workers& workers) {
         rows = allocate<float>(problem.padded_n * problem.padded_d);
         panel_data = allocate<float>(problem.padded_n * problem.padded_d);
         scale = allocate<float>(problem.padded_n);
-        parameter = padded(call.row_parameter, call.n, problem.padded_n);
+        parameter = padded(problem.row_parameter, problem.n, problem.padded_n);
         problem.x_rows = rows.get();
         problem.x_panels = panel_data.get();
         problem.x_inv = x_inv;
         problem.row_scale = scale.get();
         problem.parameter = parameter.data();
-        for_each(parallel, panels(problem.padded_n, kernels), 0,
-                 [&](int64_t panel, void*) { kernels.prepare_rows(problem, panel); });
+        workers.for_each(panels(problem.padded_n, kernels),
+                         [&](int64_t panel, void*) { kernels.prepare_rows(problem, panel); });
     }
 };
 
@@ -146,25 +158,50 @@ std::vector<float> row_weights(const BackwardSweep& s) {
     return weights;
 }
 
-void finish_all_rows(const BackwardSweep& s, const Kernels& kernels, const Parallel& parallel) {
+void finish_all_rows(const BackwardSweep& s, const Kernels& kernels, const Workers& workers) {
     constexpr int64_t kRowsPerTask = 16;
-    for_each(parallel, (s.n + kRowsPerTask - 1) / kRowsPerTask, 2 * s.padded_d * sizeof(float),
-             [&](int64_t task, void* scratch) {
-                 const int64_t begin = task * kRowsPerTask;
-                 kernels.finish_dx(s, begin, std::min(begin + kRowsPerTask, s.n), scratch);
-             });
+    workers.for_each((s.n + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, void* scratch) {
+        const int64_t begin = task * kRowsPerTask;
+        kernels.finish_dx(s, begin, std::min(begin + kRowsPerTask, s.n), scratch);
+    });
 }
+
+// Owns copies of the targets' rows of w and of their inverse norms, which an update changes.
+struct TargetRows {
+    Memory<char> rows;
+    Memory<float> inverse;
+
+    explicit TargetRows(BackwardSweep& s) {
+        if (s.update == nullptr || s.dx == nullptr) return;
+        const int64_t row_bytes = s.d * size_of(s.w.type), stride = s.w.stride * size_of(s.w.type);
+        rows = allocate<char>(s.n * row_bytes);
+        inverse = allocate<float>(s.n);
+        for (int64_t i = 0; i < s.n; ++i) {
+            if (s.y[i] < 0) continue;
+            const int64_t row = s.index == nullptr ? s.y[i] : s.index[s.y[i]];
+            const char* from = static_cast<const char*>(s.w.data) + row * stride;
+            std::copy(from, from + row_bytes, rows.get() + i * row_bytes);
+            inverse[i] = s.w_inv[s.y[i]];
+        }
+        s.target_rows = rows.get();
+        s.target_inv = inverse.get();
+    }
+};
 
 }  // namespace
 
 void sweep_forward(const Call& call, const ForwardResults& results, const Parallel& parallel) {
     const Kernels& kernels = cpu_kernels(call.compute);
     ForwardSweep s = {};
-    const PreparedRows prepared(s, call, results.x_inv, kernels, parallel);
+    static_cast<Call&>(s) = call;
+    static_cast<Plan&>(s) = plan_of(call, kernels, parallel.threads);
+    const Workers workers(parallel, kernels.scratch_bytes(s, false));
+    const PreparedRows prepared(s, results.x_inv, kernels, workers);
     const int64_t size = s.stripes * s.padded_n;
     std::vector<float> largest(size), logit_max(results.logit_max != nullptr ? size : 0);
     std::vector<double> sum(size), logit_sum(results.logit_sum != nullptr ? size : 0);
-    s.w_inv = s.w_inv_out = results.w_inv;
+    s.w_inv = results.w_inv;
+    s.w_inv_out = results.w_inv_is_known ? nullptr : results.w_inv;
     s.tiles = results.tiles;
     s.target_cosine = results.target_cosine;
     s.w_norm = results.w_norm;
@@ -175,8 +212,9 @@ void sweep_forward(const Call& call, const ForwardResults& results, const Parall
     for (int64_t i = 0; i < s.n; ++i)
         if (s.y[i] < 0) s.target_cosine[i] = s.w_norm[i] = 0;
 
-    for_each(parallel, s.stripes, kernels.scratch_bytes(s, false),
-             [&](int64_t stripe, void* scratch) { kernels.forward_stripe(s, stripe, scratch); });
+    workers.for_each(s.stripes, [&](int64_t stripe, void* scratch) {
+        kernels.forward_stripe(s, stripe, scratch);
+    });
     merge_stripes(s, results);
 }
 
@@ -184,8 +222,12 @@ void sweep_backward(const Call& call, const BackwardInputs& inputs, const Backwa
                     const Parallel& parallel) {
     const Kernels& kernels = cpu_kernels(call.compute);
     BackwardSweep s = {};
+    static_cast<Call&>(s) = call;
+    static_cast<Plan&>(s) = plan_of(call, kernels, parallel.threads);
+    const size_t rows_bytes = 2 * s.padded_d * sizeof(float);  // what finish_dx works in
+    const Workers workers(parallel, std::max(kernels.scratch_bytes(s, true), rows_bytes));
     const auto x_inv = allocate<float>(call.n);  // preparing the rows measures them again
-    const PreparedRows prepared(s, call, x_inv.get(), kernels, parallel);
+    const PreparedRows prepared(s, x_inv.get(), kernels, workers);
     const std::vector<float> a = padded(inputs.grad_lse, s.n, s.padded_n);
     const std::vector<float> u = padded(inputs.grad_sum, s.n, s.padded_n);
     const std::vector<float> lse = padded(inputs.lse, s.n, s.padded_n);
@@ -198,23 +240,26 @@ void sweep_backward(const Call& call, const BackwardInputs& inputs, const Backwa
     s.grad_w_norm = inputs.grad_w_norm;
     s.dx = results.dx;
     s.dw = results.dw;
+    s.update = results.update;
     s.dbias = results.dbias;
     const std::vector<float> weights = row_weights(s);
     s.row_weight = weights.data();
     std::vector<double> dscale(s.stripes, 0.0);
     s.stripe_dscale = results.dscale == nullptr ? nullptr : dscale.data();
 
-    const auto gradient_panels = allocate<float>(s.dw != nullptr ? s.padded_n * s.padded_d : 0);
+    const auto gradient_panels = allocate<float>(s.needs_dw() ? s.padded_n * s.padded_d : 0);
     s.gradient_panels = gradient_panels.get();
-    if (s.dw != nullptr)
-        for_each(parallel, panels(s.padded_d, kernels), 0,
-                 [&](int64_t panel, void*) { kernels.prepare_gradient(s, panel); });
+    if (s.needs_dw())
+        workers.for_each(panels(s.padded_d, kernels),
+                         [&](int64_t panel, void*) { kernels.prepare_gradient(s, panel); });
+    const TargetRows targets(s);
     const auto partial = allocate<float>(s.dx != nullptr ? s.stripes * s.n * s.padded_d : 0);
     s.dx_partial = partial.get();
 
-    for_each(parallel, s.stripes, kernels.scratch_bytes(s, true),
-             [&](int64_t stripe, void* scratch) { kernels.backward_stripe(s, stripe, scratch); });
-    if (s.dx != nullptr) finish_all_rows(s, kernels, parallel);
+    workers.for_each(s.stripes, [&](int64_t stripe, void* scratch) {
+        kernels.backward_stripe(s, stripe, scratch);
+    });
+    if (s.dx != nullptr) finish_all_rows(s, kernels, workers);
     if (results.dscale != nullptr) {
         *results.dscale = 0;
         for (const double part : dscale) *results.dscale += part;

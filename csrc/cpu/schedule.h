@@ -35,6 +35,7 @@ struct ForwardResults {
     float *lse, *target_cosine, *w_norm;  // (N,)
     float *logit_sum, *logit_max;         // (N,), or null where not wanted
     float *x_inv, *w_inv;                 // (N,), (C,)
+    bool w_inv_is_known;                  // w_inv is filled in already
     void* tiles;                          // (C, N up to a multiple of mk::kTilePadding), or null
 };
 
@@ -50,11 +51,13 @@ struct BackwardInputs {
 
 // Where backward's results go, each null where it is not wanted.
 struct BackwardResults {
-    void *dx, *dw;   // (N, D), (C, D) in the types of x and w
-    float* dbias;    // (C,)
-    double* dscale;  // ()
+    void *dx, *dw;         // (N, D), (C, D) in the types of x and w
+    float* dbias;          // (C,)
+    double* dscale;        // ()
+    const Update* update;  // what dw does to w
 };
 
+// All memory is there before the update, if there is one, writes anything.
 void sweep_backward(const Call& call, const BackwardInputs& inputs, const BackwardResults& results,
                     const Parallel& parallel);
 

@@ -17,9 +17,11 @@ namespace {
 typedef float vfloat __attribute__((vector_size(MK_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(MK_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(MK_VECTOR_BYTES)));
+typedef uint64_t vlong __attribute__((vector_size(MK_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(MK_VECTOR_BYTES / 2)));
 // the same at any address
 typedef float vfloat_at __attribute__((vector_size(MK_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t vuint_at __attribute__((vector_size(MK_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t vhalf_at __attribute__((vector_size(MK_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 constexpr int64_t kLanes = MK_VECTOR_BYTES / sizeof(float);
@@ -34,6 +36,14 @@ MK_HOST_DEVICE void store(float* p, vfloat v) {
 
 MK_HOST_DEVICE void store(uint16_t* p, vhalf v) {
     *reinterpret_cast<vhalf_at*>(p) = v;
+}
+
+MK_HOST_DEVICE vuint load(const uint32_t* p) {
+    return *reinterpret_cast<const vuint_at*>(p);
+}
+
+MK_HOST_DEVICE void store(uint32_t* p, vuint v) {
+    *reinterpret_cast<vuint_at*>(p) = v;
 }
 
 MK_HOST_DEVICE vfloat splat(float value) {
@@ -74,6 +84,34 @@ MK_HOST_DEVICE void stream(float* p, vfloat v) {
     _mm256_stream_ps(p, __m256(v));
 #else
     _mm512_stream_ps(p, __m512(v));
+#endif
+}
+
+// Pairs of 64-bit lanes: of every two lanes the first ones, or the second ones, of a and b.
+
+MK_HOST_DEVICE vlong first_of_pairs(vlong a, vlong b) {
+#if defined(MK_EMULATE) || !defined(__x86_64__)
+    for (int i = 0; i < kLanes / 2; i += 2) a[i + 1] = b[i];
+    return a;
+#elif MK_VECTOR_BYTES == 16
+    return vlong(_mm_unpacklo_epi64(__m128i(a), __m128i(b)));
+#elif MK_VECTOR_BYTES == 32
+    return vlong(_mm256_unpacklo_epi64(__m256i(a), __m256i(b)));
+#else
+    return vlong(_mm512_maskz_unpacklo_epi64(0xff, __m512i(a), __m512i(b)));
+#endif
+}
+
+MK_HOST_DEVICE vlong second_of_pairs(vlong a, vlong b) {
+#if defined(MK_EMULATE) || !defined(__x86_64__)
+    for (int i = 0; i < kLanes / 2; i += 2) b[i] = a[i + 1];
+    return b;
+#elif MK_VECTOR_BYTES == 16
+    return vlong(_mm_unpackhi_epi64(__m128i(a), __m128i(b)));
+#elif MK_VECTOR_BYTES == 32
+    return vlong(_mm256_unpackhi_epi64(__m256i(a), __m256i(b)));
+#else
+    return vlong(_mm512_maskz_unpackhi_epi64(0xff, __m512i(a), __m512i(b)));
 #endif
 }
 
@@ -151,6 +189,23 @@ struct mk::Lanes<marginkernels::vfloat> {
 #else
         // the unmasked form warns of an uninitialised value in GCC 12
         return marginkernels::vfloat(_mm512_maskz_sqrt_ps(0xffff, __m512(x)));
+#endif
+    }
+};
+
+template <>
+struct mk::Lanes<marginkernels::vlong> {
+    static MK_HOST_DEVICE marginkernels::vlong product_of_words(marginkernels::vlong words,
+                                                                uint32_t b) {
+#if defined(MK_EMULATE) || !defined(__x86_64__)
+        return (words & 0xffffffffU) * uint64_t{b};
+#elif MK_VECTOR_BYTES == 16
+        return marginkernels::vlong(_mm_mul_epu32(__m128i(words), _mm_set1_epi32(int(b))));
+#elif MK_VECTOR_BYTES == 32
+        return marginkernels::vlong(_mm256_mul_epu32(__m256i(words), _mm256_set1_epi32(int(b))));
+#else
+        return marginkernels::vlong(
+            _mm512_maskz_mul_epu32(0xff, __m512i(words), _mm512_set1_epi32(int(b))));
 #endif
     }
 };

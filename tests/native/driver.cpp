@@ -15,6 +15,7 @@
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/schedule.h"
+#include "../../csrc/update.h"
 
 using namespace marginkernels;
 
@@ -27,6 +28,7 @@ struct Case {
     Type compute;
     Type x_type, w_type;
     bool normalize_x, normalize_w, bias, tiles, extras;
+    bool index = false;  // w has twice as many rows, of which every other one is swept
 };
 
 std::mt19937 generator(0);
@@ -73,6 +75,16 @@ struct Stored {
     const void* data() const {
         return type == Type::kFloat32 ? static_cast<const void*>(wide.data()) : half.data();
     }
+    // Compares bits, because holes are NaN.
+    bool same_bits(const Stored& other) const {
+        if (type == Type::kBFloat16) return half == other.half;
+        return memcmp(wide.data(), other.wide.data(), wide.size() * sizeof(float)) == 0;
+    }
+    WritableRows writable() {
+        void* const data = type == Type::kFloat32 ? static_cast<void*>(wide.data())
+                                                  : static_cast<void*>(half.data());
+        return {data, stride, type};
+    }
     double at(int64_t i, int64_t k, Type compute) const {
         const float value =
             type == Type::kFloat32 ? wide[i * stride + k] : bf16_value(half[i * stride + k]);
@@ -118,37 +130,60 @@ Matrix wide(const std::vector<T>& values) {
     return Matrix(values.begin(), values.end());
 }
 
-const Parallel two_threads = {2, [](const std::function<void()>& f) {
-                                  std::thread other(f);
-                                  f();
-                                  other.join();
-                              }};
+Parallel on_threads(int threads) {
+    return {threads, [threads](const std::function<void()>& f) {
+                std::vector<std::thread> others;
+                for (int i = 1; i < threads; ++i) others.emplace_back(f);
+                f();
+                for (std::thread& other : others) other.join();
+            }};
+}
+
+// Puts the rows of a matrix where an index has them, between rows of NaN.
+std::vector<float> spread(const std::vector<float>& rows, int64_t count, int64_t d) {
+    std::vector<float> all(2 * count * d, std::numeric_limits<float>::quiet_NaN());
+    for (int64_t j = 0; j < count; ++j)
+        std::copy(rows.begin() + j * d, rows.begin() + (j + 1) * d, all.begin() + (2 * j + 1) * d);
+    return all;
+}
 
 // The operands of a case and the gradients that arrive, some of them negative.
 struct Inputs {
     const Case& one;
-    Stored x, w;
+    Stored x, w;   // w without the rows that are not swept
+    Stored all_w;  // w as the sweep has it
     std::vector<float> bias;
-    std::vector<int64_t> y;
+    std::vector<int64_t> y, index;
     std::vector<float> a, target, u, grad_w_norm;
     float scale;
 
-    explicit Inputs(const Case& one)
+    explicit Inputs(const Case& one) : Inputs(one, normal(one.c * one.d)) {}
+
+    Inputs(const Case& one, const std::vector<float>& rows)
         : one(one),
           x(normal(one.n * one.d), one.n, one.d, one.x_type),
-          w(normal(one.c * one.d), one.c, one.d, one.w_type),
+          w(rows, one.c, one.d, one.w_type),
+          all_w(one.index ? spread(rows, one.c, one.d) : rows, one.index ? 2 * one.c : one.c, one.d,
+                one.w_type),
           bias(normal(one.c)),
           y(one.n),
           scale(one.normalize_x && one.normalize_w ? 16 : 0.5) {
         for (int64_t i = 0; i < one.n; ++i) y[i] = i % 5 == 4 ? -1 : int64_t(generator() % one.c);
         a = normal(one.n), target = normal(one.n), u = normal(one.n, 1e-3F);
         grad_w_norm = normal(one.n);
+        for (int64_t j = 0; j < one.c && one.index; ++j) index.push_back(row(j));
     }
 
-    Call call() const {
+    // Returns the row of all_w that a swept class is.
+    int64_t row(int64_t j) const { return one.index ? 2 * j + 1 : j; }
+    int64_t rows() const { return one.index ? 2 * one.c : one.c; }
+
+    // Returns the call for these rows of w.
+    Call call(const Stored& w) const {
         Call call = {};
         call.x = {x.data(), x.stride, one.x_type};
         call.w = {w.data(), w.stride, one.w_type};
+        call.index = one.index ? index.data() : nullptr;
         call.y = y.data();
         call.bias = one.bias ? bias.data() : nullptr;
         call.scale = scale;
@@ -160,14 +195,32 @@ struct Inputs {
     }
 };
 
+// What memory a sweep keeps its exponentials in, aligned as tensors are.
+struct Tiles {
+    void* const memory;
+
+    explicit Tiles(const Case& one)
+        : memory(one.tiles
+                     ? std::aligned_alloc(
+                           64, round_up_to(one.c * round_up_to(one.n, mk::kTilePadding) * 4, 64))
+                     : nullptr) {}
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+    ~Tiles() { std::free(memory); }
+};
+
 // The results of the two sweeps.
 struct Results {
+    const Inputs& in;
+    Tiles tiles;
     std::vector<float> lse, target_cosine, w_norm, logit_sum, logit_max, x_inv, w_inv, dbias;
     Output dx, dw;
     double dscale = 0;
 
     explicit Results(const Inputs& in)
-        : lse(in.one.n),
+        : in(in),
+          tiles(in.one),
+          lse(in.one.n),
           target_cosine(in.one.n),
           w_norm(in.one.n),
           logit_sum(in.one.n),
@@ -176,24 +229,43 @@ struct Results {
           w_inv(in.one.c),
           dbias(in.one.c),
           dx(in.one.n * in.one.d, in.one.x_type),
-          dw(in.one.c * in.one.d, in.one.w_type) {
+          dw(in.rows() * in.one.d, in.one.w_type) {
         const bool extras = in.one.extras;
-        // aligned as tensors are
-        const size_t tile_bytes = in.one.c * round_up_to(in.one.n, mk::kTilePadding) * 4;
-        void* const tile_memory = std::aligned_alloc(64, round_up_to(tile_bytes, 64));
-        void* const tiles = in.one.tiles ? tile_memory : nullptr;
-        sweep_forward(
-            in.call(),
-            {lse.data(), target_cosine.data(), w_norm.data(), extras ? logit_sum.data() : nullptr,
-             extras ? logit_max.data() : nullptr, x_inv.data(), w_inv.data(), tiles},
-            two_threads);
-        sweep_backward(
-            in.call(),
-            {lse.data(), w_inv.data(), tiles, in.a.data(), in.target.data(),
-             extras ? in.grad_w_norm.data() : nullptr, extras ? in.u.data() : nullptr},
-            {dx.data(), dw.data(), extras ? dbias.data() : nullptr, extras ? &dscale : nullptr},
-            two_threads);
-        std::free(tile_memory);
+        ForwardResults results = {};
+        results.lse = lse.data(), results.target_cosine = target_cosine.data();
+        results.w_norm = w_norm.data();
+        results.logit_sum = extras ? logit_sum.data() : nullptr;
+        results.logit_max = extras ? logit_max.data() : nullptr;
+        results.x_inv = x_inv.data(), results.w_inv = w_inv.data();
+        results.tiles = tiles.memory;
+        sweep_forward(in.call(in.all_w), results, on_threads(2));
+        const std::vector<float> lse_before = lse, w_inv_before = w_inv;
+        results.w_inv_is_known = true;
+        sweep_forward(in.call(in.all_w), results, on_threads(2));
+        if (lse != lse_before || w_inv != w_inv_before) lse.assign(in.one.n, NAN);
+        backward(in.all_w, dw.data(), nullptr, 2);
+    }
+
+    // Makes the backward sweep, with dw or with an update of w.
+    void backward(const Stored& w, void* dw, const Update* update, int threads) {
+        const bool extras = in.one.extras;
+        BackwardResults results = {};
+        results.dx = dx.data(), results.dw = dw, results.update = update;
+        results.dbias = extras ? dbias.data() : nullptr;
+        results.dscale = extras ? &dscale : nullptr;
+        sweep_backward(in.call(w),
+                       {lse.data(), w_inv.data(), tiles.memory, in.a.data(), in.target.data(),
+                        extras ? in.grad_w_norm.data() : nullptr, extras ? in.u.data() : nullptr},
+                       results, on_threads(threads));
+    }
+
+    // Returns dw of the classes that are swept.
+    Matrix swept_dw() const {
+        const Matrix all = dw.values();
+        Matrix swept;
+        for (int64_t j = 0; j < in.one.c; ++j)
+            for (int64_t k = 0; k < in.one.d; ++k) swept.push_back(all[in.row(j) * in.one.d + k]);
+        return swept;
     }
 };
 
@@ -269,6 +341,96 @@ struct Expected {
     }
 };
 
+// Numbers of a step that suit every rule: 1/2 as unscale, at most 3 as norm of a row's gradient.
+constexpr double kNumbers[] = {0.5, 0, 3, 0.5, 0.01, 0.9, 0.75, 0.5, 1.5, 0, 0, 0};
+
+// w and its state before a step by the sweep, and after it.
+template <class Functor>
+struct Stepped {
+    static constexpr float kState = 0.5F;  // every number of it
+
+    Stored w;
+    std::vector<Stored> states;
+    std::vector<float> row_state, w_inv;
+
+    Stepped(mk::Rule rule, const Inputs& in, Results& results, int threads)
+        : w(in.all_w), row_state(in.rows(), kState), w_inv(in.one.c) {
+        const std::vector<float> start(in.rows() * in.one.d, kState);
+        for (int m = 0; m < Functor::kStates; ++m)
+            states.emplace_back(start, in.rows(), in.one.d, in.one.w_type);
+        Update update = {};
+        update.rule = rule;
+        std::copy(kNumbers, kNumbers + mk::kUpdateNumbers, update.numbers);
+        update.seed = 7, update.step = 3, update.first_class = 11;
+        update.w = w.writable();
+        for (int m = 0; m < Functor::kStates; ++m) update.states[m] = states[m].writable();
+        update.row_state = row_state.data(), update.row_state_stride = 1;
+        update.w_inv = w_inv.data();
+        results.backward(w, nullptr, &update, threads);
+    }
+
+    bool same_bits(const Stepped& other) const {
+        for (int m = 0; m < Functor::kStates; ++m)
+            if (!states[m].same_bits(other.states[m])) return false;
+        return w.same_bits(other.w) && row_state == other.row_state && w_inv == other.w_inv;
+    }
+};
+
+// The same by the rule in fp64, for the classes that are swept.
+template <class Functor>
+struct ExpectedStep {
+    Matrix w, states[mk::kMostStates];
+
+    ExpectedStep(const Inputs& in, const Matrix& dw) {
+        const int64_t d = in.one.d;
+        for (int64_t j = 0; j < in.one.c; ++j) {
+            Matrix g(dw.begin() + j * d, dw.begin() + (j + 1) * d), old(d);
+            double squares = 0, terms = 0, row_state = Stepped<Functor>::kState;
+            for (double& v : g) v *= kNumbers[mk::kUnscale], squares += v * v;
+            for (int64_t k = 0; k < d; ++k) {
+                g[k] *= std::min(1.0, kNumbers[mk::kMaxRowNorm] / std::sqrt(squares));
+                old[k] = in.w.at(j, k, Type::kFloat32);
+                if constexpr (Functor::kHasRowState)
+                    terms += Functor::row_term(old[k], g[k], kNumbers + mk::kOfRule);
+            }
+            if constexpr (Functor::kHasRowState)
+                row_state = Functor::row_state(row_state, terms / d, kNumbers + mk::kOfRule);
+            for (int64_t k = 0; k < d; ++k) {
+                double state[mk::kMostStates] = {Stepped<Functor>::kState,
+                                                 Stepped<Functor>::kState};
+                w.push_back(Functor::apply(old[k], g[k], state, row_state, kNumbers + mk::kOfRule));
+                for (int m = 0; m < Functor::kStates; ++m) states[m].push_back(state[m]);
+            }
+        }
+    }
+};
+
+// Makes a step of every rule with each number of threads. Calls check(name, got, want) with rows of
+// w and of the states, and check_same(name, whether bits are the same).
+template <class Check, class CheckSame>
+void run_steps(const Inputs& in, Results& results, const Matrix& dw, const Check& check,
+               const CheckSame& check_same) {
+    const Matrix dx = results.dx.values();
+    mk::Rules::for_each([&](mk::Rule rule, auto functor) {
+        using Functor = decltype(functor);
+        const Stepped<Functor> got(rule, in, results, 1);
+        check_same("dx of a step", results.dx.values() == dx);
+        for (int threads = 2; threads <= 3; ++threads)
+            check_same(Functor::kName, got.same_bits(Stepped<Functor>(rule, in, results, threads)));
+        const ExpectedStep<Functor> want(in, dw);
+        const auto swept = [&](const Stored& rows) {
+            Matrix values;
+            for (int64_t j = 0; j < in.one.c; ++j)
+                for (int64_t k = 0; k < in.one.d; ++k)
+                    values.push_back(rows.at(in.row(j), k, Type::kFloat32));
+            return values;
+        };
+        check(Functor::kName, swept(got.w), want.w);
+        for (int m = 0; m < Functor::kStates; ++m)
+            check(Functor::kName, swept(got.states[m]), want.states[m]);
+    });
+}
+
 // Runs a case; prints each result that is off and returns whether none is.
 bool run(const Case& one) {
     const Inputs in(one);
@@ -290,13 +452,22 @@ bool run(const Case& one) {
     check("target_cosine", wide(got.target_cosine), want.target_cosine, 1, fine);
     check("w_norm", wide(got.w_norm), want.w_norm, 1, fine);
     check("dx", got.dx.values(), want.dx, one.d, bound(one.x_type));
-    check("dw", got.dw.values(), want.dw, one.d, bound(one.w_type));
+    check("dw", got.swept_dw(), want.dw, one.d, bound(one.w_type));
     if (one.extras) {
         if (one.c > 1) check("logit_max", wide(got.logit_max), want.logit_max, 1, fine);
         check("logit_sum", wide(got.logit_sum), want.logit_sum, 1, fine);
         check("dbias", wide(got.dbias), want.dbias, 1, 1e-4);
         check("dscale", {got.dscale}, {want.dscale}, 1, 1e-3);
     }
+    run_steps(
+        in, got, want.dw,
+        [&](const char* name, const Matrix& ours, const Matrix& exact) {
+            check(name, ours, exact, one.d, bound(one.w_type));
+        },
+        [&](const char* name, bool same) {
+            if (!same) std::printf("  %s: other bits\n", name);
+            good = good && same;
+        });
     return good;
 }
 
@@ -318,6 +489,9 @@ int main() {
         {23, 210, 33, f, f, f, false, true, true, false, true},
         {23, 210, 33, b, f, f, false, false, true, false, true},
         {23, 210, 33, f, f, f, false, false, false, false, false},
+        {37, 301, 48, f, f, f, true, true, false, true, false, true},
+        {37, 301, 47, b, b, b, true, true, false, false, true, true},
+        {0, 40, 20, f, f, f, true, true, false, false, false},
     };
     int failed = 0, passed = 0;
     for (const Case& one : cases) {
