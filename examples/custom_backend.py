@@ -67,7 +67,7 @@ class Logits:
 
 
 def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
-             index: Tensor | None, known_w_inv: Tensor | None, *, want_sum: bool,
+             index: Tensor | None = None, known_w_inv: Tensor | None = None, *, want_sum: bool,
              want_max: bool, **settings: Any) -> ops.Forward:  # fmt: skip
     """Sweeps forward."""
     of = Logits(x, w if index is None else w[index], y, scale, bias, **settings)
