@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.torch_version import TorchVersion
 
 from . import arguments, backends, evaluation, validation
 from .distributed.extend import extend
@@ -33,6 +34,10 @@ from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings, shared
 from .update import Update
+
+# before, torch.compile cannot update a parameter in backward:
+# https://github.com/pytorch/pytorch/pull/178622
+COMPILES_STEPS = TorchVersion(torch.__version__) >= "2.13"
 
 
 class MarginSoftmaxHead(nn.Module):
@@ -254,7 +259,8 @@ class MarginSoftmaxHead(nn.Module):
         """
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
             self._look_for_replicas()
-        loss = self._loss if self.shard is None else self._split_loss
+        eager = self.shard is not None or not (self._update is None or COMPILES_STEPS)
+        loss = self._eager_loss if eager else self._loss
         return loss(
             embeddings, labels, sample_weight=sample_weight, row_margin=row_margin,
             return_stats=return_stats,
@@ -274,7 +280,7 @@ class MarginSoftmaxHead(nn.Module):
         )  # fmt: skip
 
     # torch.compile knows neither process groups nor the rows of a DTensor
-    _split_loss = torch._disable_dynamo(_loss)
+    _eager_loss = torch._disable_dynamo(_loss)
 
     def _own_update(self) -> Update | None:
         """Returns the update of the optimizer that moves the weight in backward, if there is one.
