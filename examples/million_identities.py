@@ -6,7 +6,14 @@ Identities are synthetic: random centres, seen through noise. A small network em
 the head has one row of 512 numbers for each identity. Both heads take the same steps, one after the
 other. The plain head may use half as much memory again as the fused head did.
 
+The fused head's optimizer updates the weights inside backward, so that their gradient is never
+held; with --optimizer none it is torch.optim.SGD. With --dtype bfloat16 weights, momentum and
+arithmetic are in bfloat16. The plain head has fp32 weights, and an optimizer of torch.optim.
+
     python examples/million_identities.py                                     # a million, 20 steps
+    python examples/million_identities.py --dtype bfloat16                    # 4 bytes a weight
+    python examples/million_identities.py --classes 10000000 --dtype bfloat16 \\
+        --optimizer rowwise_adagrad --batch 64 --repeat 2 --plain-steps 0     # ten million
     python examples/million_identities.py --classes 10000 --steps 300 --repeat 0
     torchrun --nproc-per-node 2 examples/million_identities.py                # half of them each
     python examples/million_identities.py --plot                              # docs/million.png
@@ -33,18 +40,46 @@ from torch import Tensor, nn
 
 import measure
 from heads import HEADS
-from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
+from marginkernels import ArcFace, MarginSoftmaxHead, backend_report, optim
 from marginkernels.distributed.shard import local
 
 VIEW_SIZE, EMBEDDING_SIZE = 128, 512
 NOISE = 0.5  # standard deviation of a view around its centre; the centres' own is 1
 MARGIN, SCALE = 0.5, 64.0
-BACKBONE_RATE, HEAD_RATE = 0.003, 0.05
+BACKBONE_RATE = 0.003
 HEADROOM = 1.5  # of address space, for the plain head
 INIT_BLOCK = 4096  # classes whose weights are drawn from one generator
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# foreach=True makes a temporary of the size of the weights
+OUTSIDE = dict(foreach=False)
+
+
+class Rule(NamedTuple):
+    """Describes an optimizer of the head: inside backward, and the nearest one of torch.optim."""
+
+    rate: float
+    fused: Callable[..., optim.HeadOptimizer] | None
+    plain: Callable[..., torch.optim.Optimizer]
+    numbers: int  # of state, per weight
+    settings: dict[str, float]
+
+
+RULES = {
+    "sgd": Rule(0.05, optim.SGD, torch.optim.SGD, 1, dict(momentum=0.9)),
+    "adamw": Rule(0.001, optim.AdamW, torch.optim.AdamW, 2, {}),
+    "rowwise_adagrad": Rule(0.002, optim.RowwiseAdagrad, torch.optim.Adagrad, 0, {}),
+    "none": Rule(0.05, None, torch.optim.SGD, 1, dict(momentum=0.9)),
+}
+
 PLOT = Path(__file__).parents[1] / "docs" / "million.png"
-PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
+PLOT_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000, 5_000_000)
+PLOT_HEADS = (  # label, head, optimizer, type
+    ("fused SGD, bf16", "fused", "sgd", "bfloat16"),
+    ("fused SGD, fp32", "fused", "sgd", "float32"),
+    ("SGD after backward", "fused", "none", "float32"),
+    ("plain PyTorch", "torch", "sgd", "float32"),
+)
 PLOT_LIMIT = 14.0  # GiB of address space, for either head
 
 DEVICE, PEAK, LIMITED = torch.device("cpu"), "peak RSS", "address space (RLIMIT_AS)"
@@ -101,6 +136,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=4,
                         help="so many batches in turn; 0: a new one in each step")  # fmt: skip
+    parser.add_argument("--optimizer", choices=RULES, default="sgd")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of weights, of their momentum and of the arithmetic")  # fmt: skip
     parser.add_argument("--backend", choices=("auto", *backend_report()), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain-steps", type=int, default=3,
@@ -114,6 +152,8 @@ def arguments() -> argparse.Namespace:
 def make_head(kind: str, args: argparse.Namespace) -> MarginSoftmaxHead:
     """Builds a head, whose classes the ranks of a group split."""
     settings = dict(margin=ArcFace(MARGIN), scale=SCALE, backend=args.backend, device=DEVICE)
+    if kind == "fused":
+        settings |= dict(dtype=DTYPES[args.dtype], compute_dtype=DTYPES[args.dtype])
     if dist.is_initialized():
         settings["sharding"] = dist.group.WORLD
     head = HEADS[kind](EMBEDDING_SIZE, args.classes, **settings)
@@ -131,6 +171,29 @@ def initialise(weight: Tensor, start: int, seed: int) -> None:
         weight[low - start : high - start] = rows[low - first : high - first]
 
 
+def make_optimizers(
+    kind: str, args: argparse.Namespace, backbone: nn.Module, head: MarginSoftmaxHead
+) -> list[torch.optim.Optimizer]:
+    """Makes the optimizer of the backbone and that of the head."""
+    rule = RULES[args.optimizer]
+    settings = dict(lr=rule.rate, **rule.settings)
+    of_head: torch.optim.Optimizer
+    if kind == "torch" or rule.fused is None:
+        of_head = rule.plain(head.parameters(), **settings, **OUTSIDE)
+    else:
+        of_head = rule.fused(head, **settings)
+    of_backbone = torch.optim.SGD(backbone.parameters(), lr=BACKBONE_RATE, momentum=0.9)
+    return [of_backbone, of_head]
+
+
+def lasting(kind: str, optimizer: str, dtype: str) -> float:
+    """Counts the bytes of an identity that a head and its optimizer cannot do without."""
+    rule = RULES[optimizer]
+    per_class = 4.0 if optimizer == "rowwise_adagrad" else 0.0
+    gradient = 1 if kind == "torch" or rule.fused is None else 0
+    return EMBEDDING_SIZE * DTYPES[dtype].itemsize * (1 + gradient + rule.numbers) + per_class
+
+
 def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], None]) -> Run:
     """Takes the steps with a head, and measures them.
 
@@ -144,14 +207,7 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
     if world > 1:
         backbone = nn.parallel.DistributedDataParallel(backbone)
     head = make_head(kind, args)
-    optimizer = torch.optim.SGD(
-        [
-            {"params": backbone.parameters(), "lr": BACKBONE_RATE},
-            {"params": head.parameters(), "lr": HEAD_RATE},
-        ],
-        momentum=0.9,
-        foreach=False,  # True makes a temporary of the size of the weights
-    )
+    optimizers = make_optimizers(kind, args, backbone, head)
     identities = Identities(args.classes, args.seed)
     losses, seconds, processor = [], [], []
     for step in range(steps):
@@ -159,9 +215,10 @@ def train(kind: str, args: argparse.Namespace, steps: int, say: Callable[[str], 
         views, labels = (t.tensor_split(world)[rank].to(DEVICE) for t in batch)
         started, busy = time.perf_counter(), time.process_time()
         loss = head(backbone(views), labels)
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
         processor.append(time.process_time() - busy)
@@ -189,7 +246,7 @@ def in_child(kind: str, args: argparse.Namespace, steps: int, limit: int) -> Run
         torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--child", kind, "--limit", str(limit),
                "--steps", str(steps)]  # fmt: skip
-    for name in ("classes", "batch", "repeat", "backend", "seed"):
+    for name in ("classes", "batch", "repeat", "optimizer", "dtype", "backend", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
     distributed = ("RANK", "WORLD", "LOCAL", "MASTER", "GROUP", "ROLE", "TORCHELASTIC")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(distributed)}
@@ -224,10 +281,11 @@ def gib(nbytes: float) -> str:
 
 def print_summary(args: argparse.Namespace, fused: Run) -> None:
     """Prints the losses, the time and the memory of the fused head."""
-    floor = gib(12 * args.classes * EMBEDDING_SIZE)
+    floor = gib(args.classes * lasting("fused", args.optimizer, args.dtype))
+    what = "weights, gradient and momentum" if args.optimizer == "none" else "weights and state"
     say(f"""
-{args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}; weights, their gradient and \
-momentum alone: {floor}
+{args.classes:,} identities x {EMBEDDING_SIZE}, batch {args.batch}, {args.optimizer}, \
+{args.dtype}; {what} alone: {floor}
 this head      loss {fused.losses[0]:.3f} -> {fused.losses[-1]:.3f} in {len(fused.losses)} steps, \
 {fused.seconds:.2f} s a step
                {PEAK} of each rank: {", ".join(map(gib, fused.peaks))}""")
@@ -252,19 +310,20 @@ def plot(args: argparse.Namespace) -> None:
     import plots
 
     heads = []
-    for kind, label in (("fused", "marginkernels"), ("torch", "plain PyTorch")):
-        runs = {classes: plotted_run(kind, args, classes) for classes in PLOT_CLASSES}
+    for label, kind, optimizer, dtype in PLOT_HEADS:
+        asked = argparse.Namespace(**(vars(args) | {"optimizer": optimizer, "dtype": dtype}))
+        runs = {classes: plotted_run(label, kind, asked, classes) for classes in PLOT_CLASSES}
         done = {classes: run for classes, run in runs.items() if isinstance(run, Run)}
         seconds = {classes: run.processor_seconds for classes, run in done.items()}
         peaks = {classes: run.peaks[0] for classes, run in done.items()}
-        heads.append(plots.Growth(label, seconds, peaks, [c for c in runs if c not in done]))
-    floor = {classes: 12 * classes * EMBEDDING_SIZE for classes in PLOT_CLASSES}
+        stopped = [classes for classes in runs if classes not in done]
+        heads.append(plots.Growth(label, seconds, peaks, stopped, lasting(kind, optimizer, dtype)))
     title = f"A training step, batch {args.batch}, all threads together"
-    plots.draw_growth(PLOT, heads, floor, PLOT_LIMIT, title)
+    plots.draw_growth(PLOT, heads, PLOT_LIMIT, title)
     say(f"wrote {PLOT}")
 
 
-def plotted_run(kind: str, args: argparse.Namespace, classes: int) -> Run | str:
+def plotted_run(label: str, kind: str, args: argparse.Namespace, classes: int) -> Run | str:
     """Takes a few steps with so many classes, and prints what they took."""
     shape = argparse.Namespace(**(vars(args) | {"classes": classes}))
     run = in_child(kind, shape, min(30, 3 + 300_000 // classes), int(PLOT_LIMIT * 2**30))
@@ -272,7 +331,7 @@ def plotted_run(kind: str, args: argparse.Namespace, classes: int) -> Run | str:
     if isinstance(run, Run):
         processors = f"{run.processor_seconds:.3f} s of processors"
         text = f"{run.seconds:.3f} s, {processors}, {gib(run.peaks[0])}"
-    say(f"{classes:>9,} {kind:>6}  {text}")
+    say(f"{classes:>9,} {label:<18}  {text}")
     return run
 
 

@@ -17,7 +17,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-RIGHT, WRONG, BEFORE, ACCENT = "#2b8a3e", "#c92a2a", "#868e96", "#1864ab"
+RIGHT, WRONG, BEFORE = "#2b8a3e", "#c92a2a", "#868e96"
+ACCENT, LIGHT_ACCENT = "#1864ab", "#4dabf7"
 COLUMNS = 8  # sample pairs per row
 ROW_HEIGHT = 0.85  # with the width of a pair as the unit
 
@@ -172,32 +173,30 @@ class Growth(NamedTuple):
     processor_seconds: dict[int, float]
     peaks: dict[int, int]  # bytes
     stopped: list[int]  # numbers of classes at which the head ran out of memory
+    lasting: float  # bytes per class of weights, gradient and optimizer state
 
 
-def draw_growth(
-    path: Path, heads: list[Growth], floor: dict[int, int], limit: float, title: str
-) -> None:
+def draw_growth(path: Path, heads: list[Growth], limit: float, title: str) -> None:
     """Draws time and memory of a step against the number of classes.
 
     Args:
-        floor: bytes that no head can do without, by the number of classes.
         limit: GiB that the heads may use.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for head, color in zip(heads, (ACCENT, BEFORE), strict=True):
+    for head, color in zip(heads, (RIGHT, ACCENT, LIGHT_ACCENT, BEFORE), strict=True):
         style = dict(color=color, marker="o", markersize=4, linewidth=2, label=head.label)
         left.plot(list(head.processor_seconds), list(head.processor_seconds.values()), **style)
         right.plot(list(head.peaks), [peak / 2**30 for peak in head.peaks.values()], **style)
-        if head.stopped:
-            label = f"{head.label}, stopped at {limit:g} GiB"
-            right.plot(head.stopped, [limit] * len(head.stopped), "x", color=WRONG, label=label)
-    label = "weights, gradient, momentum"
-    right.plot(list(floor), [b / 2**30 for b in floor.values()], ":", color="black", label=label)
+        floor = [classes * head.lasting / 2**30 for classes in head.peaks]
+        right.plot(list(head.peaks), floor, ":", color=color)
+        right.plot(head.stopped[:1], [limit] * len(head.stopped[:1]), "x", color=color)
+    right.plot([], [], ":", color="black", label="weights, gradient, momentum")
+    right.plot([], [], "x", color="black", label=f"stopped at {limit:g} GiB")
     left.set(xscale="log", yscale="log", xlabel="identities", ylabel="processor seconds")
     left.set_title(title)
     right.set(xscale="log", yscale="log", xlabel="identities", ylabel="GiB")
     right.set_title("Peak resident memory of the process")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=130)

@@ -114,18 +114,31 @@ def test_the_formulas_know_the_launcher():
     assert scaling.W_CHUNK_BYTES == operands.W_CHUNK_BYTES
 
 
-def test_the_example_alone_and_under_torchrun(monkeypatch):
-    """Expects the same losses of both heads, and of the fused one split over two processes."""
+@pytest.fixture
+def example(monkeypatch):
+    """Returns the example of a million identities, with fewer on its command line."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     settings = ["--classes=3001", "--batch=31", "--steps=6", "--repeat=2", "--plain-steps=2"]
     script = str(ROOT / "examples" / "million_identities.py")
     monkeypatch.setattr(sys, "argv", [script, *settings])
-    example = importlib.import_module("million_identities")
+    return importlib.import_module("million_identities")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rowwise_adagrad"])
+def test_the_loss_of_the_example_falls_in_bfloat16(example, optimizer):
+    args = example.arguments()
+    args.optimizer, args.dtype = optimizer, "bfloat16"
+    losses = example.train("fused", args, 6, print).losses
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_example_alone_and_under_torchrun(example):
+    """Expects the same losses of both heads, and of the fused one split over two processes."""
     args = example.arguments()
     alone, plain = (example.train(kind, args, 6, print).losses for kind in ("fused", "torch"))
     assert alone[-1] < 0.5 * alone[0]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, script, *settings], capture_output=True, text=True)
+    done = subprocess.run([*torchrun, *sys.argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"^step.*loss +([\d.]+)", done.stdout, re.M)
     for others in (plain, [float(loss) for loss in losses]):
