@@ -95,6 +95,8 @@ def check(
             f"backend: expected one that serves marginkernels.optim, got {backend!r}, which has no "
             "head_step. Take an optimizer of torch.optim"
         )
+    if update is not None and not torch.compiler.is_compiling():
+        update.check(w)
     obstacles = _tile_obstacles(settings, bias, hooks, value, sampling, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
@@ -127,7 +129,7 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
         **shared(call.settings),
         "compute_dtype": call.compute_dtype,  # as it was resolved
         "bias": "None" if call.bias is None else "given",
-        "optimizer": "None" if call.update is None else call.update.rule,
+        "optimizer": "None" if call.update is None else call.update.described(),
         "sampling": "None" if call.sampling is None else call.sampling.described(),
         # the numbers of rows are gathered as they are
         **{name: v if v is None else f"given in {v.dtype}" for name, v in given.items()},

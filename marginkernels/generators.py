@@ -92,9 +92,15 @@ def without_unused(
     return {name: value for name, value in state_dict.items() if name != unused}
 
 
-def random_seed() -> int:
-    """Draws a seed from torch's default generator, whatever the default device."""
-    return int(torch.randint(2**62, (), device="cpu"))
+def random_seed(group: dist.ProcessGroup | None = None) -> int:
+    """Draws a seed from torch's default generator, whatever the default device.
+
+    All ranks of a group get the first one's: collective.
+    """
+    seed = [int(torch.randint(2**62, (), device="cpu"))]
+    if group is not None:
+        dist.broadcast_object_list(seed, group=group, group_src=0)
+    return seed[0]
 
 
 def process_rank() -> int:

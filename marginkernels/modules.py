@@ -275,22 +275,12 @@ class MarginSoftmaxHead(nn.Module):
         return margin_cross_entropy(
             embeddings, self.held_weight(), labels, margin=self.margin, scale=self.scale,
             bias=self.held_bias(), shard=self.shard, sampling=sampling,
-            update=self._own_update(), **given,
+            update=self._update, **given,
             **self.settings._asdict(),
         )  # fmt: skip
 
     # torch.compile knows neither process groups nor the rows of a DTensor
     _eager_loss = torch._disable_dynamo(_loss)
-
-    def _own_update(self) -> Update | None:
-        """Returns the update of the optimizer that moves the weight in backward, if there is one.
-
-        Raises:
-            RuntimeError: the optimizer cannot move this weight.
-        """
-        if self._update is not None and not torch.compiler.is_compiling():
-            self._update.check(self)
-        return self._update
 
     def held_weight(self) -> Tensor:
         """Returns the rows of ``weight`` that this rank has to hold."""

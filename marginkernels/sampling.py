@@ -213,7 +213,4 @@ def sampled(
 
 def step_generators(group: dist.ProcessGroup | None) -> StepGenerators:
     """Makes the generators of a head's samples, from a seed that the ranks agree on."""
-    seed = [random_seed()]
-    if group is not None:
-        dist.broadcast_object_list(seed, group=group, group_src=0)
-    return StepGenerators(seed[0], "MarginSoftmaxHead(sampling=)")
+    return StepGenerators(random_seed(group), "MarginSoftmaxHead(sampling=)")

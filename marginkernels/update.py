@@ -57,6 +57,7 @@ class Update(ABC):
     Subclasses say what is updated, and with which numbers.
     """
 
+    optimizer: torch.optim.Optimizer
     rule: str  # of marginkernels.rules
     project: bool
 
@@ -101,8 +102,21 @@ class Update(ABC):
         """Returns the number of the first class of this rank."""
 
     @abstractmethod
-    def check(self, head: torch.nn.Module) -> None:
-        """Raises RuntimeError if the weight of the head cannot be updated in backward."""
+    def described(self) -> str:
+        """Describes what has to be the same on all ranks."""
+
+    def check(self, w: Tensor) -> None:
+        """Raises RuntimeError if backward cannot update the weights ``w`` of a forward."""
+        self._require_whole()
+
+    def require_between_steps(self) -> None:
+        """Raises RuntimeError while a step is under way, torn, or waits for its update."""
+        self._require_whole()
+        if self.written or self._kept:
+            raise RuntimeError(
+                "head_optimizer: expected no step under way, but there was a backward since the "
+                "last step(). Call step() first"
+            )
 
     def receive(self, w: Tensor, state: list[Tensor]) -> None:
         """Copies weights and state that a hook on saved tensors has moved elsewhere."""
@@ -115,14 +129,14 @@ class Update(ABC):
         """Hears that the rows ``index`` of the weights, or all, have been updated."""
 
     def open(self) -> Tensor:
-        """Begins a forward, and returns its token, int64 (2,) on the CPU.
+        """Begins a forward, and returns its token, int64 (3,) on the CPU.
 
         Raises:
             RuntimeError: an earlier step was interrupted while it was written.
         """
         self._require_whole()
         number = next(self._forward_numbers)
-        token = torch.tensor([number, _version(self.weight())], device="cpu")
+        token = torch.tensor([number, *_identity(self.weight())], device="cpu")
         self._forwards = {n: ref for n, ref in self._forwards.items() if not ref.expired()}
         self._forwards[number] = StorageWeakRef(token.untyped_storage())
         return token
@@ -134,14 +148,14 @@ class Update(ABC):
             RuntimeError: the update would be wrong. Nothing has been written.
         """
         self._require_whole()
-        number, version = token.tolist()
+        number, *identity = token.tolist()
         self._forwards.pop(number, None)
         if self.written:
             raise RuntimeError(
                 f"backward: expected step() of the head's optimizer since the last one. {_ONE_STEP}"
                 ". Accumulate with `with head_optimizer.accumulate():` around all but the last"
             )
-        if version != _version(self.weight()):
+        if tuple(identity) != _identity(self.weight()):
             raise RuntimeError(
                 "backward: expected the class weights as they were in forward, but they have "
                 f"changed since. {_ONE_STEP}: retain_graph=True with a second backward, or a "
@@ -237,10 +251,6 @@ class Update(ABC):
                 f"was written ({self.torn}): some classes are updated and some are not. Load "
                 "weights and state of an earlier step (load_state_dict of both), then go on"
             )
-
-
-def _version(w: Tensor) -> int:
-    return w._version
 
 
 def _identity(w: Tensor) -> tuple[int, int]:

@@ -42,6 +42,7 @@ from ..distributed.shard import ClassShard, in_group, refuse_ddp, require_agreem
 from ..generators import rank_generator
 from ..norms import row_norm
 from ..results import SweepResult
+from ..update import Update
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
 
 __all__ = [
@@ -83,6 +84,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             it, as in insightface.
         backend: see :func:`marginkernels.margin_cross_entropy`.
     """
+
+    bias: nn.Parameter | None = None
+    _update: Update | None = None  # of an optimizer of marginkernels.optim
 
     def __init__(
         self,
@@ -187,6 +191,11 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _checked(self, x: Tensor, labels: Tensor) -> Tensor:
         """Returns the labels as int64, (N,), after checks in the words of :meth:`forward`."""
+        if self._update is not None and not isinstance(self.margin_softmax, MarginLoss):
+            raise TypeError(
+                "margin_loss: expected a MarginLoss for an optimizer of marginkernels.optim, got "
+                f"{type(self.margin_softmax).__name__}, which is not fused"
+            )
         validation.check_tensor("local_embeddings", x, like=self.weight)
         if x.ndim != 2 or x.shape[1] != self.embedding_size:
             raise ValueError(
@@ -268,6 +277,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             backend=self.backend,
             shard=self.shard,
             sampling=sampling.ChosenBy(self.sample) if self.sample_rate < 1 else None,
+            update=self._update,
         )
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:

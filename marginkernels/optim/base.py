@@ -4,24 +4,38 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import arguments, rules
-from ..distributed.shard import ClassShard, local
+from ..distributed.shard import ClassShard, local, require_agreement
 from ..generators import random_seed
-from ..modules import MarginSoftmaxHead
 from ..update import Numbers, Update
 
 Number = float | Tensor
 
 
+class Head(Protocol):
+    """Names the attributes of a module whose weights an optimizer can move.
+
+    The module hands ``_update`` to :func:`marginkernels.margin_cross_entropy`, with its weight.
+    """
+
+    weight: nn.Parameter  # (C, D), or a DTensor: the classes of the shard
+    bias: nn.Parameter | None  # (C,)
+    shard: ClassShard | None
+    _update: Update | None
+
+
 class HeadUpdate(Update):
     """Updates the weights of a head for an optimizer."""
 
-    def __init__(self, optimizer: "HeadOptimizer", head: MarginSoftmaxHead):
+    optimizer: "HeadOptimizer"
+
+    def __init__(self, optimizer: "HeadOptimizer", head: Head):
         super().__init__()
         self.optimizer, self.head, self.rule = optimizer, head, optimizer.rule
         self.index: Tensor | None = None  # the classes of the last step, or None for all
@@ -40,14 +54,30 @@ class HeadUpdate(Update):
 
     @property
     def first_class(self) -> int:
-        shard: ClassShard | None = self.head.shard
-        return 0 if shard is None else shard.start
+        return 0 if self.head.shard is None else self.head.shard.start
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Returns the ranks that the classes are split over."""
+        return None if self.head.shard is None else self.head.shard.group
 
     def holds(self, parameter: Tensor) -> bool:
         return any(p is parameter for p in self.optimizer.param_groups[0]["params"])
 
-    def check(self, head: nn.Module) -> None:
-        if head is not self.head or not self.holds(self.head.weight):
+    def described(self) -> str:
+        group = self.optimizer.param_groups[0]
+        settings = {
+            key: "tensor" if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key != "params"
+        }
+        return f"{self.rule}({settings}, accumulates={self.accumulates})"
+
+    def check(self, w: Tensor) -> None:
+        super().check(w)
+        own = local(self.head.weight.detach())
+        same = (w.data_ptr(), w.shape) == (own.data_ptr(), own.shape)
+        if not (same and all(map(self.holds, _parameters(self.head)))):
             raise RuntimeError(
                 "head.weight: expected the parameter that its optimizer was given, but it has been "
                 "replaced. Detach the optimizer (head_optimizer.detach()) and make a new one"
@@ -94,7 +124,7 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        head: MarginSoftmaxHead,
+        head: Head,
         settings: dict[str, Any],
         *,
         state_dtype: torch.dtype | None = None,
@@ -112,12 +142,19 @@ class HeadOptimizer(torch.optim.Optimizer):
                 + str(state_dtype)
             )
         self.scaler = scaler
-        own = dict(project=project, clip_row_norm=clip_row_norm, seed=random_seed())
-        parameters = [p for p in (head.weight, head.bias) if p is not None]
-        super().__init__([{"params": parameters}], settings | own)
+        settings |= dict(project=project, clip_row_norm=clip_row_norm)
+        group = None if head.shard is None else head.shard.group
+        if group is not None:
+            require_agreement(
+                group, optimizer=type(self).__name__, state_dtype=state_dtype,
+                scaler=scaler is not None, **settings,
+            )  # fmt: skip
+        settings["seed"] = random_seed(group)
+        parameters = _parameters(head)
+        super().__init__([{"params": parameters}], settings)
         self._state_dtype = state_dtype
         for p in parameters:
-            self.state[p] = self._fresh_state(p)
+            self.state[p] = self._state_of(p, settings, {})
         self.update = head._update = HeadUpdate(self, head)
 
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
@@ -129,8 +166,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def has_state(self, name: str) -> bool:
-        """Returns whether this optimizer keeps a state of its rule."""
+    def has_state(self, group: dict[str, Any]) -> bool:
+        """Returns whether this optimizer keeps the state of its rule with these settings."""
         return True
 
     def numbers(self, common: list[Number], step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +188,10 @@ class HeadOptimizer(torch.optim.Optimizer):
         if scale is None:
             return 1.0, 0.0
         finite = torch.cat([g.reshape(-1) for g in upstream]).isfinite().all()
-        return scale.to(finite.device).to(dtype).reciprocal(), (~finite).to(dtype)
+        skip = (~finite).to(dtype)
+        if self.update.group is not None:  # the gradient of a target arrives at one rank
+            dist.all_reduce(skip, dist.ReduceOp.MAX, group=self.update.group)
+        return scale.to(finite.device).to(dtype).reciprocal(), skip
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Ends the step, whose weights backward has moved, and moves the bias.
@@ -222,18 +262,53 @@ class HeadOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
-    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Returns the state before the first step."""
-        state = {"step": torch.zeros((), device=local(parameter.detach()).device)}
-        for part in rules.RULES[self.rule].state:
-            if not self.has_state(part.name):
-                continue
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes settings and state, the latter in this optimizer's types.
+
+        A step that was interrupted, and rows that wait for their update, are forgotten.
+
+        Raises:
+            ValueError: they are not those of such an optimizer.
+        """
+        group, given = state_dict["param_groups"][0], state_dict["state"]
+        lacking = self.defaults.keys() - group.keys()
+        if lacking:
+            raise ValueError(
+                f"state_dict: expected the settings of {type(self).__name__}, got none for "
+                f"{sorted(lacking)}. load_checkpoint takes the state of an optimizer of torch.optim"
+            )
+        states = {
+            p: self._state_of(p, group, given.get(number, {}))
+            for p, number in zip(self.param_groups[0]["params"], group["params"], strict=False)
+        }
+        super().load_state_dict(state_dict | {"state": {}})  # which would cast to the weight's type
+        self.state.update(states)
+        self.update.reset()
+
+    def _state_of(
+        self, parameter: Tensor, group: dict[str, Any], given: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Returns the state of a parameter: what is given, in its types, and zeros for the rest."""
+        state = {}
+        for part in rules.RULES[self.rule].state if self.has_state(group) else ():
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            shape = parameter[:, :1] if parameter.ndim > 1 and part.per_row else parameter
+            like = parameter.detach()
+            like = like[:, :1] if parameter.ndim > 1 and part.per_row else like
             if not part.per_row:
                 dtype = self._state_dtype or parameter.dtype
-            state[part.name] = torch.zeros_like(shape, dtype=dtype, requires_grad=False)
-        return state
+            value = given.get(part.name)
+            if value is None:
+                value = torch.zeros_like(like, dtype=dtype)
+            elif value.shape != like.shape:
+                raise ValueError(
+                    f"state_dict: expected {part.name} {tuple(like.shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+            state[part.name] = value.to(like.device, dtype)
+        # torch.optim.SGD counts no steps
+        step = given.get("step", float(any(given.get(name) is not None for name in state)))
+        device = local(parameter.detach()).device
+        return {"step": torch.as_tensor(step, dtype=torch.float32).to(device, copy=True)} | state
 
 
 def _advance(step: Tensor, numbers: Tensor) -> None:
@@ -241,9 +316,17 @@ def _advance(step: Tensor, numbers: Tensor) -> None:
     step.add_(numbers[rules.SKIP] == 0)
 
 
-def _check_head(head: object) -> None:
-    if not isinstance(head, MarginSoftmaxHead):
-        raise TypeError(f"head: expected a MarginSoftmaxHead, got {type(head).__name__}")
+def _parameters(head: Head) -> list[nn.Parameter]:
+    return [p for p in (head.weight, head.bias) if p is not None]
+
+
+def _check_head(head: Any) -> None:
+    can_be_moved = isinstance(head, nn.Module) and hasattr(head, "_update")
+    if not can_be_moved:
+        raise TypeError(
+            "head: expected a MarginSoftmaxHead or insightface's PartialFC_V2, got "
+            + type(head).__name__
+        )
     if head._update is not None:
         raise ValueError(
             "head: expected one without an optimizer of marginkernels.optim, but it has "

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..modules import MarginSoftmaxHead
-from .base import HeadOptimizer, Number
+from .base import Head, HeadOptimizer, Number
 
 
 def _learning_rate(lr: Any) -> Number:
@@ -34,7 +33,7 @@ class SGD(HeadOptimizer):
 
     def __init__(
         self,
-        head: MarginSoftmaxHead,
+        head: Head,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -42,7 +41,7 @@ class SGD(HeadOptimizer):
         nesterov: bool = False,
         **shared: Any,
     ):
-        self._has_momentum = arguments.number("momentum", momentum, least=0) > 0
+        momentum = arguments.number("momentum", momentum, least=0)
         arguments.boolean("nesterov", nesterov)
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("nesterov: expected a momentum above 0 and no dampening")
@@ -55,8 +54,8 @@ class SGD(HeadOptimizer):
         )
         super().__init__(head, settings, **shared)
 
-    def has_state(self, name: str) -> bool:
-        return self._has_momentum
+    def has_state(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] > 0
 
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
         grad_weight: Number = 1.0
@@ -80,7 +79,7 @@ class AdamW(HeadOptimizer):
 
     def __init__(
         self,
-        head: MarginSoftmaxHead,
+        head: Head,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -126,7 +125,7 @@ class RowwiseAdagrad(HeadOptimizer):
 
     def __init__(
         self,
-        head: MarginSoftmaxHead,
+        head: Head,
         lr: float | Tensor = 1e-2,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
