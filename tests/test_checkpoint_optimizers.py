@@ -233,9 +233,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change, match, tmp_path)
 
 def test_what_is_no_model_or_optimizer(tmp_path):
     model, optimizer = make("SGD")
-    for arguments in ((model.state_dict(),), (model, [optimizer])):
+    for arguments in ((model.state_dict(),), (model, [optimizer, model])):
         for act, path in ((save_checkpoint, tmp_path / "new"), (load_checkpoint, tmp_path)):
-            with pytest.raises(TypeError, match=r"(model|optimizer): expected .*, got (Ord|list)"):
+            with pytest.raises(TypeError, match=r"(model|optimizer): expected .*, got (Ord|Mod)"):
                 act(path, *arguments)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -27,13 +26,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..shard import in_group, raising_together, require_agreement
 from . import files
 from .index import Index
+from .optimizers import Optimizers, listed
 from .state import State
 
 
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -52,7 +52,11 @@ def save_checkpoint(
             saves as the one inside. The weights of
             :class:`marginkernels.compat.insightface.PartialFC_V2` are saved as one tensor of all
             classes.
-        optimizer: an optimizer of the model's parameters; any of ``torch.optim`` but LBFGS.
+        optimizer: an optimizer of the model's parameters, or a list of several, such as the
+            backbone's and the head's; of ``torch.optim``, but not LBFGS, or of
+            :mod:`marginkernels.optim`. The state is saved by the names of parameters, so that it
+            may be loaded by other optimizers of the same kind: ``torch.optim.SGD`` of the whole
+            model, say, or that and :class:`marginkernels.optim.SGD`.
         process_group: the ranks that save; None: the default group, or this process alone.
 
     Raises:
@@ -84,7 +88,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -100,7 +104,7 @@ def load_checkpoint(
 
     The arguments are those of :func:`save_checkpoint`. The optimizer may have a state or not. Its
     parameter groups may differ from the saved ones, as long as each group's parameters were saved
-    with the same settings.
+    with the same settings. Weights and states are converted to the types that they have now.
 
     Raises:
         FileNotFoundError: on all ranks, if there is no checkpoint, or a partial one only.
@@ -115,7 +119,7 @@ def load_checkpoint(
         state = State(model, optimizer)
         index = Index(folder)
         targets = state.targets(index)
-    parts = ("model", "optimizer") if optimizer is not None else ("model",)
+    parts = ("model", "optimizer") if listed(optimizer) else ("model",)
     with raising_together(group), _as_ours(folder):
         index.check_bytes(parts, _rank(group), 1 if group is None else dist.get_world_size(group))
     with raising_together(group), _as_ours(folder):
@@ -143,7 +147,7 @@ def _rank(group: dist.ProcessGroup | None) -> int:
 
 def _agreed(
     path: str | os.PathLike[str],
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers,
     group: dist.ProcessGroup | None,
 ) -> Path:
     """Returns the path, after an error on all ranks unless all give this one and this optimizer."""
@@ -152,7 +156,8 @@ def _agreed(
             raise TypeError(f"path: expected a path, got {type(path).__name__}")
         folder = Path(path)
     if group is not None:
-        require_agreement(group, path=folder, optimizer=type(optimizer).__name__)
+        optimizers = [type(each).__name__ for each in listed(optimizer)]
+        require_agreement(group, path=folder, optimizer=optimizers)
     return folder
 
 

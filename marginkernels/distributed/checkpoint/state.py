@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Collects, and restores, the state of a model and its optimizer by the names of parameters.
+"""Collects, and restores, the state of a model and its optimizers by the names of parameters.
 
 ``torch.distributed.checkpoint.state_dict`` does it too, but gives an optimizer without state one by
 a step with gradients of 0, and that step counts.
 """
 
-import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -29,15 +29,11 @@ from ...arguments import is_dtensor
 from ...generators import is_state_of_generators
 from ..shard import ClassShard, held_shards
 from .index import Index
-
-# the entries of a parameter group that name its parameters, and are never loaded
-_OF_PARAMETERS = ("params", "param_names")
-
-Settings = dict[str, Any]
+from .optimizers import Optimizers, Settings, Trained, listed, python_number
 
 
 class State:
-    """Collects the state of a model and its optimizer.
+    """Collects the state of a model and its optimizers, which is saved as that of one.
 
     Saving is :meth:`to_save`. Loading is :meth:`targets`, :meth:`read_settings`, the filling of the
     targets, and :meth:`apply`.
@@ -46,10 +42,10 @@ class State:
         ValueError, TypeError: the model or the optimizer has no state to save.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
+    def __init__(self, model: nn.Module, optimizer: Optimizers):
         _check(model, optimizer)
         self.warnings: list[str] = []
-        self._model, self._optimizer = model, optimizer
+        self._model = model
         self._shards = {
             _name(model, name): shard
             for name, (tensor, shard) in held_shards(model).items()
@@ -57,36 +53,24 @@ class State:
         }
         self._in_model = get_model_state_dict(model)
         self._parameters = {_name(model, name): p for name, p in model.named_parameters()}
-        if optimizer is not None:
-            self._collect(optimizer)
-
-    def _collect(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the optimizer's state and groups, with names in the place of parameters."""
         names = {p: name for name, p in self._parameters.items()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in parameters:
-            if p not in names:
-                raise ValueError(
-                    f"optimizer: expected parameters of the model, got one of {tuple(p.shape)}"
-                )
-        self._trained = [names[p] for p in parameters]
-        packed = optimizer.state_dict()
-        self._of_parameter = {self._trained[i]: values for i, values in packed["state"].items()}
-        self._groups = [
-            group | {"params": [self._trained[i] for i in group["params"]]}
-            for group in packed["param_groups"]
-        ]
+        self._trained = [Trained(each, names) for each in listed(optimizer)]
+        self._names = [name for trained in self._trained for name in trained.names]
+        twice = [name for name, count in Counter(self._names).items() if count > 1]
+        if twice:
+            raise ValueError(f"optimizer: expected each parameter in one, got {twice[0]} in more")
+        self._of_parameter = {k: v for trained in self._trained for k, v in trained.state.items()}
 
     def to_save(self) -> dict[str, Any]:
         """Returns the whole state, as ``torch.distributed.checkpoint.save`` takes it."""
         in_model = {name: self._split(name, t) for name, t in self._in_model.items()}
         state: dict[str, Any] = {"model": in_model}
-        if self._optimizer is not None:
+        if self._trained:
             of_parameter = {
                 name: {key: self._storable(name, key, value) for key, value in values.items()}
                 for name, values in self._of_parameter.items()
             }
-            groups = [{key: _python(v) for key, v in group.items()} for group in self._groups]
+            groups = [group for trained in self._trained for group in trained.saved_groups()]
             state["optimizer"] = {"state": of_parameter, "param_groups": groups}
         return state
 
@@ -108,7 +92,7 @@ class State:
                 f"optimizer: expected state of {name}, which is split over ranks, with a row for "
                 f"each of its rows, got {key} {tuple(getattr(value, 'shape', ()))}"
             )
-        return _python(value)
+        return python_number(value)
 
     def targets(self, index: Index) -> dict[str, Tensor]:
         """Returns the tensors that take the entries of the checkpoint, by key.
@@ -121,7 +105,7 @@ class State:
         self._targets: dict[str, Tensor] = {}
         self._settings: Settings = {}  # entries that are read by themselves
         self._model_targets(index)
-        if self._optimizer is not None:
+        if self._trained:
             self._optimizer_targets(index)
         return self._targets
 
@@ -154,7 +138,7 @@ class State:
         if not index.under("optimizer", "param_groups"):
             raise ValueError(f"optimizer: expected None, as {index.folder} has no optimizer's")
         saved = index.grouped("optimizer", "state")
-        for name in self._trained:
+        for name in self._names:
             for key, path in saved.get(name, {}).items():
                 shape = index.shape(key)
                 if shape is None or not shape:
@@ -162,7 +146,7 @@ class State:
                 else:
                     held = self._of_parameter.get(name, {}).get(path[0])
                     self._targets[key] = self._target(name, path[0], held, shape, index.dtype(key))
-        fresh = [n for n in self._trained if n not in saved and self._parameters[n].requires_grad]
+        fresh = [n for n in self._names if n not in saved and self._parameters[n].requires_grad]
         if saved and fresh:
             self.warnings.append(f"no optimizer state of {', '.join(fresh)}: it starts afresh")
         self._settings |= dict.fromkeys(index.under("optimizer", "param_groups"))
@@ -178,8 +162,15 @@ class State:
         """
         parameter, shard = self._parameters[name].detach(), self._shards.get(name)
         whole = parameter if shard is None else Rows(parameter, shard)
+        if isinstance(held, Tensor) and held.ndim and held.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"optimizer: expected state of {name} as in the checkpoint, {key} {tuple(shape)}, "
+                f"got {tuple(held.shape)}"
+            )
         if shape == whole.size():
             room = torch.empty_like(parameter, dtype=dtype)
+        elif is_dtensor(held) and held.shape == shape:
+            room = torch.empty_like(held, dtype=dtype)
         elif is_dtensor(parameter):
             raise ValueError(
                 f"optimizer: expected state of {name} {tuple(whole.size())}, got {key} "
@@ -202,55 +193,20 @@ class State:
         for key in self._settings:
             self._settings[key] = index.read(key)
         self._index = index
-        if self._optimizer is not None:
-            saved = self._nested("optimizer")["param_groups"]
-            self._groups = [_group_as_saved(g, saved, self._optimizer) for g in self._groups]
+        for trained in self._trained:
+            trained.take_settings(self._nested("optimizer")["param_groups"])
 
     def apply(self) -> None:
         """Gives model and optimizer the values that have been read."""
         set_model_state_dict(self._model, self._in_model | self._nested("model"))
-        if self._optimizer is None:
-            return
-        numbers = {name: i for i, name in enumerate(self._trained)}
-        of_parameter = self._nested("optimizer").get("state", {})
-        groups = [g | {"params": [numbers[name] for name in g["params"]]} for g in self._groups]
-        self._optimizer.load_state_dict(
-            {
-                "state": {numbers[name]: values for name, values in of_parameter.items()},
-                "param_groups": groups,
-            }
-        )
+        for trained in self._trained:
+            trained.load(self._nested("optimizer").get("state", {}))
 
     def _nested(self, part: str) -> dict[str, Any]:
         """Returns the entries of a part of the checkpoint so far, as nested dictionaries."""
         found = {key: getattr(t, "rows", t) for key, t in self._targets.items()} | self._settings
         paths = self._index.under(part)
         return unflatten_state_dict({key: found[key] for key in paths if key in found}, paths)
-
-
-def _group_as_saved(
-    group: Settings, saved: list[Settings], optimizer: torch.optim.Optimizer
-) -> Settings:
-    """Returns a parameter group with the settings that its parameters were saved with."""
-    sources = [s for s in saved if set(s["params"]) & set(group["params"])]
-    settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
-    for other in settings[1:]:
-        if other != settings[0]:
-            raise ValueError(
-                f"optimizer: expected the settings {settings[0]} for all parameters of a "
-                f"group, got {other} too, in which {sources[0]['params'][0]} and "
-                f"{sources[1]['params'][0]} were saved"
-            )
-    if not settings:
-        return group
-    defaults = optimizer.defaults.keys()
-    lacking, foreign = defaults - settings[0].keys(), settings[0].keys() - group.keys()
-    if lacking and foreign - {"initial_lr"}:
-        raise ValueError(
-            f"optimizer: expected one with {sorted(foreign)} and without {sorted(lacking)}, "
-            f"got {type(optimizer).__name__}"
-        )
-    return group | copy.deepcopy(settings[0])
 
 
 class Rows(Tensor):
@@ -291,14 +247,17 @@ class Rows(Tensor):
         return self.rows
 
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def _check(model: nn.Module, optimizer: Optimizers) -> None:
     """Raises ValueError or TypeError for a model or optimizer without a state to save."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"optimizer: expected one or None, got {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
+    for each in listed(optimizer):
+        if not hasattr(each, "param_groups"):
+            raise TypeError(
+                f"optimizer: expected one, or a list of them, or None, got {type(each).__name__}"
+            )
+        if isinstance(each, torch.optim.LBFGS):
+            raise TypeError("optimizer: expected one with a state for each parameter, got LBFGS")
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise TypeError(
@@ -313,8 +272,3 @@ def _name(model: nn.Module, name: str) -> str:
     """Returns the name of a parameter without the names of wrappers, as in torch's checkpoints."""
     [name] = _get_fqns(model, name)
     return name
-
-
-def _python(value: Any) -> Any:
-    """Turns a number of numpy's, which loading does not take, into one of Python's."""
-    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
