@@ -20,7 +20,7 @@ struct Results {
     bool want_sum, want_max;
     Tensor logit_sum, logit_max;  // (N,), or (0,)
     Tensor x_inv, w_inv;          // (N,), (classes,)
-    Tensor tiles;                 // (C, N up to a multiple of 16), or (0,)
+    Tensor tiles;                 // (c, N up to a multiple of 16), or (0,)
 
     Results(const Operands& operands, bool save_tiles, bool want_sum, bool want_max)
         : lse(operands.statistics({operands.n})),
@@ -158,15 +158,25 @@ void finish_rows(const Operands& operands, const Results& results, const Source&
     launch_finish_rows(call, operands.type, operands.stream);
 }
 
-// Takes the statistics of all classes and the norms of their rows, chunk by chunk.
+// Writes norms that are known, and those of padding.
+void copy_norms(const Operands& operands, const Tensor& known, const Tensor& w_inv) {
+    TORCH_CHECK_VALUE(known.dim() == 1 && known.size(0) == operands.c, "known_w_inv: expected (",
+                      operands.c, ",), got ", known.sizes());
+    w_inv.narrow(0, 0, operands.c).copy_(known);
+    w_inv.narrow(0, operands.c, operands.classes - operands.c).fill_(operands.inverse_limit);
+}
+
+// Takes the statistics of all classes chunk by chunk, and the norms of their rows where they are
+// not known.
 template <class Source>
 void take_statistics(Operands& operands, Source&& source, const Results& results,
-                     int64_t chunk_classes) {
+                     bool norms_are_known, int64_t chunk_classes) {
     const Tensor label_rows = operands.label_rows();
     const Tensor& w_inv = results.w_inv;
     operands.for_each_chunk(chunk_classes, [&](int64_t first, const Tensor& w_chunk) {
         const int64_t stop = std::min(first + chunk_classes, w_inv.size(0));
-        operands.inverse_norms(w_chunk, w_chunk.size(0), w_inv.narrow(0, first, stop - first));
+        if (!norms_are_known)
+            operands.inverse_norms(w_chunk, w_chunk.size(0), w_inv.narrow(0, first, stop - first));
         if (operands.n > 0) source.add(first, w_chunk);
     });
     if (operands.c == 0) source.partials.zero_();  // no negatives
@@ -176,21 +186,21 @@ void take_statistics(Operands& operands, Source&& source, const Results& results
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
-    const Tensor& x,              // (N, D)
-    const Tensor& w,              // (C, D)
-    const Tensor& y,              // (N,)
-    const Tensor& scale,          // ()
-    const OptionalTensor& bias,   // (C,)
-    const OptionalTensor& index,  // (C,) rows of w
-    const OptionalTensor&, bool normalize_x, bool normalize_w, at::ScalarType compute_dtype,
-    bool save_tiles, bool want_sum, bool want_max, c10::string_view transform,
+    const Tensor& x,                    // (N, D)
+    const Tensor& w,                    // (C, D)
+    const Tensor& y,                    // (N,)
+    const Tensor& scale,                // ()
+    const OptionalTensor& bias,         // (c,), c of the C classes take part
+    const OptionalTensor& index,        // (c,)
+    const OptionalTensor& known_w_inv,  // (c,)
+    bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
+    bool want_sum, bool want_max, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants) {    // (K,)
     const OpGuard guard(x);
-    const Tensor rows = index.has_value() ? w.index_select(0, *index) : w;
-    Operands operands(
-        {x, rows, y, scale, bias, normalize_w, compute_dtype, transform, row_parameter, constants},
-        save_tiles && want_max);
+    Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
+                       row_parameter, constants},
+                      save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
                         operands.transform == Transform::kIdentity && compute_dtype != at::kHalf),
@@ -203,13 +213,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     } else {
         results.x_inv.fill_(1);
     }
+    const bool norms_are_known = known_w_inv.has_value();
+    if (norms_are_known) copy_norms(operands, *known_w_inv, results.w_inv);
     if (operands.tiled) {
         const int64_t chunk = operands.chunk_classes(std::numeric_limits<int64_t>::max(), 1);
-        take_statistics(operands, TileStatistics(operands, results), results, chunk);
+        take_statistics(operands, TileStatistics(operands, results), results, norms_are_known,
+                        chunk);
     } else {
         const int64_t row_bytes = operands.n * operands.x.element_size();
         const int64_t chunk = operands.chunk_classes(kProductChunkBytes, row_bytes);
-        take_statistics(operands, GemmStatistics(operands, results, chunk), results, chunk);
+        take_statistics(operands, GemmStatistics(operands, results, chunk), results,
+                        norms_are_known, chunk);
     }
     return {results.lse,
             results.target_cosine,

@@ -18,6 +18,7 @@
 
 #include "../numerics.h"
 #include "../transforms.h"
+#include "../update.h"
 
 struct CUstream_st;
 
@@ -127,6 +128,16 @@ void launch_gradient(const GradientCall&, const TileVariant&, Stream);
 void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
                  double inverse_limit, Type, Stream);
 
+struct GatherCall {
+    const void* table;     // (., d)
+    const int64_t* index;  // (count,) rows of the table
+    void* out;             // (count, width), zeros from d on
+    int64_t count;
+    int width, d;
+    bool vectors;  // rows of the table can be read four numbers at a time
+};
+void launch_gather(const GatherCall&, Type table, Type out, Stream);
+
 // Sets flags (row tiles, class tiles), zeros before, where a tile holds a target.
 void launch_flag(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles, Stream);
 
@@ -171,24 +182,59 @@ struct TargetCall {
 };
 void launch_target(const TargetCall&, Type, Stream);
 
-struct ProjectCall {
-    const void* gradient;     // (count, width) A
-    const void* rows;         // (count, width)
-    const void* inverse;      // (count,) A
-    const void* factor;       // of the gradient: (count,) or () A, or null
-    const int* index;         // (count,) row of the table that is added, -1: none; null: its own
+// A gradient along unit rows as the GEMMs leave it, and what has to be added.
+struct RawGradient {
+    const void* sums;         // (count, width) A
+    const void* inverse;      // (count,) A: 1 / norm of the rows
+    const void* factor;       // of the sums: (count,) or () A, or null
+    const int* slot;          // (count,) row of the table that is added, -1: none; null: its own
     const void* table;        // (., width) A
     const void* coefficient;  // (count,) A: of the row added, or null for 1
     const void* radial;       // by row of the table: gradient of the row's norm, A, or null
-    void* out;                // (count, d) of type `out_type`
-    int64_t count;
-    int width, d;
+    int width;
     int factor_stride;  // 0: one factor for all rows
     double inverse_limit;
     bool normalize;
+};
+
+struct ProjectCall {
+    RawGradient raw;
+    const void* rows;      // (count, width)
+    const int64_t* index;  // (count,) where rows of the result go, or null
+    void* out;             // (., d) of type `out_type`
+    int64_t count;
+    int d;
     Type out_type;
 };
 void launch_project(const ProjectCall&, Type, Stream);
+
+// update.cu:
+
+struct UpdateCall {
+    RawGradient raw;               // of rows of w
+    void* sums;                    // the sums of `raw`, whose memory the kernel uses
+    void* w;                       // (., d)
+    void* state[mk::kMostStates];  // (., d) each
+    void* row_state;               // (.,) A, or null
+    void* w_inv;                   // (count,) A
+    const int64_t* index;   // (count,) the rows of w and of the states, or null: from `first` on
+    const void* numbers;    // (kUpdateNumbers,) A: see numerics.h
+    const int64_t* random;  // (2,) seed and step
+    int64_t count, first;
+    int64_t first_class;  // of all ranks, that row 0 of w is
+    int d;
+    Type compute;  // to which the norms round
+    bool project;
+    bool vectors;  // rows can be read and written four numbers at a time
+};
+
+struct UpdateVariant {
+    bool fp64;      // A is double
+    Type w, state;  // kFloat32 or kBFloat16; with fp64 kFloat64
+    mk::Rule rule;
+};
+
+void launch_update(const UpdateCall&, const UpdateVariant&, Stream);
 
 // dense.cu:
 

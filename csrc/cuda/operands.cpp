@@ -56,6 +56,11 @@ Type type_of(at::ScalarType type, const char* name) {
     }
 }
 
+bool has_vectors(const Tensor& rows) {
+    const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+    return rows.size(1) % 4 == 0 && address % 16 == 0;
+}
+
 Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     check_shapes(p.x, p.w, p.y);
     transform = checked_transform(p.transform, p.bias, p.row_parameter, p.constants, p.x.size(0));
@@ -69,7 +74,8 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     compute = p.compute;
     normalize_w = p.normalize_w;
     inverse_limit = inverse_norm_limit(compute);
-    n = p.x.size(0), c = p.w.size(0), d = p.x.size(1);
+    n = p.x.size(0), d = p.x.size(1);
+    c = p.index.has_value() ? p.index->size(0) : p.w.size(0);
 
     tiled = type == Type::kBFloat16 || type == Type::kFloat16;
     needs_small_tiles |= p.bias.has_value() || transform != Transform::kIdentity;
@@ -84,8 +90,9 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
         x = at::zeros({rows, width}, p.x.options().dtype(compute));
         copy_rows(x, p.x);
     }
-    w_ = p.w;
-    w_is_readable_ = is_readable(w_, width, compute);
+    if (p.index.has_value()) index = p.index->contiguous();
+    w_ = index.has_value() ? p.w.contiguous() : p.w;
+    w_is_readable_ = !index.has_value() && is_readable(w_, width, compute);
     y = p.y.contiguous(), scale = p.scale;
     if (p.bias.has_value()) bias = padded(*p.bias, classes, 0);
     if (p.row_parameter.has_value()) row_parameter = padded(*p.row_parameter, rows, 0);
@@ -110,13 +117,33 @@ int64_t Operands::chunk_classes(int64_t bytes, int64_t bytes_per_class) const {
 }
 
 Tensor Operands::readable_classes(int64_t first, int64_t stop) {
-    const Tensor w_rows = w_.narrow(0, first, stop - first);
-    if (w_is_readable_) return w_rows;
+    const int64_t count = stop - first;
+    if (w_is_readable_) return w_.narrow(0, first, count);
     // the first chunk is the longest
-    if (!w_buffer_.defined()) w_buffer_ = at::zeros({stop - first, width}, x.options());
-    const Tensor buffer = w_buffer_.narrow(0, 0, stop - first);
-    copy_rows(buffer, w_rows);
+    if (!w_buffer_.defined()) w_buffer_ = at::zeros({count, width}, x.options());
+    const Tensor buffer = w_buffer_.narrow(0, 0, count);
+    if (index.has_value()) {
+        gather(first, buffer);
+    } else {
+        copy_rows(buffer, w_.narrow(0, first, count));
+    }
     return buffer;
+}
+
+void Operands::gather(int64_t first, const Tensor& out) const {
+    GatherCall call = {};
+    call.table = w_.const_data_ptr();
+    call.index = index_from(first);
+    call.out = out.mutable_data_ptr();
+    call.count = out.size(0);
+    call.width = static_cast<int>(width);
+    call.d = static_cast<int>(d);
+    call.vectors = has_vectors(w_);
+    launch_gather(call, type_of(w_.scalar_type(), "w"), type, stream);
+}
+
+const int64_t* Operands::index_from(int64_t first) const {
+    return index.has_value() ? index->const_data_ptr<int64_t>() + first : nullptr;
 }
 
 void Operands::inverse_norms(const Tensor& of_rows, int64_t count, const Tensor& inverse) const {
@@ -126,7 +153,10 @@ void Operands::inverse_norms(const Tensor& of_rows, int64_t count, const Tensor&
 
 Tensor Operands::label_rows() const {
     const Tensor picked = statistics({n, width}).zero_();
-    if (c > 0) copy_rows(picked, w_.index_select(0, y.clamp_min(0)).to(compute));
+    if (c == 0) return picked;
+    Tensor labels = y.clamp_min(0);
+    if (index.has_value()) labels = index->index_select(0, labels);
+    copy_rows(picked, w_.index_select(0, labels).to(compute));
     return picked;
 }
 

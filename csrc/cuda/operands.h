@@ -30,9 +30,10 @@ constexpr int64_t kProductChunkBytes = 16 * kMiB;
 
 // The arguments that both ops are called with.
 struct SharedArguments {
-    Tensor x, w, y;       // (N, D), (C, D), (N,)
-    Tensor scale;         // ()
-    OptionalTensor bias;  // (C,)
+    Tensor x, w, y;        // (N, D), (C, D), (N,)
+    Tensor scale;          // ()
+    OptionalTensor bias;   // (classes,)
+    OptionalTensor index;  // (classes,) the rows of w that are the classes, or all
     bool normalize_w;
     at::ScalarType compute;
     c10::string_view transform;
@@ -59,6 +60,9 @@ inline const float* floats(const OptionalTensor& t) {
 
 Type type_of(at::ScalarType type, const char* name);
 
+// Whether four numbers of each row can be read at once, wherever the row lies.
+bool has_vectors(const Tensor& rows);
+
 // The operands of one pass over the classes.
 //
 // Rows are `width` numbers wide for the kernels: D up to a multiple of what a kernel reads at once,
@@ -75,14 +79,14 @@ class Operands {
     bool tiled;  // whether the tile program runs
     bool small;  // whether it runs with small tiles
     bool normalize_w;
-    double inverse_limit;  // 1 / norm of a zero row
-    int64_t n, c, d, width;
-    int64_t rows;     // N up to a multiple of the tile's
-    int64_t classes;  // C up to a multiple of the tile's
+    double inverse_limit;    // 1 / norm of a zero row
+    int64_t n, c, d, width;  // c classes take part: all, or those of the index
+    int64_t rows;            // N up to a multiple of the tile's
+    int64_t classes;         // c up to a multiple of the tile's
     int64_t tile_rows;
     Tensor x;                                 // (rows, width) in the compute type, zeros from N on
     Tensor y, scale;                          // (N,), ()
-    OptionalTensor bias;                      // (classes,)
+    OptionalTensor bias, index;               // (classes,), (c,)
     OptionalTensor row_parameter, constants;  // (rows,), (K,)
 
     int64_t row_tiles() const { return rows / tile_rows; }
@@ -96,7 +100,7 @@ class Operands {
     int64_t chunk_classes(int64_t bytes, int64_t bytes_per_class) const;
 
     // Calls f(first class, rows (., width) of w in the compute type) for one chunk after the other.
-    // A w of another type, width or layout is rounded into one buffer.
+    // Where there is an index, or w has another type, width or layout, one buffer holds the chunk.
     template <class F>
     void for_each_chunk(int64_t most, F&& f) {
         for (int64_t first = 0; first < c; first += most)
@@ -106,8 +110,12 @@ class Operands {
     // Writes 1 / |row| into `inverse`, which may be longer than there are rows.
     void inverse_norms(const Tensor& rows, int64_t count, const Tensor& inverse) const;
 
-    // Returns the rows of w that the labels name, rounded, (N, width) in the type of statistics.
+    // Returns a copy of the rows of w that the labels name, rounded, (N, width) in the type of
+    // statistics.
     Tensor label_rows() const;
+
+    // Returns where the index has the rows of a chunk, or null.
+    const int64_t* index_from(int64_t first) const;
 
     // Continues (C,) or (N,) to `size` numbers.
     Tensor padded(const Tensor& t, int64_t size, double value) const;
@@ -130,6 +138,8 @@ class Operands {
     bool w_is_readable_;
 
     Tensor readable_classes(int64_t first, int64_t stop);
+    // Rounds the rows of a chunk that the index names into `out` (., width).
+    void gather(int64_t first, const Tensor& out) const;
 };
 
 // While it lives, the op's device is the current one, and neither autocast nor autograd sees the

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Declares the two ops; marginkernels/ops.py has their schemas and says what they compute.
+// Declares the ops; marginkernels/ops.py has their schemas and says what they compute.
 
 #pragma once
 
@@ -30,5 +30,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants);
+
+std::tuple<Tensor, Tensor, Tensor> head_step(
+    const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
+    const OptionalTensor& bias, const OptionalTensor& index, const Tensor& lse, const Tensor& x_inv,
+    const Tensor& w_inv, const Tensor& tiles, const Tensor& grad_lse, const Tensor& grad_target,
+    const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum, at::TensorList state,
+    const Tensor& numbers, const Tensor& random, bool normalize_x, bool normalize_w,
+    at::ScalarType compute_dtype, bool need_x, bool need_bias, bool need_scale,
+    c10::string_view transform, const OptionalTensor& row_parameter,
+    const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class);
 
 }  // namespace marginkernels::cuda

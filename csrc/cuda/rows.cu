@@ -37,6 +37,15 @@ void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded,
     });
 }
 
+void launch_gather(const GatherCall& call, Type table, Type out, Stream stream) {
+    with_type(table, [&](auto from) {
+        with_type(out, [&](auto to) {
+            launch("gather_kernel", gather_kernel<decltype(from), decltype(to)>,
+                   blocks_of(call.count, kRowsPerBlock), kRowThreads, 0, stream, call);
+        });
+    });
+}
+
 void launch_flag(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles,
                  Stream stream) {
     launch("flag_kernel", flag_kernel, blocks_of(n, kRowThreads), kRowThreads, 0, stream, y, flags,

@@ -12,8 +12,7 @@
 
 namespace marginkernels::cuda {
 
-// Writes 1 / |row|, at most `inverse_limit`: exactly that value marks a zero row. Padding gets it
-// too.
+// Writes 1 / |row|, at most `inverse_limit`. Padding gets that too.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     norm_kernel(const T* rows,             // (count, width)
@@ -29,9 +28,24 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
             for (const A v : four.v) squares += v * v;
         }
     squares = sum_over_warp(squares);
-    if (threadIdx.x % kWarp == 0 && row < padded) {
-        const A norm = sqrt(squares);
-        inverse[row] = 1 / norm < inverse_limit ? 1 / norm : inverse_limit;
+    if (threadIdx.x % kWarp == 0 && row < padded)
+        inverse[row] = inverse_norm(squares, inverse_limit);
+}
+
+// Writes the rows of a table that the index names, rounded, a warp per row.
+template <class From, class T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    gather_kernel(const GatherCall call) {
+    const int64_t row = row_of_warp();
+    if (row >= call.count) return;
+    const From* const from = static_cast<const From*>(call.table) + call.index[row] * call.d;
+    T* const to = static_cast<T*>(call.out) + row * call.width;
+    for (int k = threadIdx.x % kWarp * 4; k < call.width; k += kWarp * 4) {
+        const auto four = load_up_to_four(from, k, call.d, call.vectors);
+        Four<T> rounded;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ptx::round_to(rounded.v[e], four.v[e]);
+        *reinterpret_cast<Four<T>*>(to + k) = rounded;
     }
 }
 

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "projection.cuh"
 #include "rows.cuh"
 
 namespace marginkernels::cuda {
@@ -68,52 +69,25 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     project_kernel(const ProjectCall call) {
     using A = statistics_t<T>;
     const int64_t row = row_of_warp();
-    const int lane = threadIdx.x % kWarp;
+    const int lane = threadIdx.x % kWarp, width = call.raw.width;
     if (row >= call.count) return;
-    const A* const gradient = static_cast<const A*>(call.gradient) + row * call.width;
-    const T* const values = static_cast<const T*>(call.rows) + row * call.width;
-    const A inverse = static_cast<const A*>(call.inverse)[row];
-    const A factor =
-        call.factor ? static_cast<const A*>(call.factor)[row * call.factor_stride] : A(1);
-    const int64_t picked = call.index ? call.index[row] : row;
-    const A* const added = static_cast<const A*>(call.table) + picked * call.width;
-    const A weight = call.coefficient ? static_cast<const A*>(call.coefficient)[row] : A(1);
-    const auto gradient_at = [&](int k) {
-        auto g = load_four(gradient + k);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) g.v[e] *= factor;
-        if (picked >= 0) {
-            const auto more = load_four(added + k);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) g.v[e] += weight * more.v[e];
-        }
-        return g;
-    };
-
+    const RowGradient<A> gradient(call.raw, row);
+    const T* const values = static_cast<const T*>(call.rows) + row * width;
     A along = 0;
-    for (int k = lane * 4; call.normalize && k < call.width; k += kWarp * 4) {
-        const auto g = gradient_at(k), v = load_four(values + k);
+    for (int k = lane * 4; call.raw.normalize && k < width; k += kWarp * 4) {
+        const auto g = gradient.at(k), v = load_four(values + k);
 #pragma unroll
         for (int e = 0; e < 4; ++e) along += g.v[e] * v.v[e];
     }
-    // of the unit row: the radius of a small row itself could overflow
-    A radius = -sum_over_warp(along) * inverse;
-    if (call.radial && picked >= 0) radius += static_cast<const A*>(call.radial)[picked];
-    const bool zero = inverse >= A(call.inverse_limit);
-    Out* const out = static_cast<Out*>(call.out) + row * call.d;
-    for (int k = lane * 4; k < call.width; k += kWarp * 4) {
-        const auto g = gradient_at(k), v = load_four(values + k);
+    const A radius = gradient.radius(along);
+    Out* const out = static_cast<Out*>(call.out) + (call.index ? call.index[row] : row) * call.d;
+    for (int k = lane * 4; k < width; k += kWarp * 4) {
+        const auto g = gradient.at(k), v = load_four(values + k);
         Four<Out> rounded;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const A tangent = g.v[e] + (zero ? A(0) : radius * (inverse * v.v[e]));
-            ptx::round_to(rounded.v[e], zero && call.normalize ? A(0) : tangent);
-        }
-        if (call.d == call.width) {
-            *reinterpret_cast<Four<Out>*>(out + k) = rounded;
-        } else {
-            for (int e = 0; e < 4 && k + e < call.d; ++e) out[k + e] = rounded.v[e];
-        }
+        for (int e = 0; e < 4; ++e)
+            ptx::round_to(rounded.v[e], gradient.tangent(g.v[e], v.v[e], radius));
+        store_up_to_four(out, k, call.d, call.d == width, rounded);
     }
 }
 

@@ -12,7 +12,9 @@ namespace marginkernels::cuda {
 
 // Computes out = a b.
 inline void mm(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
-    if (a.scalar_type() == out.scalar_type()) {
+    if (a.size(1) == 0) {  // an empty batch
+        out.zero_();
+    } else if (a.scalar_type() == out.scalar_type()) {
         at::mm_out(out, a, b);
     } else if (a.is_cuda()) {
         at::mm_out(out, a, b, out.scalar_type());

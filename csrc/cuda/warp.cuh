@@ -25,6 +25,14 @@ __device__ __forceinline__ int64_t row_of_warp() {
     return static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
 }
 
+// Returns 1 / norm of a row from its sum of squares, at most `limit`: exactly that value marks a
+// zero row.
+template <class A>
+__device__ __forceinline__ A inverse_norm(A squares, A limit) {
+    const A norm = sqrt(squares);
+    return 1 / norm < limit ? 1 / norm : limit;
+}
+
 // Loads four neighbours in the type of statistics.
 template <class T>
 __device__ __forceinline__ Four<statistics_t<T>> load_four(const T* from) {
@@ -33,6 +41,30 @@ __device__ __forceinline__ Four<statistics_t<T>> load_four(const T* from) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) to.v[k] = ptx::to_float(raw.v[k]);
     return to;
+}
+
+// Loads numbers k to k + 3 of a row that has d, with zeros from d on.
+template <class T>
+__device__ __forceinline__ Four<statistics_t<T>> load_up_to_four(const T* row, int k, int d,
+                                                                 bool vectors) {
+    Four<statistics_t<T>> to = {};
+    if (vectors) {
+        if (k < d) to = load_four(row + k);
+    } else {
+        for (int e = 0; e < 4 && k + e < d; ++e) to.v[e] = ptx::to_float(row[k + e]);
+    }
+    return to;
+}
+
+// Stores numbers k to k + 3 of a row that has d.
+template <class T>
+__device__ __forceinline__ void store_up_to_four(T* row, int k, int d, bool vectors,
+                                                 const Four<T>& values) {
+    if (vectors) {
+        if (k < d) *reinterpret_cast<Four<T>*>(row + k) = values;
+    } else {
+        for (int e = 0; e < 4 && k + e < d; ++e) row[k + e] = values.v[e];
+    }
 }
 
 }  // namespace marginkernels::cuda
