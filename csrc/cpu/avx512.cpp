@@ -21,7 +21,7 @@
 
 #define MK_VECTOR_BYTES 64
 #define MK_TILE_VECTORS 4
-#define MK_DEPTH 256
+#define MK_DEPTH 128
 #define MK_BLOCK_CLASSES 126
 #include "kernels.h"
 

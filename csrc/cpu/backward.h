@@ -68,8 +68,7 @@ void load_tiles(const BackwardSweep& s, const Block& block, const Scratch& scrat
 
 // Puts G q_j of the block in place of its logits, and adds the sum of G z where that is asked for.
 template <class Op>
-void fill_gradient(const BackwardSweep& s, const Block& block, const Scratch& scratch,
-                   double& weighted) {
+void fill_gradient(const BackwardSweep& s, const Block& block, Scratch& scratch, double& weighted) {
     if (s.tiles != nullptr) return load_tiles(s, block, scratch);
     multiply_logits<Op>(s, block, scratch);
     for_targets(s, block, [&](int64_t i, int64_t j) { exclude_target(block, i, j, scratch); });
@@ -118,19 +117,19 @@ Gradient format_gradient(const Block& block, const Scratch& scratch) {
 // Adds the block's part to the stripe's part of dx, or sets it where the block is the first one.
 template <class Op>
 void add_dx(const BackwardSweep& s, const Block& block, const Gradient& g, const Panels& classes,
-            float* dx, bool add) {
+            float* dx, bool add, Ahead& ahead) {
     const int64_t end = smaller(block.begin + block.rows, s.n);
     multiply<Op, true>(end - block.begin, g.columns, g.columns_stride, classes, 0, classes.count(),
-                       0, classes.depth, dx + block.begin * s.padded_d, s.padded_d, add);
+                       0, classes.depth, dx + block.begin * s.padded_d, s.padded_d, add, ahead);
 }
 
 // Adds the block's part to dw of its classes, or sets it where the rows are the first ones.
 template <class Op>
-void add_dw(const BackwardSweep& s, const Block& block, const Gradient& g, const Scratch& scratch) {
+void add_dw(const BackwardSweep& s, const Block& block, const Gradient& g, Scratch& scratch) {
     const Panels x = gradient_panels<Op>(s);
     multiply<Op, false>(block.count, g.rows, g.rows_stride, x, 0, x.count(),
                         block.begin / Op::kPerUnit, block.rows / Op::kPerUnit, scratch.dw,
-                        s.padded_d, block.begin > 0);
+                        s.padded_d, block.begin > 0, scratch.ahead);
 }
 
 // Completes dw of some classes, and writes it out or moves the classes by it: the targets' part,
@@ -166,15 +165,16 @@ void backward_stripe(const BackwardSweep& s, int64_t stripe, void* memory) {
     float* dx = s.dx_partial + stripe * s.n * s.padded_d;
     bool started = false;
     double weighted = 0;
-    for_classes(s, stripe, [&](int64_t first, int64_t count) {
+    for_classes(s, stripe, [&](int64_t first, int64_t count, int64_t next_end) {
         read_classes<Op>(s, first, count, nullptr, scratch);
+        scratch.ahead = look_ahead<Op>(s, first + count, next_end);
         Panels classes = {};
         if (s.dx != nullptr) classes = pack_classes<Op>(s, count, scratch);
         if (!is_plain(s)) memset(scratch.dbias, 0, count * kLanes * sizeof(float));
         for_rows(s, first, count, [&](const Block& block) {
             fill_gradient<Op>(s, block, scratch, weighted);
             const Gradient g = format_gradient<Op>(block, scratch);
-            if (s.dx != nullptr) add_dx<Op>(s, block, g, classes, dx, started);
+            if (s.dx != nullptr) add_dx<Op>(s, block, g, classes, dx, started, scratch.ahead);
             if (s.needs_dw()) add_dw<Op>(s, block, g, scratch);
         });
         started = true;

@@ -48,6 +48,7 @@ struct Scratch {
     float* radial;         // (block_classes,)
     float* updated;        // (1 + mk::kMostStates, padded_d) a row of w and its states
     uint32_t* words;       // (padded_d and up to one vector more) random
+    Ahead ahead;           // what the next block reads
 };
 
 // Hands out arrays from a piece of memory, or without one counts their bytes.
@@ -101,15 +102,14 @@ MK_HOST_DEVICE void for_targets(const Problem& s, const Block& block, const F& f
         if (s.y[i] >= block.first && s.y[i] < block.first + block.count) f(i, s.y[i] - block.first);
 }
 
-// Calls f(first class, count) for the blocks of classes of one stripe.
+// Calls f(first class, count, end of the next block) for the blocks of classes of one stripe.
 template <class F>
 MK_HOST_DEVICE void for_classes(const Problem& s, int64_t stripe, const F& f) {
     const int64_t blocks = (s.c + s.block_classes - 1) / s.block_classes;
-    for (int64_t block = blocks * stripe / s.stripes; block < blocks * (stripe + 1) / s.stripes;
-         ++block) {
-        const int64_t first = block * s.block_classes;
-        f(first, smaller(s.block_classes, s.c - first));
-    }
+    const int64_t end = smaller(blocks * (stripe + 1) / s.stripes * s.block_classes, s.c);
+    for (int64_t first = blocks * stripe / s.stripes * s.block_classes; first < end;
+         first += s.block_classes)
+        f(first, smaller(s.block_classes, end - first), smaller(first + 2 * s.block_classes, end));
 }
 
 // Calls f(block) for the blocks of rows that these classes meet.
@@ -199,6 +199,26 @@ void read_classes(const Problem& s, int64_t first, int64_t count, float* w_inv_o
     }
 }
 
+// Lets the products of a block ask for classes [next, end), which the next block reads. They are
+// asked for by the time that one product is done.
+template <class Op>
+Ahead look_ahead(const Problem& s, int64_t next, int64_t end) {
+    if (s.padded_n == 0) return {};  // there are no products
+    const int64_t size = size_of(s.w.type);
+    Ahead ahead;
+    ahead.data = static_cast<const char*>(s.w.data);
+    ahead.bytes = s.d * size;
+    ahead.stride = s.w.stride * size;
+    ahead.index = s.index;
+    ahead.next = next;
+    ahead.end = end;
+    const int64_t lines = kTileRows * (ahead.bytes + Ahead::kLine - 1) / Ahead::kLine;
+    const int64_t tiles = (s.padded_n + kPanel - 1) / kPanel *
+                          ((s.padded_d + kDepth * Op::kPerUnit - 1) / (kDepth * Op::kPerUnit));
+    ahead.lines_per_tile = (lines + tiles - 1) / tiles;
+    return ahead;
+}
+
 // Lays the classes of the block out as operand of dx: [panel][class][feature]
 template <class Op>
 Panels pack_classes(const Problem& s, int64_t count, Scratch& scratch) {
@@ -224,13 +244,13 @@ Panels pack_classes(const Problem& s, int64_t count, Scratch& scratch) {
 
 // Computes <x_i, w_j> of the block, transposed.
 template <class Op>
-void multiply_logits(const Problem& s, const Block& block, const Scratch& scratch) {
+void multiply_logits(const Problem& s, const Block& block, Scratch& scratch) {
     const float* classes =
         Op::kPerUnit == 1 ? scratch.rounded : reinterpret_cast<const float*>(scratch.halves);
     const int64_t depth = (s.d + Op::kPerUnit - 1) / Op::kPerUnit;
     multiply<Op, false>(block.count, classes, scratch.class_stride, logit_panels<Op>(s),
                         block.begin / kPanel, (block.rows + kPanel - 1) / kPanel, 0, depth,
-                        scratch.logits, kLogitsStride, false);
+                        scratch.logits, kLogitsStride, false, scratch.ahead);
 }
 
 // Takes the target of row i out of the block.

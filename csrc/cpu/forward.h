@@ -145,8 +145,9 @@ void forward_stripe(const ForwardSweep& s, int64_t stripe, void* memory) {
     Scratch scratch;
     lay_out(s, false, memory, scratch);
     start_statistics(s, stripe);
-    for_classes(s, stripe, [&](int64_t first, int64_t count) {
+    for_classes(s, stripe, [&](int64_t first, int64_t count, int64_t next_end) {
         read_classes<Op>(s, first, count, s.w_inv_out, scratch);
+        scratch.ahead = look_ahead<Op>(s, first + count, next_end);
         for_rows(s, first, count, [&](const Block& block) {
             multiply_logits<Op>(s, block, scratch);
             take_targets(s, block, scratch);

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = MK_TILE_VECTORS;
+constexpr int64_t kDepth = MK_DEPTH;               // units of k that a panel is cut into
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of b that lie together
 
 struct Float32 {
@@ -45,6 +46,40 @@ struct BFloat16 {
     }
 };
 #endif
+
+// Rows of memory that will be read soon. Before each tile the product asks for some lines of them,
+// so that memory works while the tile is computed.
+struct Ahead {
+    static constexpr int64_t kLine = 64, kPage = 4096;
+
+    const char* data = nullptr;
+    int64_t bytes = 0, stride = 0;   // of a row, and from one to the next
+    const int64_t* index = nullptr;  // which rows they are; null: all
+    int64_t next = 0, end = 0;       // those left
+    int64_t lines_per_tile = 0;
+    int64_t done = 0;  // bytes of the next row
+
+    MK_HOST_DEVICE const char* at(int64_t j) const {
+        return data + (index == nullptr ? j : index[j]) * stride;
+    }
+
+    MK_HOST_DEVICE void ask() {
+        for (int64_t line = 0; line < lines_per_tile && next < end; ++line) {
+            if (done == 0 && next + 1 < end) touch(at(next + 1));
+            __builtin_prefetch(at(next) + done, 0, 2);  // as far as the second cache
+            done += kLine;
+            if (done < bytes) continue;
+            done = 0;
+            ++next;
+        }
+    }
+
+    // Reads a byte of each page, because processors drop a prefetch whose page they do not know.
+    MK_HOST_DEVICE void touch(const char* row) const {
+        for (int64_t byte = 0; byte < bytes; byte += kPage)
+            (void)*static_cast<const volatile char*>(row + byte);
+    }
+};
 
 // Computes one tile of c, kRows x kVectors, from one panel of b. With kColumns element (i, k) of a
 // lies at a[k * lda + i], without it at a[i * lda + k]. The old value of c is added last: long sums
@@ -83,11 +118,13 @@ void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, 
 // Computes all rows of c from one panel; the last rows, which fill no tile, have a smaller one.
 template <class Op, int kVectors, bool kColumns>
 void panel(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-           int64_t ldc, bool add) {
+           int64_t ldc, bool add, Ahead& ahead) {
     const int64_t step = kColumns ? 1 : lda;
     int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows)
+    for (; i + kTileRows <= rows; i += kTileRows) {
+        ahead.ask();
         tile<Op, kTileRows, kVectors, kColumns>(a + i * step, lda, b, depth, c + i * ldc, ldc, add);
+    }
     a += i * step;
     c += i * ldc;
     switch (rows - i) {
@@ -115,11 +152,11 @@ struct Panels {
 
 // Multiplies a by units [k, k + depth) of b, from ``first_panel`` on ``panels`` panels of it. The
 // product is added to c, or replaces it. Sums longer than kDepth are cut, so that a panel's part
-// stays in the cache.
+// stays in the first cache. Tiles ask for what is ``ahead``.
 template <class Op, bool kColumns>
 void multiply(int64_t rows, const float* a, int64_t lda, const Panels& b, int64_t first_panel,
-              int64_t panels, int64_t k, int64_t depth, float* c, int64_t ldc, bool add) {
-    constexpr int64_t kDepth = MK_DEPTH;
+              int64_t panels, int64_t k, int64_t depth, float* c, int64_t ldc, bool add,
+              Ahead& ahead) {
     for (int64_t p = 0; p < panels; ++p) {
         const int64_t vectors = b.width(first_panel + p) / kLanes;
         for (int64_t done = 0; done < depth; done += kDepth) {
@@ -130,14 +167,17 @@ void multiply(int64_t rows, const float* a, int64_t lda, const Panels& b, int64_
             const bool add_part = add || done > 0;
             if (vectors == kTileVectors)
                 panel<Op, kTileVectors, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc,
-                                                  add_part);
+                                                  add_part, ahead);
             else if (vectors == 1)
-                panel<Op, 1, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+                panel<Op, 1, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part,
+                                       ahead);
 #if MK_TILE_VECTORS > 2
             else if (vectors == 2)
-                panel<Op, 2, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+                panel<Op, 2, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part,
+                                       ahead);
             else
-                panel<Op, 3, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part);
+                panel<Op, 3, kColumns>(rows, a_part, lda, b_part, part, c_part, ldc, add_part,
+                                       ahead);
 #endif
         }
     }
