@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Tests the checks of the Triton kernels: simulators find planted faults, and the gate bad code."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -13,23 +13,10 @@ import torch
 
 from marginkernels import ArcFace
 from tests.support.problems import random_problem
-from tests.support.simulation import needs_triton, require, simulated
+from tests.support.simulation import mutated, needs_triton, require, simulated
 from tools.ptxsim import SimError
 
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-def mutated(module, old, new, tmp_path):
-    """Returns a kernel module with one piece of its text replaced."""
-    text = Path(module.__file__).read_text()
-    assert text.count(old) == 1
-    path = tmp_path / "mutated_kernels.py"
-    path.write_text(text.replace(old, new))
-    name = f"{module.__package__}.mutated_kernels"  # imports go out from there
-    spec = importlib.util.spec_from_file_location(name, path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
 
 
 # all programs of a row tile write the same partials
@@ -81,10 +68,13 @@ def test_compile_gate_passes_one_configuration_per_target():
 
 
 @needs_triton
-def test_compile_gate_fires():
+def test_compile_gate_fires(monkeypatch):
     from marginkernels.backends.triton.configs import Config
 
     gate = pytest.importorskip("tools.gates.triton")
+    monkeypatch.setitem(gate.UPDATE_VARIANTS, "odd D", dict(rule="sgd", d=31))
+    case = gate.Case("sm_80", "half", Config(64, 64, 64, 4, 3, 3), "odd D", ("update_kernel",))
+    assert "stores of fewer than 16 bytes" in gate.describe(gate.check(case)[0])
     kernels = ("statistics_kernel",)
     for kind, config, complaint in (
         ("half", Config(128, 256, 64, 4, 3, 1), "spills"),
@@ -116,6 +106,7 @@ def test_new_sizes_and_margins_compile_nothing():
         for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
             with gate.aot.recorded_launches("sm_90") as launches:
                 gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
+                gate.run_step(BF16, rule="adamw", n=n, c=c, config=config)
             kernels.add(frozenset((launch.kernel, launch.key) for launch in launches))
         assert len(kernels) == 1
 

@@ -12,6 +12,8 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -79,9 +81,10 @@ def simulated(simulator: str, **settings: Any) -> Iterator[None]:
     require(simulator)
     from marginkernels.backends.triton.backward import head_bwd
     from marginkernels.backends.triton.forward import head_fwd
+    from marginkernels.backends.triton.step import head_step
 
     library = torch.library.Library("marginkernels", "IMPL")
-    for op in (head_fwd, head_bwd):
+    for op in (head_fwd, head_bwd, head_step):
         library.impl(f"{op.__name__}_{NAME}", _without_autocast(op), "CPU")
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)
@@ -91,6 +94,19 @@ def simulated(simulator: str, **settings: Any) -> Iterator[None]:
             # torch.compile must not take the stand-in for a driver for one
             importlib.import_module("ttsem._fakedriver").unstub_torch_cuda()
         yield
+
+
+def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """Returns a module of kernels with one piece of its text replaced."""
+    text = Path(str(module.__file__)).read_text()
+    assert text.count(old) == 1
+    path = folder / "mutated_kernels.py"
+    path.write_text(text.replace(old, new))
+    name = f"{module.__package__}.mutated_kernels"  # imports go out from there
+    spec = importlib.util.spec_from_file_location(name, path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
 
 
 def _session(simulator: str, **settings: Any) -> contextlib.AbstractContextManager:

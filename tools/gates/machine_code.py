@@ -55,6 +55,9 @@ class Facts:
     loop_mma: int = 0
     loop_flops: int = 0  # of all warps, in one turn of the main loop
     epilogue: int = 0  # instructions per warp from the main loop to the next tile, or to the end
+    wide_loads: int = 0  # from global memory, of 16 bytes
+    wide_stores: int = 0
+    narrow_stores: int = 0  # of fewer bytes
 
     def occupancy(self, target: str) -> int:
         """Returns how many programs a multiprocessor can hold.
@@ -137,6 +140,9 @@ def nvidia_facts(sass: str, registers: int, shared: int, threads: int, mma: str)
         loop_mma=count([instruction.text for instruction in loop], mma),
         loop_flops=sum(_flops(i.text, threads // 32) for i in loop),
         epilogue=epilogue,
+        wide_loads=count(text, r"LDG\S*\.128"),
+        wide_stores=count(text, r"STG\S*\.128"),
+        narrow_stores=count(text, r"STG(?!\S*\.128)\S*"),
     )
 
 
@@ -166,7 +172,14 @@ def _amd_facts(compiled: CompiledKernel) -> Facts:
         threads=compiled.metadata.num_warps * 64,
         mma=len(re.findall(r"^\s+v_mfma", text, re.M)),
         async_copies=0,
+        wide_loads=_amd_count("load_dwordx4", text),
+        wide_stores=_amd_count("store_dwordx4", text),
+        narrow_stores=_amd_count(r"store_(?!dwordx4)\w+", text),
     )
+
+
+def _amd_count(access: str, text: str) -> int:
+    return len(re.findall(rf"^\s+(?:global|buffer|flat)_{access}\b", text, re.M))
 
 
 @dataclass(frozen=True)

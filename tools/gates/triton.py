@@ -7,8 +7,8 @@
     python -m tools.gates.triton --table docs/triton_kernels.md
 
 The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
-and to tile kernels without matrix instructions or asynchronous copies. It needs no GPU. The exit
-status is 1 if anything fails.
+to tile kernels without matrix instructions or asynchronous copies, and to narrow accesses of the
+kernel that updates w. It needs no GPU. The exit status is 1 if anything fails.
 """
 
 import multiprocessing
@@ -24,6 +24,8 @@ from marginkernels.backends.triton import configs
 from marginkernels.backends.triton.backward import head_bwd
 from marginkernels.backends.triton.configs import Config
 from marginkernels.backends.triton.forward import head_fwd
+from marginkernels.backends.triton.step import head_step
+from marginkernels.rules import NUMBERS, RULES
 from marginkernels.transforms import TRANSFORMS
 
 from . import aot, machine_code, triton_table
@@ -52,6 +54,17 @@ TILE_VARIANTS: dict[str, dict] = {
         if name != "identity"
     },
 }  # fmt: skip
+# of the kernel that updates w, which hardly depends on the tile
+UPDATE_VARIANTS: dict[str, dict] = {
+    "SGD": dict(rule="sgd"),
+    "AdamW": dict(rule="adamw"),
+    "row-wise Adagrad, index": dict(rule="rowwise_adagrad", index=True),
+    "SGD in bf16": dict(rule="sgd", w_dtype=torch.bfloat16, state_dtype=torch.bfloat16),
+    "AdamW in bf16, index, projection": dict(
+        rule="adamw", w_dtype=torch.bfloat16, state_dtype=torch.bfloat16, index=True, project=True
+    ),
+    "AdamW, D = 8192": dict(rule="adamw", d=8192),
+}
 ALL_VARIANTS = VARIANTS | TILE_VARIANTS
 
 
@@ -82,7 +95,16 @@ class Row(NamedTuple):
 
 
 def cases(everything: bool) -> list[Case]:
-    """Lists all cases that the package ships, or one per target."""
+    """Lists all cases that the package ships, or a few per target."""
+    chosen = {
+        target: configs.choose(aot.table_name(target), "half", configs.Load.PLAIN, 1024)
+        for target in aot.GPU_TARGETS
+    }
+    updates = [
+        Case(target, "half", config, variant, ("update_kernel",))
+        for target, config in chosen.items()
+        for variant in (UPDATE_VARIANTS if everything else list(UPDATE_VARIANTS)[:1])
+    ]
     if everything:
         return [
             Case(target, kind, config, variant, TILE_KERNELS if variant in TILE_VARIANTS else None)
@@ -91,14 +113,10 @@ def cases(everything: bool) -> list[Case]:
             for config in table
             for variant in ALL_VARIANTS
             if fits(variant, kind, config)
-        ]
-    chosen = {
-        target: configs.choose(aot.table_name(target), "half", configs.Load.PLAIN, 1024)
-        for target in aot.GPU_TARGETS
-    }
+        ] + updates
     return [
         Case(target, "half", config, "plain", TILE_KERNELS) for target, config in chosen.items()
-    ]
+    ] + updates
 
 
 def fits(variant: str, kind: str, config: Config) -> bool:
@@ -149,20 +167,53 @@ def run_launchers(
     )  # fmt: skip
 
 
+def run_step(
+    dtype: torch.dtype,
+    *,
+    rule: str,
+    w_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32,
+    d: int = 512,
+    index: bool = False,
+    project: bool = False,
+    n: int = ROWS,
+    c: int = CLASSES,
+    config: Config | None = None,
+) -> None:
+    """Calls the launcher that updates w on operands of zeros."""
+    rows, classes = torch.zeros(n), torch.arange(c)
+    state = [
+        torch.zeros(c, 1) if part.per_row else torch.zeros(c, d, dtype=state_dtype)
+        for part in RULES[rule].state
+    ]
+    head_step(
+        torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype),
+        torch.zeros(n, dtype=torch.int64), torch.ones(()), None, classes if index else None, rows,
+        rows, torch.zeros(c), torch.zeros(0), rows, rows, None, None, state, torch.zeros(NUMBERS),
+        torch.zeros(2, dtype=torch.int64), normalize_x=True, normalize_w=True, compute_dtype=dtype,
+        need_x=True, need_bias=False, need_scale=False, transform="identity", row_parameter=None,
+        constants=None, rule=rule, project=project, first_class=0, config=config,
+    )  # fmt: skip
+
+
 def launches_of(case: Case) -> list[aot.Launch]:
     """Lists the launches of a case, each specialisation once."""
     dtype = torch.bfloat16 if case.kind == "half" else torch.float32
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.kind == "tf32" else "ieee"
-    settings = dict(dict(dtype=dtype), **ALL_VARIANTS[case.variant])
     with aot.recorded_launches(case.target) as launches:
-        run_launchers(config=case.config, **settings)
+        if case.variant in UPDATE_VARIANTS:
+            run_step(dtype, config=case.config, **UPDATE_VARIANTS[case.variant])
+        else:
+            settings = dict(dict(dtype=dtype), **ALL_VARIANTS[case.variant])
+            run_launchers(config=case.config, **settings)
     wanted = (found for found in launches if found.kernel in (case.kernels or (found.kernel,)))
     return list({(found.kernel, found.key): found for found in wanted}.values())
 
 
 def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
     """Lists what the gate objects to."""
-    planned = case.config.ctas if kernel in TILE_KERNELS else 2
+    # a row that is too long for four warps has a multiprocessor to itself
+    planned = case.config.ctas if kernel in TILE_KERNELS else 1 + (found.threads <= 256)
     problems = machine_code.problems_of(found, case.target, planned, "programs")
     if kernel in TILE_KERNELS:
         if case.kind != "fp32" and found.mma == 0:
@@ -171,6 +222,12 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
             problems.append("no asynchronous copy")
         if found.registers < 32:
             problems.append(f"{found.registers} registers: the kernel is empty")
+    if kernel == "update_kernel":
+        # what is stored was loaded, and the gradient; a norm and a row's state are single numbers
+        if not 0 < found.wide_stores < found.wide_loads:
+            problems.append(f"{found.wide_loads} loads, {found.wide_stores} stores of 16 bytes")
+        if found.narrow_stores > 2:
+            problems.append(f"{found.narrow_stores} stores of fewer than 16 bytes")
     return problems
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Computes the two ops in Triton, on CUDA and ROCm devices.
+"""Computes the ops in Triton, on CUDA and ROCm devices.
 
 Triton itself is imported at the first call.
 
@@ -37,6 +37,7 @@ class TritonBackend(Backend):
 
     name: ClassVar[str] = "triton"
     priority: ClassVar[int] = 30
+    updates: ClassVar[bool] = True
 
     def unavailable_reasons(
         self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
@@ -60,9 +61,10 @@ class TritonBackend(Backend):
 
     def register_kernels(self) -> None:
         """Registers launchers that import Triton when they are called."""
-        ops.implement_head(
-            self.name, _on_device("forward", "head_fwd"), _on_device("backward", "head_bwd"), "CUDA"
-        )
+        forward = _on_device("forward", "head_fwd")
+        backward = _on_device("backward", "head_bwd")
+        step = _on_device("step", "head_step")
+        ops.implement_head(self.name, forward, backward, "CUDA", step)
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
         """Returns a row for each row of x, with classes padded to whole tiles."""
@@ -123,11 +125,14 @@ def _on_device(module: str, name: str) -> Callable:
     def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
         from . import tuning
 
-        op = getattr(importlib.import_module(f".{module}", __name__), name)
+        kernels = importlib.import_module(f".{module}", __name__)
+        op = getattr(kernels, name)
         # kernels go to the current device; an autocast around the call must not narrow the GEMMs
         with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
             if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
-                settings["config"] = tuning.fastest(op, x, *args, **settings)
+                # timing repeats the call
+                timed = kernels.without_writing(args) if name == "head_step" else args
+                settings["config"] = tuning.fastest(op, x, *timed, **settings)
             return op(x, *args, **settings)
 
     return call

@@ -21,7 +21,7 @@ def head_fwd(
     y: Tensor,  # (N,)
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
-    index: Tensor | None = None,  # (C,) rows of w
+    index: Tensor | None = None,  # (C,) rows of w, which then has more
     known_w_inv: Tensor | None = None,  # (C,)
     *,
     normalize_x: bool,
@@ -36,13 +36,12 @@ def head_fwd(
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    w = w if index is None else w.index_select(0, index)
-    n, c = len(x), len(w)
     operands = Operands.of(
-        x, w, y, scale, bias, normalize_w=normalize_w, compute_dtype=compute_dtype,
+        x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
         extras=save_tiles or want_sum, config=config,
     )  # fmt: skip
+    n, c = len(x), operands.classes
     tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)
     results = ops.Forward(
         lse=operands.statistics(n),
@@ -56,8 +55,13 @@ def head_fwd(
     )
     if normalize_x and n:
         operands.inverse_norms(operands.x, results.x_inv)
+    if known_w_inv is not None:
+        results.w_inv[:c] = known_w_inv
+        results.w_inv[c:] = 1
     separate_max = want_max and (save_tiles or operands.transform.apply is not None)
-    partials = _take_statistics(operands, results, save_tiles, want_sum, separate_max)
+    partials = _take_statistics(
+        operands, results, known_w_inv is None, save_tiles, want_sum, separate_max
+    )
     results = results._replace(w_inv=results.w_inv[:c])
     if n:
         _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
@@ -67,9 +71,14 @@ def head_fwd(
 
 
 def _take_statistics(
-    operands: Operands, results: ops.Forward, save_tiles: bool, want_sum: bool, separate_max: bool
+    operands: Operands,
+    results: ops.Forward,
+    want_norms: bool,
+    save_tiles: bool,
+    want_sum: bool,
+    separate_max: bool,
 ) -> Tensor:
-    """Takes the statistics of all classes and the norms of their rows, chunk by chunk.
+    """Takes the statistics of all classes, and the norms of their rows if wanted, by chunks.
 
     Returns the partial statistics, (PLANES, columns, N).
     """
@@ -79,13 +88,14 @@ def _take_statistics(
     partials = operands.statistics(PLANES, columns, n)
     w_inv, tiles = results.w_inv, results.tiles
     for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv))):
-        operands.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
+        if want_norms:
+            operands.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
         if n:
             statistics_kernel[(operands.row_tiles * columns,)](
                 operands.x, w_chunk, operands.y, results.x_inv, w_inv, operands.scale,
                 operands.bias, *operands.transform.operands, flags, partials,
                 tiles if save_tiles else None,
-                N=n, C=len(operands.w), first_tile=first, stop_tile=stop,
+                N=n, C=operands.classes, first_tile=first, stop_tile=stop,
                 class_tiles=operands.class_tiles, columns=columns, carry=int(first > 0),
                 tiles_stride=tiles.shape[-1] // block_c, TRANSFORM=operands.transform.apply,
                 NORMALIZE_W=operands.normalize_w, SAVE_TILES=save_tiles, WANT_SUM=want_sum,
@@ -105,9 +115,9 @@ def _finish_rows(
     """Merges the partial statistics of every row, and adds the targets' cosines and norms."""
     n, w = len(operands.x), operands.w
     finish_rows_kernel[(triton.cdiv(n, 4),)](
-        operands.x, w, operands.y, results.x_inv, results.w_inv, partials, results.lse,
-        results.target_cosine, results.w_norm, results.logit_sum if want_sum else None,
-        results.logit_max if want_max else None,
+        operands.x, w, operands.y, operands.target_row(), results.x_inv, results.w_inv, partials,
+        results.lse, results.target_cosine, results.w_norm,
+        results.logit_sum if want_sum else None, results.logit_max if want_max else None,
         N=n, D=w.shape[1], w_stride_c=w.stride(0), w_stride_d=w.stride(1),
         columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
         LOG2_UNITS=operands.bias is None,

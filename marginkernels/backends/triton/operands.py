@@ -41,11 +41,12 @@ class Operands:
     inverse_limit: float  # 1 / norm of a zero row
     width: int
     x: Tensor  # (N, width) in the compute type
-    w: Tensor  # (C, D) as the caller gave it
+    w: Tensor  # (C, D) as the caller gave it, or more rows with an index
     w_is_readable: bool  # without a copy
     y: Tensor  # (N,)
     scale: Tensor  # ()
     bias: Tensor | None  # (C,) continued to the end of the last tile
+    index: Tensor | None  # (C,) rows of w that are swept; w then has more than C
     transform: Transform
     normalize_w: bool
 
@@ -57,6 +58,7 @@ class Operands:
         y: Tensor,  # (N,)
         scale: Tensor,  # ()
         bias: Tensor | None,  # (C,)
+        index: Tensor | None,  # (C,)
         *,
         normalize_w: bool,
         compute_dtype: torch.dtype,
@@ -68,8 +70,9 @@ class Operands:
     ) -> "Operands":
         """Checks the operands, chooses tiles, and brings x into the form that the kernels read."""
         functor = Transform.of(transform, row_parameter, constants, len(x), bias is not None)
-        if len(w) >= MOST_CLASSES:
-            raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {len(w)}")
+        classes = len(w if index is None else index)
+        if classes >= MOST_CLASSES:
+            raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {classes}")
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
         load = configs.load(functor.apply, bias is not None, extras)
@@ -85,13 +88,19 @@ class Operands:
             width=width,
             x=x,
             w=w,
-            w_is_readable=_is_readable(w, width, compute_dtype),
+            w_is_readable=index is None and _is_readable(w, width, compute_dtype),
             y=y.contiguous(),
             scale=scale,
             bias=None if bias is None else _padded(bias, config.block_c),
+            index=None if index is None else index.contiguous(),
             transform=functor,
             normalize_w=normalize_w,
         )
+
+    @property
+    def classes(self) -> int:
+        """Counts the classes that are swept."""
+        return len(self.w if self.index is None else self.index)
 
     @property
     def row_tiles(self) -> int:
@@ -101,7 +110,7 @@ class Operands:
     @property
     def class_tiles(self) -> int:
         """Counts the class tiles."""
-        return triton.cdiv(len(self.w), self.config.block_c)
+        return triton.cdiv(self.classes, self.config.block_c)
 
     @property
     def d_tiles(self) -> int:
@@ -129,17 +138,25 @@ class Operands:
     def chunks(self, tiles: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (first tile, stop tile, rows of w as the kernels read them), ``tiles`` at a time.
 
-        A w of another type, width or layout is rounded chunk by chunk into one buffer.
+        A w of another type, width or layout is rounded chunk by chunk into one buffer, and so are
+        the rows of an index.
         """
         block = self.config.block_c
         if not self.w_is_readable:
-            buffer = self.x.new_zeros(min(tiles * block, len(self.w)), self.width)
+            buffer = self.x.new_zeros(min(tiles * block, self.classes), self.width)
         for first in range(0, self.class_tiles, tiles):
             stop = min(first + tiles, self.class_tiles)
-            rows = self.w[first * block : stop * block]
+            part = slice(first * block, stop * block)
+            rows = self.w[part] if self.index is None else self.w[self.index[part]]
             if not self.w_is_readable:
                 rows = _copy_rows(buffer[: len(rows)], rows)
             yield first, stop, rows
+
+    def target_row(self) -> Tensor:
+        """Returns the row of w that holds the target, (N,), or -1."""
+        if self.index is None or len(self.index) == 0:
+            return self.y
+        return torch.where(self.y >= 0, self.index[self.y.clamp_min(0)], -1)
 
     def inverse_norms(self, rows: Tensor, inverse: Tensor) -> None:
         """Writes 1 / |row| into ``inverse``, which may be longer than ``rows``."""

@@ -69,8 +69,9 @@ def flag_kernel(
 )
 def finish_rows_kernel(
     x,  # (N, D_TILES * TILE_D)
-    w,  # (C, D) of any type and strides
+    w,  # (., D) of any type and strides
     y,  # (N,) int64, -1: no target here
+    w_row,  # (N,) int64, the target's row of w
     x_inv,  # (N,)
     w_inv,  # (C,)
     partials,  # (PLANES, columns, N), see statistics_kernel
@@ -129,12 +130,12 @@ def finish_rows_kernel(
     owned = label >= 0
     dot = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     x_row = x + row.to(tl.int64)[:, None] * (D_TILES * TILE_D)
-    w_row = w + label[:, None] * w_stride_c
+    picked = w + tl.load(w_row + row, mask=owned, other=0)[:, None] * w_stride_c
     for start in range(0, D, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)[None, :]
         there = owned[:, None] & (k < D)
         x_part = tl.load(x_row + k, mask=there, other=0.0)
-        w_part = tl.load(w_row + k.to(tl.int64) * w_stride_d, mask=there, other=0.0)
+        w_part = tl.load(picked + k.to(tl.int64) * w_stride_d, mask=there, other=0.0)
         dot += x_part.to(tl.float32) * w_part.to(x_part.dtype).to(tl.float32)
     q = tl.load(w_inv + label, mask=owned, other=1.0)
     cosine = tl.sum(dot, 1) * tl.load(x_inv + row, mask=row < N, other=1.0)
@@ -231,7 +232,8 @@ def project_kernel(
     table,  # (., D or more): rows that are added, see ROUND_TABLE
     coefficient,  # (R,) of the row added, or None
     radial,  # by row of the table: gradient of the row's norm, or None
-    out,  # (R, D)
+    out,  # (R, D), or more rows with an index
+    out_index,  # (R,) rows of out, or None: as they come
     R,
     D,
     D_TILES,
@@ -282,19 +284,29 @@ def project_kernel(
     out_stride = D.to(tl.int64)
     if EVEN_D:
         out_stride = width.to(tl.int64)
+    out_row = row.to(tl.int64)
+    if out_index is not None:
+        out_row = tl.load(out_index + row, mask=there, other=0)
     for start in range(0, width, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)[None, :]
         g, v = _gradient_at(
             gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width,
             table_stride_d, ROUND_TABLE,
         )  # fmt: skip
-        if NORMALIZE or radial is not None:
-            g += tl.where(zero, 0.0, radius)[:, None] * (inv[:, None] * v)
-        if NORMALIZE:
-            g = tl.where(zero[:, None], 0.0, g)
+        g = projected(g, v, inv, radius, zero, radial, NORMALIZE)
         kept = there[:, None] & (k < (width if EVEN_D else D))
-        target = out + row.to(tl.int64)[:, None] * out_stride + k
+        target = out + out_row[:, None] * out_stride + k
         tl.store(target, g.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def projected(g, v, inv, radius, zero, radial, NORMALIZE: tl.constexpr):
+    """Returns slices of the gradient of raw rows v; radius is its part along the unit rows."""
+    if NORMALIZE or radial is not None:
+        g += tl.where(zero, 0.0, radius)[:, None] * (inv[:, None] * v)
+    if NORMALIZE:
+        g = tl.where(zero[:, None], 0.0, g)
+    return g
 
 
 @triton.jit

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Computes head_step: the backward sweep, with an update of w and its state in the place of dw."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import rules
+from .backward import BackwardSweep
+from .configs import Config
+from .operands import Operands
+from .sources import Incoming
+from .update import FUNCTORS, update_kernel
+
+# numbers of each operand that a program of four warps, and each of more warps, has in registers
+_HELD = 2048
+_OF_A_WARP = 512
+# D is this times a whole number, or a divisor of this times one: what makes accesses wide
+_UNIT = 16
+
+
+def head_step(
+    x: Tensor,  # (N, D), N > 0
+    w: Tensor,  # (C, D), or more rows with an index; updated
+    y: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    bias: Tensor | None,  # (C,)
+    index: Tensor | None,  # (C,) rows of w
+    lse: Tensor,  # (N,)
+    x_inv: Tensor,  # (N,)
+    w_inv: Tensor,  # (C,), updated
+    tiles: Tensor,  # (N, classes of all tiles), or (0,)
+    grad_lse: Tensor,  # (N,)
+    grad_target: Tensor,  # (N,)
+    grad_w_norm: Tensor | None,  # (N,)
+    grad_sum: Tensor | None,  # (N,)
+    state: list[Tensor],  # (rows of w, D) or (rows of w, 1) each, updated
+    numbers: Tensor,  # (NUMBERS,)
+    random: Tensor,  # (2,) int64
+    *,
+    normalize_x: bool,
+    normalize_w: bool,
+    compute_dtype: torch.dtype,
+    need_x: bool,
+    need_bias: bool,
+    need_scale: bool,
+    transform: str,
+    row_parameter: Tensor | None,  # (N,)
+    constants: Tensor | None,  # (K,)
+    rule: str,
+    project: bool,
+    first_class: int,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    operands = Operands.of(
+        x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
+        transform=transform, row_parameter=row_parameter, constants=constants,
+        extras=grad_sum is not None or need_scale, config=config,
+    )  # fmt: skip
+    update = Update(w_inv, state, numbers, random, rule, project, first_class)
+    update.check(w)
+    incoming = Incoming(
+        lse, x_inv, w_inv, grad_lse, grad_target, grad_w_norm, grad_sum
+    ).contiguous()
+    dx = x.new_empty(x.shape if need_x else 0)
+    dbias = operands.statistics(operands.classes if need_bias else 0)
+    dscale = operands.statistics(0)
+    sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
+    target_w = w[operands.target_row().clamp_min(0)] if need_x else w  # dx is that of the old w
+    dx_raw = sweep.run(need_x, dbias, functools.partial(update.take, sweep))
+    if dx_raw is not None:
+        row = torch.arange(len(x), device=x.device)
+        sweep.write_dx(dx_raw, target_w, torch.where(y >= 0, row, -1), normalize_x, dx)
+    return dx, dbias, sweep.scale_gradient() if need_scale else dscale
+
+
+def without_writing(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the operands after x for a call that may be repeated, because it skips the update."""
+    *others, numbers, random = operands
+    numbers = numbers.clone()
+    numbers[rules.SKIP] = 1
+    return *others, numbers, random
+
+
+class Update(NamedTuple):
+    """Holds what a step moves in place, and by which rule."""
+
+    w_inv: Tensor  # (C,)
+    state: list[Tensor]  # (rows of w, D) or (rows of w, 1) each
+    numbers: Tensor  # (NUMBERS,)
+    random: Tensor  # (2,)
+    rule: str
+    project: bool
+    first_class: int
+
+    def check(self, w: Tensor) -> None:
+        """Raises ValueError where there is no such rule, or a tensor is not contiguous."""
+        if (self.rule, len(self.state)) not in FUNCTORS:
+            raise ValueError(
+                f"rule: expected a name and a number of states of {list(FUNCTORS)}, got "
+                f"{(self.rule, len(self.state))}"
+            )
+        for name, t in (("w", w), ("w_inv", self.w_inv), *(("state", t) for t in self.state)):
+            if not t.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
+
+    def take(self, sweep: BackwardSweep, part: slice, rows: Tensor, raw: Tensor) -> None:
+        """Updates some classes while the GEMM's result is in L2, as backward.TakeRows says."""
+        operands, targets, state = sweep.operands, sweep.targets, self.state
+        moved, index, first_class = [operands.w, *state], operands.index, self.first_class
+        if index is None:
+            moved, first_class = [t[part] for t in moved], first_class + part.start
+        w, first, second = [*moved, None, None][:3]
+        d, width = operands.w.shape[1], operands.width
+        unit, block_d = math.gcd(d, _UNIT), triton.next_power_of_2(width)
+        block_r = max(1, _HELD // block_d)
+        update_kernel[(triton.cdiv(len(rows), block_r),)](
+            raw, sweep.source.dw_factor, targets.slot[part], targets.sums, targets.radial,
+            self.w_inv[part], w, first, second, None if index is None else index[part],
+            self.numbers, self.random,
+            R=len(rows), D_UNITS=d // unit, first_class=first_class,
+            inverse_limit=operands.inverse_limit, RULE=FUNCTORS[self.rule, len(state)],
+            FIRST_PER_ROW=rules.RULES[self.rule].state[0].per_row, PROJECT=self.project,
+            NORMALIZE=operands.normalize_w, COMPUTE_TYPE=_triton_type(operands.x.dtype),
+            DRAW_FIRST=torch.bfloat16 in [t.dtype for t in (operands.w, *state[:1])],
+            DRAW_SECOND=torch.bfloat16 in [t.dtype for t in state[1:]],
+            UNIT=unit, BLOCK_R=block_r, BLOCK_D=block_d,
+            **operands.row_settings() | dict(num_warps=max(4, min(16, block_d // _OF_A_WARP))),
+        )  # fmt: skip
+
+
+def _triton_type(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
