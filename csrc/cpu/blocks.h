@@ -46,9 +46,9 @@ struct Scratch {
     float* dw;             // (block_classes, padded_d)
     float* dbias;          // (block_classes, kLanes)
     float* radial;         // (block_classes,)
-    float* updated;        // (1 + mk::kMostStates, padded_d) a row of w and its states
-    uint32_t* words;       // (padded_d and up to one vector more) random
-    Ahead ahead;           // what the next block reads
+    float* copies;         // (1 + mk::kMostStates, padded_d) a row of w and its states
+    uint32_t* words[1 + mk::kMostStates / 2];  // random, (padded_d and up to one vector more)
+    Ahead ahead;                               // what the next block reads
 };
 
 // Hands out arrays from a piece of memory, or without one counts their bytes.
@@ -79,8 +79,8 @@ size_t lay_out(const Plan& plan, bool backward, void* base, Scratch& scratch) {
     arena.take(scratch.dw, classes * plan.padded_d);
     arena.take(scratch.dbias, classes * kLanes);
     arena.take(scratch.radial, classes);
-    arena.take(scratch.updated, (1 + mk::kMostStates) * plan.padded_d);
-    arena.take(scratch.words, plan.padded_d + kLanes);
+    arena.take(scratch.copies, (1 + mk::kMostStates) * plan.padded_d);
+    for (uint32_t*& words : scratch.words) arena.take(words, plan.padded_d + kLanes);
     return arena.used;
 }
 
