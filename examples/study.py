@@ -160,19 +160,20 @@ class Study:
             return
         torch.manual_seed(seed)
         backbone = model.backbone()
-        batch_size, steps, settings, together = BATCH_SIZE, self.steps, {}, 1
+        batch_size, steps, together = BATCH_SIZE, self.steps, 1
+        backbone_rate = training.BACKBONE_RATE
         if name == TRIPLET:
             self.run(TRIPLET_START, seed)
             backbone.load_state_dict(torch.load(self.network(TRIPLET_START, seed)))
             batch_size, steps = TRIPLET_BATCH_SIZE, self.triplet_steps
-            settings = dict(backbone_rate=TRIPLET_RATE)
+            backbone_rate = TRIPLET_RATE
             together = len(self.split.labels) // self.split.num_classes
         batches = data.batches(
             self.split.images, self.split.labels, batch_size, steps,
             torch.Generator().manual_seed(seed), together,
         )  # fmt: skip
         loss = criterion(name, self.split.num_classes)
-        losses = training.train(backbone, loss, batches, steps, **settings)
+        losses = training.train(backbone, loss, batches, steps, backbone_rate=backbone_rate)
         started = time.perf_counter()
         bar = tqdm(losses, total=steps, unit="step", desc=f"{name}, seed {seed}", mininterval=0.5)
         for value in bar:

@@ -4,14 +4,17 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import model
 
 # the class weights turn fast enough only with a larger step than the backbone can take
 BACKBONE_RATE, CRITERION_RATE = 0.01, 0.1
+SETTINGS: dict[str, Any] = dict(momentum=0.9, nesterov=True, weight_decay=1e-3)
 MAX_GRADIENT_NORM = 5.0
 WARM_UP = 100  # steps, at most a tenth of all
 
@@ -29,29 +32,33 @@ def train(
     steps: int,
     *,
     backbone_rate: float = BACKBONE_RATE,
+    criterion_optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[float]:
     """Trains both and yields the loss after each step; ``criterion(embeddings, labels) -> loss``.
 
     Args:
         batches: (inputs, labels), ``steps`` of them.
         backbone_rate: the greatest learning rate of the backbone.
+        criterion_optimizer: of the criterion's parameters, which then are not clipped; None: the
+            backbone's, at a rate of their own.
     """
-    optimizer = torch.optim.SGD(
-        [
-            {"params": backbone.parameters(), "lr": backbone_rate},
-            {"params": criterion.parameters(), "lr": CRITERION_RATE},
-        ],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=1e-3,
-    )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
+    groups = [{"params": backbone.parameters(), "lr": backbone_rate}]
+    if criterion_optimizer is None:
+        groups.append({"params": criterion.parameters(), "lr": CRITERION_RATE})
+    optimizer = torch.optim.SGD(groups, **SETTINGS)
+    optimizers: list[torch.optim.Optimizer] = [optimizer]
+    if criterion_optimizer is not None:
+        optimizers.append(criterion_optimizer)
+    rates = [LambdaLR(each, lambda step: schedule(step, steps)) for each in optimizers]
     for inputs, labels in batches:
         loss = criterion(model.run(backbone, inputs), labels)
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT_NORM)
-        optimizer.step()
-        rates.step()
+        for each in optimizers:
+            each.step()
+        for rate in rates:
+            rate.step()
         yield loss.item()

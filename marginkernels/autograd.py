@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import numerics, ops
 from .ops import SweepSettings
-from .step import open_update
+from .step import open_update, reaches_weight, require_unchanged
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -125,7 +125,10 @@ class HeadFunction(torch.autograd.Function):
             need_x=need_x, need_bias=need_bias, need_scale=need_scale, transform=s.transform,
             row_parameter=row_parameter, constants=constants,
         )  # fmt: skip
-        if token is None:
+        if token is not None and not reaches_weight(ctx):
+            require_unchanged(token, s.update)
+            need_w = False
+        if token is None or not need_w:
             dx, dw, dbias, dscale = ops.head_bwd(s.backend)(*operands, need_w=need_w, **wanted)
         else:
             dw, need_w = None, False

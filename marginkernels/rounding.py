@@ -84,10 +84,14 @@ def stored(
     position: int,  # 0 for the weight, then the states in their order
     random: Tensor,  # (2,) int64
     class_id: Tensor,  # (R,)
+    of_bias: bool = False,
 ) -> Tensor:
-    """Returns weights or a state as they are stored: bfloat16 is rounded at random."""
+    """Returns weights or a state as they are stored: bfloat16 is rounded at random.
+
+    ``values`` may also be (R, 1), biases or their state, with streams 2 and 3 in place of 0 and 1.
+    """
     if dtype != torch.bfloat16:
         return values.to(dtype)
-    words = random_words(random, class_id, values.shape[1], stream=position // 2)
+    words = random_words(random, class_id, values.shape[1], position // 2 + 2 * of_bias)
     bits = words >> 16 if position == 1 else words & 0xFFFF
     return stochastically_rounded(values, bits)

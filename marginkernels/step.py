@@ -30,6 +30,29 @@ def open_update(like: Tensor, number: int) -> Tensor:
     return torch.ops.marginkernels.open_update(like, number)
 
 
+def reaches_weight(ctx: Any) -> bool:
+    """Says whether backward goes on to the weight, as backward(inputs=...) may not.
+
+    Args:
+        ctx: the node in the graph, whose second operand is the weight.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+    except RuntimeError:  # of torch.autograd.grad with respect to the weight
+        raise RuntimeError(
+            "head.weight: expected no torch.autograd.grad with respect to it, because its "
+            "optimizer moves it in backward, and its gradient is never there. Take it of a plain "
+            "head (head_optimizer.detach(), or a copy.deepcopy of the head)"
+        ) from None
+
+
+def require_unchanged(token: Tensor, number: int) -> None:
+    """Raises RuntimeError if the weights have changed since the forward of the token."""
+    of_number(number).require_unchanged(token)
+
+
 def _head_step(
     token: Tensor,
     x: Tensor,  # (N, D)
@@ -90,6 +113,8 @@ def _write(
 ) -> Gradients:
     """Updates w and the state, and returns the gradients that are needed."""
     w, scale, bias, index, w_inv = classes
+    # aliases without the versions of what is saved, so that a second backward gets our error
+    w, w_inv, state = w.data, w_inv.data, [t.data for t in state]
     upstream = (rows.grad_lse, rows.grad_target, rows.grad_w_norm, rows.grad_sum)
     numbers = step.numbers([g for g in upstream if g is not None], rows.lse.dtype)
     with step.writing():

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import device_checks
+
 _numbers = itertools.count(1)
 _updates: "weakref.WeakValueDictionary[int, Update]" = weakref.WeakValueDictionary()
 
@@ -51,6 +53,16 @@ class RowGradients(NamedTuple):
     row_parameter: Tensor | None  # (N,)
 
 
+class _Norms(NamedTuple):
+    """Holds the norms that an update has written, and what tells whether they still hold."""
+
+    w_inv: Tensor  # (C,)
+    compute_dtype: torch.dtype
+    storage: StorageWeakRef  # of w; a freed one is not taken for its successor in its place
+    place: tuple[int, int]
+    sample: Tensor  # of w, because its version does not tell of writes to w.data
+
+
 class Update(ABC):
     """Keeps account of the steps of one optimizer, and refuses what a step cannot be.
 
@@ -66,12 +78,16 @@ class Update(ABC):
         _updates[self.number] = self
         self.accumulates = False
         self.written = False  # whether backward came since the last step
+        self.ended = False
         self.torn = ""  # what interrupted a step that had begun to write
+        self._torn_version = 0  # of the weights after that
+        self._state_loaded = False  # since then
         self._forwards: dict[int, StorageWeakRef] = {}  # alive, and not yet gone back through
         self._forward_numbers = itertools.count(1)
         self._kept: list[RowGradients] = []
+        self._kept_place = (0, 0)  # of the weights when the first rows were kept
         self._shared: tuple[Tensor | None, ...] = ()  # operands that all kept rows have in common
-        self._known: tuple[Tensor, torch.dtype, tuple[int, int]] | None = None
+        self._known: _Norms | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Returns None: a copy of the head is a plain head."""
@@ -89,8 +105,8 @@ class Update(ABC):
         """Returns the optimizer's state of these rows, (C, D) or (C, 1) each."""
 
     @abstractmethod
-    def holds(self, parameter: Tensor) -> bool:
-        """Says whether the optimizer has this parameter."""
+    def parameters(self) -> list[Tensor]:
+        """Returns what the optimizer has: the weight, and the bias where there is one."""
 
     @abstractmethod
     def numbers(self, upstream: list[Tensor], dtype: torch.dtype) -> Numbers:
@@ -136,7 +152,7 @@ class Update(ABC):
         """
         self._require_whole()
         number = next(self._forward_numbers)
-        token = torch.tensor([number, *_identity(self.weight())], device="cpu")
+        token = torch.tensor([number, *_place(self.weight())], device="cpu")
         self._forwards = {n: ref for n, ref in self._forwards.items() if not ref.expired()}
         self._forwards[number] = StorageWeakRef(token.untyped_storage())
         return token
@@ -148,18 +164,18 @@ class Update(ABC):
             RuntimeError: the update would be wrong. Nothing has been written.
         """
         self._require_whole()
-        number, *identity = token.tolist()
-        self._forwards.pop(number, None)
+        self._forwards.pop(int(token[0]), None)
         if self.written:
             raise RuntimeError(
                 f"backward: expected step() of the head's optimizer since the last one. {_ONE_STEP}"
                 ". Accumulate with `with head_optimizer.accumulate():` around all but the last"
             )
-        if tuple(identity) != _identity(self.weight()):
+        self.require_unchanged(token)
+        if self._kept and self._kept_place != _place(self.weight()):
+            self._kept = []
             raise RuntimeError(
-                "backward: expected the class weights as they were in forward, but they have "
-                f"changed since. {_ONE_STEP}: retain_graph=True with a second backward, or a "
-                "weight that is changed between the two, is not possible"
+                "accumulate: expected the class weights as they were for the batches before, but "
+                "they have changed since. Those batches are dropped: begin the step again"
             )
         others = sum(not ref.expired() for ref in self._forwards.values())
         if others and not self.accumulates:
@@ -168,6 +184,15 @@ class Update(ABC):
                 f"{_ONE_STEP}. Join the batches and call the head once, accumulate with `with "
                 "head_optimizer.accumulate():` around all backward calls but the last, or call the "
                 "head under torch.no_grad() where no gradient is wanted"
+            )
+
+    def require_unchanged(self, token: Tensor) -> None:
+        """Raises RuntimeError if the weights have changed since the forward of the token."""
+        if tuple(token[1:].tolist()) != _place(self.weight()):
+            raise RuntimeError(
+                "backward: expected the class weights as they were in forward, but they have "
+                f"changed since. {_ONE_STEP}: retain_graph=True with a second backward, or a "
+                "weight that is changed between the two, is not possible"
             )
 
     def keep(self, rows: RowGradients, shared: tuple[Tensor | None, ...]) -> None:
@@ -184,6 +209,8 @@ class Update(ABC):
                 "batches of a step, which one sweep updates the weights with, but they have moved. "
                 "Put the margin or the adaptive scale into eval mode for the step"
             )
+        if not self._kept:
+            self._kept_place = _place(self.weight())
         self._kept.append(rows)
         self._shared = shared
 
@@ -208,10 +235,11 @@ class Update(ABC):
         try:
             yield
         except BaseException as error:
-            self.torn = f"{type(error).__name__}: {error}"
+            self.torn, self._state_loaded = f"{type(error).__name__}: {error}", False
             raise
         finally:
             torch.autograd.graph.increment_version(self.weight())
+            self._torn_version = _version(self.weight())
         self.torn, self.written = "", True
 
     def close(self) -> None:
@@ -228,23 +256,41 @@ class Update(ABC):
             )
         self.written = False
 
+    def end(self) -> None:
+        """Ends all that is under way: backward of an earlier forward is refused from now on."""
+        self.reset()
+        self.ended = True
+        _updates.pop(self.number, None)
+
     def reset(self) -> None:
-        """Forgets all that is under way, after weight and state have been loaded."""
-        self.torn, self.written, self._kept, self._known = "", False, [], None
+        """Forgets all that is under way, after the state has been loaded."""
+        self.written, self._kept, self._known, self._state_loaded = False, [], None, True
 
     def remember_norms(self, w_inv: Tensor, compute_dtype: torch.dtype) -> None:
         """Keeps the inverse norms (C,) that the update has written."""
-        self._known = w_inv, compute_dtype, _identity(self.weight())
+        w = self.weight()
+        storage = StorageWeakRef(w.untyped_storage())
+        self._known = _Norms(w_inv, compute_dtype, storage, _place(w), _sample(w).clone())
 
     def known_norms(self, w: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
         """Returns the inverse norms (C,) of w, if nothing has changed it since they were kept."""
         if torch.compiler.is_compiling() or self._known is None:
             return None
-        w_inv, dtype, identity = self._known
-        same = (dtype, identity) == (compute_dtype, _identity(w)) and w_inv.device == w.device
-        return w_inv if same and len(w_inv) == len(w) else None
+        known = self._known
+        same = (
+            (known.compute_dtype, known.place) == (compute_dtype, _place(w))
+            and known.w_inv.shape == w.shape[:1]
+            and known.storage.cdata == StorageWeakRef(w.untyped_storage()).cdata
+            and (
+                not device_checks.checks_values(w.device)
+                or torch.equal(known.sample, _sample(w.detach()))
+            )
+        )
+        return known.w_inv if same else None
 
     def _require_whole(self) -> None:
+        if self.torn and self._state_loaded and self._torn_version != _version(self.weight()):
+            self.torn = ""
         if self.torn:
             raise RuntimeError(
                 "head_optimizer: expected whole steps, but the last one was interrupted while it "
@@ -253,9 +299,19 @@ class Update(ABC):
             )
 
 
-def _identity(w: Tensor) -> tuple[int, int]:
-    """Returns what changes with every change of w that torch knows of."""
+def _version(w: Tensor) -> int:
+    return w._version
+
+
+def _place(w: Tensor) -> tuple[int, int]:
+    """Returns address and version, one of which changes with each write that torch knows of."""
     return w.data_ptr(), w._version
+
+
+def _sample(w: Tensor) -> Tensor:
+    """Returns a view of some 1,000 of the numbers."""
+    rows, features = w.shape
+    return w[:: max(1, rows // 64), :: max(1, features // 16)]
 
 
 def _joined(parts: tuple[Tensor | None, ...], rows: tuple[Tensor, ...]) -> Any:
@@ -276,13 +332,21 @@ def of_number(number: int) -> Update:
     """Returns the update with this number.
 
     Raises:
-        RuntimeError: its optimizer is gone.
+        RuntimeError: its optimizer is gone, or detached.
     """
     if number not in _updates:
-        raise RuntimeError("backward: expected the head's optimizer of forward, which is gone")
+        raise RuntimeError(
+            "backward: expected the head's optimizer of forward, which is gone or detached. Call "
+            "the head again"
+        )
     return _updates[number]
+
+
+def moved() -> "dict[int, Update]":
+    """Returns the update of each parameter that one moves, by the parameter's id."""
+    return {id(p): update for update in list(_updates.values()) for p in update.parameters()}
 
 
 def holder(parameter: Tensor) -> Update | None:
     """Returns the update that moves this parameter, or None."""
-    return next((u for u in list(_updates.values()) if u.holds(parameter)), None)
+    return moved().get(id(parameter))

@@ -4,99 +4,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from .. import arguments, rules
-from ..distributed.shard import ClassShard, local, require_agreement
+from ..distributed.shard import local, require_agreement
 from ..generators import random_seed
-from ..update import Numbers, Update
+from ..rounding import stored
+from . import loading
+from .attachment import Head, HeadUpdate, advance, check_dtypes, check_head, parameters
 
 Number = float | Tensor
-
-
-class Head(Protocol):
-    """Names the attributes of a module whose weights an optimizer can move.
-
-    The module hands ``_update`` to :func:`marginkernels.margin_cross_entropy`, with its weight.
-    """
-
-    weight: nn.Parameter  # (C, D), or a DTensor: the classes of the shard
-    bias: nn.Parameter | None  # (C,)
-    shard: ClassShard | None
-    _update: Update | None
-
-
-class HeadUpdate(Update):
-    """Updates the weights of a head for an optimizer."""
-
-    optimizer: "HeadOptimizer"
-
-    def __init__(self, optimizer: "HeadOptimizer", head: Head):
-        super().__init__()
-        self.optimizer, self.head, self.rule = optimizer, head, optimizer.rule
-        self.index: Tensor | None = None  # the classes of the last step, or None for all
-        self.found_inf: Tensor | None = None  # whether the last step was skipped, a number ()
-
-    def weight(self) -> Tensor:
-        return local(self.head.weight.detach())
-
-    def state(self) -> list[Tensor]:
-        held = self.optimizer.state[self.head.weight]
-        return [local(held[s.name]) for s in rules.RULES[self.rule].state if s.name in held]
-
-    @property
-    def project(self) -> bool:  # type: ignore[override]
-        return self.optimizer.param_groups[0]["project"]
-
-    @property
-    def first_class(self) -> int:
-        return 0 if self.head.shard is None else self.head.shard.start
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Returns the ranks that the classes are split over."""
-        return None if self.head.shard is None else self.head.shard.group
-
-    def holds(self, parameter: Tensor) -> bool:
-        return any(p is parameter for p in self.optimizer.param_groups[0]["params"])
-
-    def described(self) -> str:
-        group = self.optimizer.param_groups[0]
-        settings = {
-            key: "tensor" if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
-        return f"{self.rule}({settings}, accumulates={self.accumulates})"
-
-    def check(self, w: Tensor) -> None:
-        super().check(w)
-        own = local(self.head.weight.detach())
-        same = (w.data_ptr(), w.shape) == (own.data_ptr(), own.shape)
-        if not (same and all(map(self.holds, _parameters(self.head)))):
-            raise RuntimeError(
-                "head.weight: expected the parameter that its optimizer was given, but it has been "
-                "replaced. Detach the optimizer (head_optimizer.detach()) and make a new one"
-            )
-
-    def numbers(self, upstream: list[Tensor], dtype: torch.dtype) -> Numbers:
-        unscale, skip = self.optimizer.loss_scale(upstream, dtype)
-        self.found_inf = skip if isinstance(skip, Tensor) else None
-        step = self.optimizer.state[self.head.weight]["step"]
-        group = self.optimizer.param_groups[0]
-        clip = group["clip_row_norm"]
-        common = [unscale, skip, torch.inf if clip is None else clip]
-        random = torch.tensor([group["seed"], 0], device=step.device)
-        random[1] = step
-        return Numbers(self.optimizer.numbers(common, step, dtype), random)
-
-    def applied(self, numbers: Numbers, index: Tensor | None) -> None:
-        self.index = index
-        _advance(self.optimizer.state[self.head.weight]["step"], numbers.of_step)
 
 
 class HeadOptimizer(torch.optim.Optimizer):
@@ -132,7 +54,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         clip_row_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ):
-        _check_head(head)
+        check_head(head)
         arguments.boolean("project", project)
         if clip_row_norm is not None:
             clip_row_norm = arguments.number("clip_row_norm", clip_row_norm, above=0)
@@ -141,6 +63,11 @@ class HeadOptimizer(torch.optim.Optimizer):
                 "state_dtype: expected torch.bfloat16, torch.float32 or None, got "
                 + str(state_dtype)
             )
+        if not isinstance(scaler, torch.amp.GradScaler | None):
+            raise TypeError(
+                f"scaler: expected a torch.amp.GradScaler or None, got {type(scaler).__name__}"
+            )
+        check_dtypes(head.weight.dtype, [state_dtype or head.weight.dtype])
         self.scaler = scaler
         settings |= dict(project=project, clip_row_norm=clip_row_norm)
         group = None if head.shard is None else head.shard.group
@@ -150,11 +77,11 @@ class HeadOptimizer(torch.optim.Optimizer):
                 scaler=scaler is not None, **settings,
             )  # fmt: skip
         settings["seed"] = random_seed(group)
-        parameters = _parameters(head)
-        super().__init__([{"params": parameters}], settings)
+        held = parameters(head)
+        super().__init__([{"params": held}], settings)
         self._state_dtype = state_dtype
-        for p in parameters:
-            self.state[p] = self._state_of(p, settings, {})
+        for p in held:
+            self.state[p] = self._state_of(p, settings)
         self.update = head._update = HeadUpdate(self, head)
 
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
@@ -193,41 +120,79 @@ class HeadOptimizer(torch.optim.Optimizer):
             dist.all_reduce(skip, dist.ReduceOp.MAX, group=self.update.group)
         return scale.to(finite.device).to(dtype).reciprocal(), skip
 
+    def random(self, step: Tensor) -> Tensor:
+        """Returns what the rounding is drawn from, (2,): the seed and the number of the step."""
+        random = torch.full((2,), self.param_groups[0]["seed"], device=step.device)
+        random[1] = step
+        return random
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Ends the step, whose weights backward has moved, and moves the bias.
 
         Raises:
             RuntimeError: there was no backward since the last step.
         """
+        update = self.update
+        if update.ended:
+            raise RuntimeError(
+                "step: expected an optimizer that is attached to its head, but it was detached. "
+                "Step the plain head with an optimizer of torch.optim, or make a new one here"
+            )
+        if hasattr(self, "grad_scale") and self.scaler is None:
+            raise RuntimeError(
+                "scaler: expected the GradScaler that takes this step, got None, so that backward "
+                "has moved the weights by the scaled gradient. Give it to the optimizer (scaler=)"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        update = self.update
+        update.check_no_gradient()
         if update.head.weight.requires_grad:
             update.close()
         with torch.no_grad():
             self._step_bias()
+        self._report()
         return loss
 
+    def _report(self) -> None:
+        """Lets ``GradScaler.update`` hear of a skipped step."""
+        flag, self.update.skipped = self.update.skipped, None
+        if flag is not None and self.scaler is not None:
+            found = self.scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
+            flag = flag.float()
+            found[flag.device] = torch.maximum(found.get(flag.device, flag), flag)
+
     def _step_bias(self) -> None:
-        bias = self.update.head.bias
+        update = self.update
+        bias, rows = update.head.bias, update.index
         if bias is None or bias.grad is None:
             return
-        state, rows = self.state[bias], self.update.index
-        dtype = torch.promote_types(bias.dtype, torch.float32)
+        state, dtype = self.state[bias], torch.promote_types(bias.dtype, torch.float32)
         unscale, skip = self.loss_scale([local(bias.grad)], dtype)
-        common: list[Number] = [unscale, skip, torch.inf]
-        numbers = self.numbers(common, state["step"], dtype)
+        if self._is_unscaled():
+            unscale = 1.0
+        if isinstance(skip, Tensor) and update.skipped is not None:
+            skip = torch.maximum(skip, update.skipped.to(dtype))
+            update.skipped = skip
+        numbers = self.numbers([unscale, skip, torch.inf], state["step"], dtype)
         parts = [s.name for s in rules.RULES[self.rule].state if s.name in state]
         held = [local(t)[:, None] for t in (bias.detach(), *(state[name] for name in parts))]
-        chosen = slice(None) if rows is None else rows
+        chosen = torch.arange(len(held[0]), device=held[0].device) if rows is None else rows
         w, g, *old = (t[chosen].to(dtype) for t in (held[0], local(bias.grad)[:, None], *held[1:]))
         new_w, new = rules.applied(self.rule, w, g, old, numbers)
-        for t, value in zip(held, (new_w, *new), strict=True):
-            t[chosen] = torch.where(numbers[rules.SKIP] != 0, t[chosen], value.to(t.dtype))
-        _advance(state["step"], numbers)
+        random, class_id = self.random(state["step"]), update.first_class + chosen
+        for position, (t, value) in enumerate(zip(held, (new_w, *new), strict=True)):
+            value = stored(value, t.dtype, position, random, class_id, of_bias=True)
+            t[chosen] = torch.where(numbers[rules.SKIP] != 0, t[chosen], value)
+        advance(state["step"], numbers)
         bias.grad = None
+
+    def _is_unscaled(self) -> bool:
+        """Says whether ``GradScaler.unscale_`` has divided the gradient of the bias already."""
+        if self.scaler is None:
+            return False
+        return self.scaler._per_optimizer_states[id(self)]["stage"] is OptState.UNSCALED
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: the weight has no gradient, and ``step`` takes that of the bias."""
@@ -247,7 +212,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def detach(self) -> None:
         """Gives the plain head back, whose weight gets its gradient again."""
-        self.update.head._update = None
+        if not self.update.ended:
+            self.update.head._update = None
+            self.update.end()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses another group.
@@ -262,78 +229,48 @@ class HeadOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes settings and state, the latter in this optimizer's types.
+        """Takes settings and state, the latter in this optimizer's types and tensors.
 
-        A step that was interrupted, and rows that wait for their update, are forgotten.
+        The state of a ``torch.optim`` optimizer of the same name loads too, if it has the same
+        parameters: ``[head.weight]``, or ``[head.weight, head.bias]``. Settings that it lacks stay
+        as they are. A step that was interrupted, and rows that wait for their update, are
+        forgotten.
 
         Raises:
-            ValueError: they are not those of such an optimizer.
+            ValueError: it is the state of another optimizer. Nothing has been changed.
         """
-        group, given = state_dict["param_groups"][0], state_dict["state"]
-        lacking = self.defaults.keys() - group.keys()
-        if lacking:
-            raise ValueError(
-                f"state_dict: expected the settings of {type(self).__name__}, got none for "
-                f"{sorted(lacking)}. load_checkpoint takes the state of an optimizer of torch.optim"
-            )
-        states = {
-            p: self._state_of(p, group, given.get(number, {}))
-            for p, number in zip(self.param_groups[0]["params"], group["params"], strict=False)
-        }
-        super().load_state_dict(state_dict | {"state": {}})  # which would cast to the weight's type
+        state_dict = state_dict.copy()
+        for prepare in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = prepare(self, state_dict) or state_dict
+        group = self.param_groups[0]
+        settings = loading.settings(group, state_dict)
+        states = {p: self.state[p] for p in group["params"]}
+        if self.has_state(group | settings) and not self.has_state(group):
+            states = {p: self._state_of(p, group | settings) for p in states}
+        for own, value in loading.values(type(self).__name__, states, state_dict):
+            local(own).copy_(loading.held(value, own, self.update.head.shard))
         self.state.update(states)
+        group.update(settings)
         self.update.reset()
+        for finish in self._optimizer_load_state_dict_post_hooks.values():
+            finish(self)
 
-    def _state_of(
-        self, parameter: Tensor, group: dict[str, Any], given: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Returns the state of a parameter: what is given, in its types, and zeros for the rest."""
-        state = {}
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: expected no copy and no pickle of an optimizer that moves a "
+            "head. Make one for the copy of the head, and load_state_dict() into it"
+        )
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the state of a parameter before the first step."""
+        state = {"step": torch.zeros((), device=local(parameter.detach()).device)}
         for part in rules.RULES[self.rule].state if self.has_state(group) else ():
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             like = parameter.detach()
             like = like[:, :1] if parameter.ndim > 1 and part.per_row else like
             if not part.per_row:
                 dtype = self._state_dtype or parameter.dtype
-            value = given.get(part.name)
-            if value is None:
-                value = torch.zeros_like(like, dtype=dtype)
-            elif value.shape != like.shape:
-                raise ValueError(
-                    f"state_dict: expected {part.name} {tuple(like.shape)}, got "
-                    f"{tuple(value.shape)}"
-                )
-            state[part.name] = value.to(like.device, dtype)
-        # torch.optim.SGD counts no steps
-        step = given.get("step", float(any(given.get(name) is not None for name in state)))
-        device = local(parameter.detach()).device
-        return {"step": torch.as_tensor(step, dtype=torch.float32).to(device, copy=True)} | state
-
-
-def _advance(step: Tensor, numbers: Tensor) -> None:
-    """Counts a step that was not skipped."""
-    step.add_(numbers[rules.SKIP] == 0)
-
-
-def _parameters(head: Head) -> list[nn.Parameter]:
-    return [p for p in (head.weight, head.bias) if p is not None]
-
-
-def _check_head(head: Any) -> None:
-    can_be_moved = isinstance(head, nn.Module) and hasattr(head, "_update")
-    if not can_be_moved:
-        raise TypeError(
-            "head: expected a MarginSoftmaxHead or insightface's PartialFC_V2, got "
-            + type(head).__name__
-        )
-    if head._update is not None:
-        raise ValueError(
-            "head: expected one without an optimizer of marginkernels.optim, but it has "
-            f"one of the rule {head._update.rule!r}. Detach that first"
-        )
-    if head.weight.dtype == torch.float16:
-        raise ValueError(
-            "head: expected weights in float32, bfloat16 or float64, got float16, whose range is "
-            "too small for updates. Make it with dtype=torch.bfloat16"
-        )
+            state[part.name] = torch.zeros_like(like, dtype=dtype)
+        return state

@@ -58,9 +58,14 @@ class SGD(HeadOptimizer):
         return group["momentum"] > 0
 
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
+        if group["momentum"] != 0 and "momentum_buffer" not in self.state[group["params"][0]]:
+            raise ValueError(
+                f"momentum: expected 0 in an optimizer that was made without, got "
+                f"{group['momentum']}. Make it with a momentum above 0, which may then be any"
+            )
         grad_weight: Number = 1.0
         if group["dampening"] != 0:  # not in the first step, as in torch
-            grad_weight = torch.where(step == 0, 1.0, 1 - group["dampening"])
+            grad_weight = 1 - group["dampening"] * (step > 0).to(step.dtype)
         direct, through = (1.0, group["momentum"]) if group["nesterov"] else (0.0, 1.0)
         return [
             group["lr"], group["weight_decay"], group["momentum"], grad_weight, direct, through,
@@ -86,6 +91,8 @@ class AdamW(HeadOptimizer):
         weight_decay: float = 1e-2,
         **shared: Any,
     ):
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {betas}")
         settings = dict(
             lr=_learning_rate(lr),
             betas=tuple(arguments.number("betas", beta, least=0, below=1) for beta in betas),
@@ -97,10 +104,14 @@ class AdamW(HeadOptimizer):
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
         beta1, beta2 = group["betas"]
         lr = group["lr"]
-        # 1 - beta^t, exactly also where beta is near 1
-        one, two = (_complement(beta, step + 1) for beta in (beta1, beta2))
+        # with the betas as the rule sees them: 1 - 0.999 has 5 digits in fp32
+        one, two = (_complement(_rounded(beta, step.dtype), step + 1) for beta in (beta1, beta2))
         decay = 1 - lr * group["weight_decay"]
         return [decay, beta1, beta2, group["eps"], lr / one, two.sqrt()]
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype).item()
 
 
 def _complement(beta: float, power: Tensor) -> Tensor:
