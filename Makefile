@@ -80,7 +80,7 @@ sanitize-cuda: build/extension
 	    $$($(CXX) -print-file-name=libstdc++.so)" $(BIN)/python -m pytest -q tests/test_head.py -k cuda_host
 
 build/sanitize/emulated: EMULATE := -DMK_EMULATE -Wno-psabi
-build/sanitize/%: $(COMPILED) tests/native/driver.cpp
+build/sanitize/%: $(COMPILED) $(wildcard tests/native/*.h) tests/native/driver.cpp
 	mkdir -p build/sanitize
 	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATE) \
 	    -pthread $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) $(lastword $^) -o $@

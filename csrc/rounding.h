@@ -3,7 +3,7 @@
 
 // Stochastic rounding to bf16. The random bits of a number depend on the seed, the step, the class
 // and the feature alone, so that the result does not depend on threads, chunks, ranks or devices.
-// marginkernels/rounding.py has the same in PyTorch; tests/test_update.py compares them.
+// marginkernels/rounding.py has the same in PyTorch; tests/test_rules.py compares them.
 
 #pragma once
 

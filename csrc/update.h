@@ -2,7 +2,7 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // Rules of update: how a step moves the row of a class and its state along the row's gradient.
-// marginkernels/rules.py has the same in PyTorch; tests/test_update.py compares them.
+// marginkernels/rules.py has the same in PyTorch; tests/test_rules.py compares them.
 //
 // A row's step, in fp32 or fp64: its gradient g is multiplied by numbers[kUnscale], then by
 // bound_factor where numbers[kMaxRowNorm] is finite; the functor gives the new weights and the new
