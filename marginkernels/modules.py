@@ -358,12 +358,14 @@ class MarginSoftmaxHead(nn.Module):
                 embeddings of the new classes; None: N(0, 0.01^2). The new biases are 0.
             optimizer: one that holds the head's parameters, any of ``torch.optim`` but LBFGS: it
                 goes on with the new ones, and what it keeps for each class starts for new classes
-                as it started for old ones.
+                as it started for old ones. The head's own, of :mod:`marginkernels.optim`, does so
+                whether it is given or not.
 
         Raises:
             ValueError, TypeError: on all ranks before anything is changed, on bad arguments, for a
                 weight that is parametrised, pruned or split by something else, and for a margin
                 with a table of the classes: first give the head one with rows for the new ones.
+            RuntimeError: a step of the head's own optimizer is under way.
         """
         extend(self, k, init, optimizer)
 

@@ -12,7 +12,7 @@ from test_checkpoint_optimizers import OPTIMIZERS, give_gradients
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from marginkernels import ArcFace, CosFace, MarginSoftmaxHead
+from marginkernels import ArcFace, CosFace, MarginSoftmaxHead, optim
 from marginkernels.distributed.checkpoint import load_checkpoint
 from tests.support import workers
 
@@ -229,3 +229,86 @@ def on_one_bad_rank():
 
 def test_one_bad_rank_and_foreign_shards():
     workers.run(3, on_one_bad_rank)
+
+
+# of the head alone, which they move inside backward
+OWN = {
+    "SGD": (optim.SGD, dict(lr=0.5, momentum=0.9, weight_decay=1e-2)),
+    "AdamW, bfloat16": (optim.AdamW, dict(lr=0.05, state_dtype=torch.bfloat16)),
+    "RowwiseAdagrad": (optim.RowwiseAdagrad, dict(lr=0.1)),
+}
+
+
+def own_step(head, optimizer, seed):
+    """Takes a step on all rows, the last rank's in a process group, and returns weights and all."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, D, generator=generator, dtype=torch.float64)
+    y = torch.randint(head.num_classes, (9,), generator=generator)
+    if head.shard is not None and dist.get_rank() < dist.get_world_size() - 1:
+        x, y = x[:0], y[:0]
+    head(x, y).backward()
+    optimizer.step()
+    states = [optimizer.state[p] for p in head.parameters()]
+    return [whole(p.detach()).clone() for p in head.parameters()] + [
+        {key: whole(value).clone() for key, value in state.items()} for state in states
+    ]
+
+
+def grown(state, k):
+    return {
+        key: torch.cat([t, t.new_zeros(k, *t.shape[1:])]) if t.ndim else t
+        for key, t in state.items()
+    }
+
+
+def extend_own(name, k, given):
+    """Compares the steps after extend with those of a head that was made with all classes."""
+    kind, settings = OWN[name]
+    group = dist.group.WORLD if dist.is_initialized() else None
+    dtype = settings.get("state_dtype", torch.float64)
+    made = dict(margin=CosFace(0.3), scale=8.0, bias=True, dtype=dtype, backend="reference")
+    head = MarginSoftmaxHead(D, C, sharding=group, **made)
+    optimizer = kind(head, **settings, project=True)
+    for seed in range(2):
+        weight, bias, *states = own_step(head, optimizer, seed)
+    init = torch.randn(k, D, dtype=dtype)
+    head.extend(k, init=init, optimizer=optimizer if given else None)
+    other = MarginSoftmaxHead(D, C + k, **made)
+    other.load_state_dict({"weight": torch.cat([weight, init]), "bias": grown({0: bias}, k)[0]})
+    its_optimizer = kind(other, **settings)
+    packed = optimizer.state_dict()
+    packed["state"] = {i: grown(state, k) for i, state in enumerate(states)}
+    its_optimizer.load_state_dict(packed)
+    for seed in range(2, 4):
+        ours, theirs = (own_step(*run, seed) for run in ((head, optimizer), (other, its_optimizer)))
+        torch.testing.assert_close(ours, theirs)
+    assert optimizer.param_groups[0]["params"] == [*head.parameters()]
+
+
+@pytest.mark.parametrize("world, k, given", [(1, 2, True), (3, 1, False), (3, 4, True)])
+@pytest.mark.parametrize("name", OWN)
+def test_the_heads_own_optimizer_goes_on(name, world, k, given):
+    """Covers states of one number per class, states in bfloat16, and norms that were known."""
+    run(world, extend_own, name, k, given)
+
+
+def test_extend_between_the_backward_and_the_step_is_refused():
+    head = MarginSoftmaxHead(D, C, margin=CosFace(0.3), scale=8.0)
+    optimizer = optim.SGD(head, lr=0.1)
+    x, y = torch.randn(4, D), torch.arange(4)
+    before = head(x, y)
+    head.extend(1)
+    with pytest.raises(RuntimeError, match="class weights as they were in forward"):
+        before.backward()
+    with optimizer.accumulate():
+        head(x, y).backward()
+    with pytest.raises(RuntimeError, match=r"expected no step under way.*Call step\(\) first"):
+        head.extend(1)
+    head(x, y).backward()
+    with pytest.raises(RuntimeError, match=r"expected no step under way.*Call step\(\) first"):
+        head.extend(1)
+    optimizer.step()
+    with pytest.raises(ValueError, match="optimizer: expected None or the head's own, SGD of"):
+        head.extend(1, optimizer=torch.optim.Adam(torch.nn.Linear(2, 2).parameters()))
+    head.extend(1)
+    assert head.num_classes == C + 2

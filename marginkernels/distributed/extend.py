@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import arguments, validation
 from ..generators import rank_generator
+from ..update import Update
 from .shard import (
     ClassShard,
     chunk,
@@ -38,6 +39,7 @@ class Head(Protocol):
     num_classes: int
     shard: ClassShard | None
     _mesh: DeviceMesh | None
+    _update: Update | None
     _parameters: dict[str, nn.Parameter | None]
 
 
@@ -56,7 +58,10 @@ def extend(
     """Adds k classes to a head; see :meth:`marginkernels.MarginSoftmaxHead.extend`."""
     shard = head.shard
     group = None if shard is None else shard.group
+    update = head._update
     with raising_together(group):
+        if update is not None:
+            optimizer = _own_optimizer(update, optimizer)
         _check(head, k, init, optimizer)
     if group is not None:
         given = dict(k=k, init=init is not None, optimizer=type(optimizer).__name__)
@@ -75,6 +80,26 @@ def extend(
         world, rank = dist.get_world_size(shard.group), dist.get_rank(shard.group)
         start, stop = chunk(head.num_classes, world, rank)
         head.shard = dataclasses.replace(shard, start=start, stop=stop, total=head.num_classes)
+    if update is not None:
+        update.reset()
+
+
+def _own_optimizer(
+    update: Update, optimizer: torch.optim.Optimizer | None
+) -> torch.optim.Optimizer:
+    """Returns the optimizer that moves the head's weights in backward.
+
+    Raises:
+        ValueError: another is given.
+        RuntimeError: a step is under way.
+    """
+    if optimizer not in (None, update.optimizer):
+        raise ValueError(
+            f"optimizer: expected None or the head's own, {type(update.optimizer).__name__} of "
+            f"marginkernels.optim, got {type(optimizer).__name__}"
+        )
+    update.require_between_steps()
+    return update.optimizer
 
 
 def _check(
