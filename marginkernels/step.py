@@ -159,7 +159,7 @@ def _open(like: Tensor, update: int) -> Tensor:
     return of_number(update).open()
 
 
-ops.define("open_update", _OPEN_SCHEMA, lambda *_: torch.empty(3, dtype=torch.int64, device="cpu"))
+ops.define("open_update", _OPEN_SCHEMA, lambda *_: torch.empty(2, dtype=torch.int64, device="cpu"))
 ops.define("head_step", _SCHEMA, _head_step_fake)
 ops.LIBRARY.impl("open_update", _open, "CompositeExplicitAutograd")
 ops.LIBRARY.impl("head_step", _head_step, "CompositeExplicitAutograd")

@@ -89,8 +89,8 @@ class Sweep:
             self.exchange.scale(scale, call.learns_scale),
             transform,
             save_tiles=self._learns() and saves_tiles(
-                call.settings.save_tiles, call.tile_obstacles, len(self.batch.x), self.num_classes,
-                call.compute_dtype, call.backend,
+                call.settings.save_tiles, call.tile_obstacles, self.batch.x.shape[0],
+                self.num_classes, call.compute_dtype, call.backend,
             ),
             want_sum=call.settings.label_smoothing > 0,
             want_max=self.exchange.wants_stats,
