@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Compares the rules of update and the rounding in C++ with their definitions in Python."""
+"""Compares the rules of update and the rounding in C++ with their definitions in Python.
+
+tests/test_update.py judges the steps of the sweeps.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +13,7 @@ import torch
 
 from marginkernels import rounding, rules
 from marginkernels.backends import native
+from tests.support.updates import Case, Problem, problem, take
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason="no extension")
 
@@ -72,3 +78,19 @@ def test_the_extension_rounds_bit_by_bit_as_python_does():
         assert got.tolist() == (want.int() & 0xFFFF).tolist()
     nan = native.extension.update.stochastic_bf16(np.float32("nan"), 0xFFFF)
     assert nan & 0x7FC0 == 0x7FC0
+
+
+BAD_STEPS: dict[str, Callable[[Problem], Problem]] = {
+    "numbers": lambda p: p._replace(numbers=p.numbers[:5]),
+    "random": lambda p: p._replace(random=p.random.float()),
+    "state": lambda p: p._replace(state=[p.state[0][:, 1:]]),
+    "rule": lambda p: p._replace(state=p.state * 3),
+    "index": lambda p: p._replace(index=p.index.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_a_step_on_the_cpu_refuses_a_bad_operand(name):
+    case = Case(sampled=True)
+    with pytest.raises(ValueError, match=f"^{name}: expected|^{name}: .*knows.*got 'sgd' with 3"):
+        take("native", case, BAD_STEPS[name](problem(case, "cpu")))
