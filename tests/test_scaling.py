@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from marginkernels import ArcFace, MarginSoftmaxHead, Sharding, device_checks
 from marginkernels.distributed import collectives
+from marginkernels.optim import SGD
 from tests.support import simulation, workers
 from tools.docs import scaling
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 SETUPS = [
     dict(classes=500, gpus=2, rows=32, features=64, itemsize=4),
     dict(classes=500, gpus=2, rows=32, features=64, itemsize=2, optimizer_numbers=2),
+    dict(classes=500, gpus=2, rows=32, features=64, itemsize=2, weight_bytes=2, fused=True),
 ]
 
 
@@ -69,8 +71,11 @@ def measure(setup):
         head = MarginSoftmaxHead(
             s.features, s.classes, margin=ArcFace(0.3), scale=16.0, backend="triton",
             save_tiles=False, sharding=Sharding(dist.group.WORLD, even_batches=True),
+            dtype={4: torch.float32, 2: torch.bfloat16}[s.weight_bytes],
         )  # fmt: skip
-        if s.optimizer_numbers == 1:
+        if s.fused:
+            optimizer = SGD(head, lr=0.1, momentum=0.9)
+        elif s.optimizer_numbers == 1:
             optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
         else:
             optimizer = torch.optim.AdamW(head.parameters())
@@ -89,14 +94,15 @@ def measure(setup):
             patch.setattr(collectives, name, counted(getattr(collectives, name)))
         peak = peak_bytes(lambda: head(x, y).backward())
         optimizer.step()
-    gradient = head.weight.grad
+    gradients = [] if s.fused else [head.weight.grad]
     state = [t for t in optimizer.state[head.weight].values() if t.ndim > 0]
-    lasting = sum(t.to_local().nbytes for t in (head.weight, gradient, *state))
+    lasting = sum(t.to_local().nbytes for t in (head.weight, *gradients, *state))
     # the gradient lasts, and this rank's dx belongs to the backbone
-    return lasting, peak - gradient.to_local().nbytes - x.grad.nbytes, volume
+    peak -= x.grad.nbytes + sum(t.to_local().nbytes for t in gradients)
+    return lasting, peak, volume
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("setup", SETUPS, ids=["fp32", "bf16", "fused"])
 def test_small_runs_agree_with_the_formulas(setup):
     simulation.require("ttsem")
     s = scaling.Setup(**setup)
@@ -106,10 +112,22 @@ def test_small_runs_agree_with_the_formulas(setup):
     assert 0.9 * scaling.working(s) < working <= scaling.working(s)
 
 
+def test_the_traffic_that_launchers_ask_for_agrees_with_the_formulas():
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    traffic = importlib.import_module("tools.traffic")
+    for setting, formula in zip(traffic.SETTINGS, scaling.TRAFFIC, strict=True):
+        assert setting.name == formula.name
+        weights = 100_003 * 128
+        accesses = traffic.count(setting._replace(n=130, c=100_003, d=128))
+        assert traffic.total(accesses, traffic.PASS) == formula.passes() * weights
+        assert traffic.total(accesses, traffic.MATRIX) == formula.products() * weights
+
+
 def test_the_formulas_know_the_launcher():
     backward = pytest.importorskip("marginkernels.backends.triton.backward")
     operands = importlib.import_module("marginkernels.backends.triton.operands")
-    assert scaling.G_CHUNK_BYTES == backward.G_CHUNK_BYTES
+    sources = importlib.import_module("marginkernels.backends.triton.sources")
+    assert scaling.G_CHUNK_BYTES == sources.G_CHUNK_BYTES
     assert scaling.DW_CHUNK_BYTES == backward.DW_CHUNK_BYTES
     assert scaling.W_CHUNK_BYTES == operands.W_CHUNK_BYTES
 

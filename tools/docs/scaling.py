@@ -7,7 +7,7 @@ small runs against the formulas.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PATH = Path(__file__).parents[2] / "docs" / "scaling.md"
 IDENTITIES, GPUS = (10**6, 10**7, 10**8), (8, 64, 512)
@@ -24,7 +24,10 @@ class Setup(NamedTuple):
     rows: int = 128  # of each GPU
     features: int = 512
     itemsize: int = 2  # of x and of the compute type: bf16
-    optimizer_numbers: int = 1  # per weight, in fp32: SGD's momentum; AdamW has 2
+    optimizer_numbers: int = 1  # per weight: SGD's momentum; AdamW has 2
+    weight_bytes: int = 4  # of a weight, its gradient and each of these numbers
+    fused: bool = False  # whether the update is part of backward: then there is no gradient
+    class_bytes: int = 0  # of optimizer state per class
 
     @property
     def held(self) -> int:
@@ -37,9 +40,54 @@ class Setup(NamedTuple):
         return self.rows * self.gpus
 
 
+# what the lasting memory of a class may be
+STORED: dict[str, dict[str, Any]] = {
+    "fp32, SGD after backward": dict(),
+    "fp32, fused SGD": dict(fused=True),
+    "fp32, fused AdamW": dict(fused=True, optimizer_numbers=2),
+    "bf16, fused SGD": dict(fused=True, weight_bytes=2),
+    "bf16, fused AdamW": dict(fused=True, weight_bytes=2, optimizer_numbers=2),
+    "bf16, fused row-wise Adagrad": dict(
+        fused=True, weight_bytes=2, optimizer_numbers=0, class_bytes=4
+    ),
+}
+
+
+class Traffic(NamedTuple):
+    """Describes a step with SGD and momentum, of which the passes over C x D are counted."""
+
+    name: str
+    compute_bytes: int
+    weight_bytes: int  # of a weight, its gradient and its momentum
+    fused: bool
+
+    def passes(self) -> int:
+        """Counts bytes per weight that are read and written beside the matrix products."""
+        compute, weight = self.compute_bytes, self.weight_bytes
+        rounded = 0 if compute == weight else 2 * (weight + compute)  # in both sweeps
+        if self.fused:  # weight and momentum, there and back
+            return rounded + 4 * weight
+        norms, projection, update = compute, compute + weight, 5 * weight
+        return rounded + norms + projection + update
+
+    def products(self) -> int:
+        """Counts bytes per weight that the logits of both sweeps and dx read."""
+        return 3 * self.compute_bytes
+
+
+TRAFFIC = [
+    Traffic("fp32 weights, SGD after backward", 2, 4, False),
+    Traffic("fp32 weights, fused", 2, 4, True),
+    Traffic("fp32 weights and arithmetic, fused", 4, 4, True),
+    Traffic("bf16 weights, SGD after backward", 2, 2, False),
+    Traffic("bf16 weights, fused", 2, 2, True),
+]
+
+
 def lasting(s: Setup) -> int:
-    """Counts the bytes of weights, gradient and optimizer state on a GPU, in fp32."""
-    return 4 * (2 + s.optimizer_numbers) * s.held * s.features
+    """Counts the bytes of weights, gradient and optimizer state on a GPU."""
+    numbers = 1 + s.optimizer_numbers + (0 if s.fused else 1)
+    return s.held * (s.weight_bytes * numbers * s.features + s.class_bytes)
 
 
 def working(s: Setup) -> int:
@@ -48,7 +96,8 @@ def working(s: Setup) -> int:
     The exponentials that forward may keep are not counted: at most 256 MiB, unless asked for more.
     """
     chunk = min(s.held, max(1, G_CHUNK_BYTES // (s.batch * s.itemsize)))  # of classes, backward
-    rounded = 0 if s.itemsize == 4 else W_CHUNK_BYTES  # w is rounded chunk by chunk
+    # w is rounded chunk by chunk
+    rounded = 0 if s.itemsize == s.weight_bytes else W_CHUNK_BYTES
 
     def w_chunk(classes: int) -> int:
         return min(rounded, classes * s.features * s.itemsize)
@@ -61,6 +110,7 @@ def working(s: Setup) -> int:
         + s.batch * chunk * s.itemsize
         + min(DW_CHUNK_BYTES, 4 * chunk * s.features)
         + w_chunk(chunk)
+        + (s.batch * s.features * s.weight_bytes if s.fused else 0)  # rows of w as they were
     )
     return both + max(forward, backward)
 
@@ -90,17 +140,26 @@ Classes are split over W GPUs, each of which brings n rows: N = n W rows meet C 
 GPU. Below, n = 128, D = 512, x and the arithmetic are bf16, weights, their gradient and SGD's
 momentum are fp32. Nothing here has been timed on a GPU.
 
-**Memory of each GPU.** Weights, gradient and momentum last: 12 C D / W bytes (AdamW: 16). A step
-takes 8 bytes more for each class. The rest does not depend on the number of classes: buffers of
-fixed size, for every row of the batch its features, its gradient and a few numbers, and 16 N W
-bytes in the forward merge. The last column is one fp32 matrix of logits; the usual head holds
-several.
+**Memory of each GPU.** With an optimizer of `torch.optim` weights, gradient and momentum last: 12 C
+D / W bytes (AdamW: 16). A step takes 8 bytes more for each class. The rest does not depend on the
+number of classes: buffers of fixed size, for every row of the batch its features, its gradient and
+a few numbers, and 16 N W bytes in the forward merge. The last column is one fp32 matrix of logits;
+the usual head holds several.
 
 """
 
 AFTER_MEMORY = """
 So 10^7 identities fit beside a backbone on 8 GPUs of any kind, and 10^8 on 64; on 8 GPUs of 80 GB
 10^8 leave it little room.
+
+An optimizer of `marginkernels.optim` updates the weights inside backward, and there is no gradient.
+With weights and state in bf16 half of the rest remains. What lasts on each GPU, in GiB:
+
+"""
+
+AFTER_STORED = """
+"fp32" and "bf16" are the weights and their momentum; row-wise Adagrad has one fp32 number for each
+class. The working memory above does not change.
 
 **Communication of each GPU in a step**: two gathers and a merge forward, a reduce-scatter backward.
 They have N D e bytes of features, 8 N of labels, 12 N W of merged rows, and N D e of dx, with e = 2
@@ -119,9 +178,23 @@ margins, and losses that look at the target's cosine first take 4 N to 8 N bytes
 smoothing or statistics take 4 N W. `sampling=PartialFC(rate)` divides the arithmetic, but neither
 memory nor communication.
 
+**Traffic of a step on one GPU**, 1,000,000 classes x 512, SGD with momentum, bf16 arithmetic unless
+it says fp32. `python -m tools.traffic` runs the launchers of the Triton backend without executing a
+kernel, and adds up what each kernel, GEMM and operation of PyTorch reads and writes of the classes'
+rows; a test compares it with the formulas behind this table. Matrix products read w three times.
+The raw gradient of 8,192 classes at a time goes from a GEMM through L2 to the kernel that uses it,
+and is in neither column.
+
+"""
+
+AFTER_TRAFFIC = """
+With fp32 weights and bf16 arithmetic w is rounded in both sweeps, which is 6.1 of the 14.3 GB. A
+rounded copy that lasts, 2 bytes per weight, would make it 9.2.
+
 **One machine without a GPU**: `python examples/million_identities.py` trains 10^6 identities, whose
-weights, gradient and momentum take 5.7 GiB, in a process of 6.1 GiB. The rest is mostly
-PyTorch's code; what the C++ backend takes besides is 4 C bytes and a few MiB per thread.
+weights and momentum take 3.8 GiB, in a process of 4.5 GiB, and with `--dtype bfloat16` 1.9 in 2.5.
+The rest is mostly PyTorch's code; what the C++ backend takes besides is 4 C bytes and a few MiB per
+thread.
 """
 
 
@@ -159,13 +232,38 @@ def document() -> str:
         INTRODUCTION
         + table([*per_gpu, "lasting, GiB", "working, GiB", "together, GiB", "logits, GiB"], memory)
         + AFTER_MEMORY
+        + stored_table()
+        + AFTER_STORED
         + table(
             ["GPUs", "N", "features, MiB", "labels, MiB", "merge, MiB", "dx, MiB", "together, MiB"]
             + [f"TFLOP at {c:,}" for c in IDENTITIES],
             communication,
         )
         + AFTER_VOLUME
+        + traffic_table()
+        + AFTER_TRAFFIC
     )
+
+
+def stored_table() -> str:
+    """Writes what lasts with each optimizer."""
+    setups = [(classes, gpus) for classes in IDENTITIES[1:] for gpus in GPUS[:2]]
+    rows = []
+    for name, settings in STORED.items():
+        sizes = [lasting(Setup(classes, gpus, **settings)) for classes, gpus in setups]
+        rows.append([name, *(number(size, 2**30) for size in sizes)])
+    header = [f"{classes:,} on {gpus} GPUs" for classes, gpus in setups]
+    return table(["weights, optimizer", *header], rows)
+
+
+def traffic_table() -> str:
+    """Writes the traffic of a step at a million classes."""
+    weights = IDENTITIES[0] * 512
+    rows = [
+        [t.name, str(t.passes()), *(number(b * weights, 1e9) for b in (t.passes(), t.products()))]
+        for t in TRAFFIC
+    ]
+    return table(["step", "passes, bytes per weight", "passes, GB", "products, GB"], rows)
 
 
 if __name__ == "__main__":
