@@ -18,6 +18,7 @@ SMALLER_GEMM_SIZES = (256, 512, 1024)
 ENOUGH_SECONDS = 0.02  # for a measurement of a peak
 COPY_BYTES = 256 << 20
 ROOFS = {"fp32": "fma", "bf16": "bf16 dot"}  # the peak of the cores by compute type
+MEMORY = ("copy", "read")  # whichever moves more bytes is the peak of memory
 
 Probe = Callable[[], float]
 
@@ -25,13 +26,16 @@ Probe = Callable[[], float]
 def probes(device: str) -> tuple[dict[str, Probe], dict[str, str]]:
     """Returns functions that measure one peak each, and the reason for those that are missing.
 
-    "fma" and "bf16 dot": multiply-adds in registers, GFLOP/s, CPU only. "gemm fp32", "gemm bf16":
-    torch.mm of square matrices, GFLOP/s. "copy": bytes read and written, GB/s.
+    "fma" and "bf16 dot": multiply-adds in registers, GFLOP/s, CPU only; where dot products of bf16
+    numbers are slower than fp32 multiply-adds, "bf16 dot" is these. "gemm fp32", "gemm bf16":
+    torch.mm of square matrices, GFLOP/s. "copy": bytes read and written, GB/s. "read": bytes
+    added up, GB/s.
     """
     found: dict[str, Probe] = {
         "gemm fp32": _gemm(torch.float32, device),
         "gemm bf16": _gemm(torch.bfloat16, device),
         "copy": _copy(device),
+        "read": _read(device),
     }
     if device != "cpu":
         return found, dict.fromkeys(ROOFS.values(), "measured on the CPU only")
@@ -43,7 +47,7 @@ def probes(device: str) -> tuple[dict[str, Probe], dict[str, str]]:
     found["fma"] = lambda: loops.fma_gflops(threads)
     if math.isnan(loops.bf16_gflops(1)):
         return found, {"bf16 dot": "this CPU or compiler has no AVX512-BF16"}
-    found["bf16 dot"] = lambda: loops.bf16_gflops(threads)
+    found["bf16 dot"] = lambda: max(loops.bf16_gflops(threads), loops.fma_gflops(threads))
     return found, {}
 
 
@@ -83,6 +87,11 @@ def _copy(device: str) -> Probe:
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return lambda: 2 * COPY_BYTES / _seconds(lambda: target.copy_(source), device) * 1e-9
+
+
+def _read(device: str) -> Probe:
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    return lambda: COPY_BYTES / _seconds(source.sum, device) * 1e-9
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import contenders, work
-from .peaks import ROOFS
+from .peaks import MEMORY, ROOFS
 from .sweeps import Config, Measured, Step
 from .timing import Timed
 
@@ -35,7 +35,8 @@ LEGEND = """\
 ms           forward + backward, median over the rounds; p20, p80: its percentiles
 forward      its share up to the loss, median (linear_cross_entropy has the gradients by then)
 GFLOP/s      6NCD / ms, recomputed logits not counted; "on 10 %" counts the classes it works on
-% peak       of the register loop just before it: FMA for fp32, VDPBF16PS for bf16 and autocast
+% peak       of the register loop just before it: FMA for fp32, the faster of FMA and
+             VDPBF16PS for bf16 and autocast
 % GEMM       of torch.mm in the same type and round
 GB/s         w read twice and dw written once, x and dx likewise / ms
 +MiB         peak memory beyond x, w, dx, dw
@@ -116,7 +117,7 @@ def _line(row: Row, names: int, columns: Columns) -> str:
 
 def peaks_text(measured: Measured) -> str:
     """Writes the peaks of the machine."""
-    units = {name: "GB/s" if name == "copy" else "GFLOP/s" for name in measured.peaks}
+    units = {name: "GB/s" if name in MEMORY else "GFLOP/s" for name in measured.peaks}
     return "peaks: " + ", ".join(
         f"{name} {statistics.median(rates):.1f} {units[name]}"
         for name, rates in measured.peaks.items()

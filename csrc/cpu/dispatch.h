@@ -2,7 +2,8 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // The choice of the instruction set that computes: the best that this processor has, or
-// MARGINKERNELS_CPU=default, avx2 or avx512 from the environment, as ATen's ATEN_CPU_CAPABILITY.
+// MARGINKERNELS_CPU=default, avx2, avx512 or avx512_bf16 from the environment, as ATen's
+// ATEN_CPU_CAPABILITY.
 
 #pragma once
 
