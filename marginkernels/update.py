@@ -164,7 +164,7 @@ class Update(ABC):
             RuntimeError: the update would be wrong. Nothing has been written.
         """
         self._require_whole()
-        self._forwards.pop(int(token[0]), None)
+        self._forwards.pop(token.tolist()[0], None)
         if self.written:
             raise RuntimeError(
                 f"backward: expected step() of the head's optimizer since the last one. {_ONE_STEP}"
@@ -188,7 +188,7 @@ class Update(ABC):
 
     def require_unchanged(self, token: Tensor) -> None:
         """Raises RuntimeError if the weights have changed since the forward of the token."""
-        if int(token[1]) != hash(_place(self.weight())):
+        if token.tolist()[1] != hash(_place(self.weight())):
             raise RuntimeError(
                 "backward: expected the class weights as they were in forward, but they have "
                 f"changed since. {_ONE_STEP}: retain_graph=True with a second backward, or a "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..arguments import is_dtensor
+from ..update import moved
 from .shard import local
 
 
@@ -65,8 +66,16 @@ def _by_layout(parameters: list[Any]) -> list[list[Any]]:
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Returns the gradients, after a check that none is yet to be reduced."""
-    gradients = [p.grad for p in _listed(parameters) if p.grad is not None]
+    """Returns the gradients, after a check that none is yet to be reduced, or never there."""
+    parameters = _listed(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    held = moved()
+    if any(p.grad is None and id(p) in held for p in parameters):
+        raise ValueError(
+            "parameters: expected those with gradients, got the weight of a head whose optimizer "
+            "moves it in backward, so that its gradient is never there. Leave it out: "
+            "clip_row_norm= of that optimizer bounds the gradient of each class"
+        )
     for gradient in gradients:
         if any(placement.is_partial() for placement in getattr(gradient, "placements", ())):
             raise ValueError(

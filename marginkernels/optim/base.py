@@ -111,7 +111,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def loss_scale(self, upstream: list[Tensor], dtype: torch.dtype) -> tuple[Number, Number]:
         """Returns 1 over the loss scale, and a number other than 0 where a step is skipped."""
-        scale = None if self.scaler is None else self.scaler._scale
+        scale = getattr(
+            self.scaler, "_scale", None
+        )  # none before it has scaled, or where it is off
         if scale is None:
             return 1.0, 0.0
         finite = torch.cat([g.reshape(-1) for g in upstream]).isfinite().all()
@@ -190,7 +192,7 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def _is_unscaled(self) -> bool:
         """Says whether ``GradScaler.unscale_`` has divided the gradient of the bias already."""
-        if self.scaler is None:
+        if self.scaler is None or not self.scaler.is_enabled():
             return False
         return self.scaler._per_optimizer_states[id(self)]["stage"] is OptState.UNSCALED
 

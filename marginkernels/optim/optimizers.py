@@ -111,7 +111,8 @@ class AdamW(HeadOptimizer):
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:
-    return torch.tensor(number, dtype=dtype).item()
+    (value,) = torch.tensor([number], dtype=dtype).tolist()
+    return value
 
 
 def _complement(beta: float, power: Tensor) -> Tensor:
