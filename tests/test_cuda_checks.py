@@ -179,6 +179,8 @@ def test_gate():
     assert gate.problems_of(no_mma) == ["no matrix instruction"]
     empty = no_mma._replace(load_matrices=0, facts=replace(right.facts, async_copies=0, mma=1))
     assert gate.problems_of(empty) == ["no load of matrices", "no asynchronous copy"]
+    narrow = right._replace(name="update_kernel<float, bf16, float, Sgd, 4>", loads={64: 3})
+    assert gate.problems_of(narrow._replace(stores={64: 4})) == ["3 loads of 64 bits, 4 planned"]
     for limit in (dict(registers=255, threads=256), dict(shared=100 << 10)):
         (problem,) = gate.problems_of(no_mma._replace(facts=replace(right.facts, mma=1, **limit)))
         assert "1 blocks per multiprocessor, 2 planned" in problem

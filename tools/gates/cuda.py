@@ -6,8 +6,9 @@
     python -m tools.gates.cuda --table docs/cuda_kernels.md   # the table of facts, of the main ones
 
 The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
-and to tile kernels without matrix instructions, loads of matrices from shared memory or
-asynchronous copies. It needs no GPU. The table also has counters from the simulator of PTX. The
+to tile kernels without matrix instructions, loads of matrices from shared memory or asynchronous
+copies, and to an optimizer's step that does not read and write four numbers at once. It needs no
+GPU. The table also has counters from the simulator of PTX. The
 exit status is 1 if anything fails.
 """
 
@@ -22,6 +23,7 @@ from .machine_code import RESERVED_SHARED, SHARED, Facts, count, nvidia_facts, t
 
 MMA, LOAD_MATRICES = "HMMA", "LDSM"
 FEATURES = 32  # per stage of a tile
+BITS_OF_FOUR = {"float": 128, "bf16": 64, "double": 128}  # of the widest load there is
 
 
 class Tile(NamedTuple):
@@ -43,6 +45,8 @@ class Kernel(NamedTuple):
     name: str
     facts: Facts
     load_matrices: int
+    loads: dict[int, int]  # of global memory, by their bits
+    stores: dict[int, int]
 
     @property
     def tile(self) -> Tile | None:
@@ -100,8 +104,15 @@ def kernels_of(source: Path | str, target: str) -> list[Kernel]:
         if tile := tile_of(name):
             shared += stages(target) * tile.stage_bytes
         facts = nvidia_facts(text, registers, shared, threads[symbol], MMA)
-        found.append(Kernel(target, name, facts, count(text.splitlines(), LOAD_MATRICES)))
+        lines = text.splitlines()
+        accesses = (_accesses(lines, "LDG"), _accesses(lines, "STG"))
+        found.append(Kernel(target, name, facts, count(lines, LOAD_MATRICES), *accesses))
     return found
+
+
+def _accesses(lines: list[str], mnemonic: str) -> dict[int, int]:
+    """Counts the instructions that load or store 64 or 128 bits at once."""
+    return {bits: count(lines, rf"{mnemonic}\.E\S*\.{bits}") for bits in (64, 128)}
 
 
 def _threads(listing: str) -> dict[str, int]:
@@ -129,7 +140,23 @@ def problems_of(kernel: Kernel) -> list[str]:
             problems.append("no load of matrices")
         if facts.async_copies == 0:
             problems.append("no asynchronous copy")
+    if (row := updated_row(kernel.name)) is not None:
+        bits, fewest = row
+        for what, found in (("loads", kernel.loads), ("stores", kernel.stores)):
+            if found[bits] < fewest:
+                problems.append(f"{found[bits]} {what} of {bits} bits, {fewest} planned")
     return problems
+
+
+def updated_row(name: str) -> tuple[int, int] | None:
+    """Returns the bits of four weights, and how often a lane of an update kernel has four.
+
+    A kernel that walks along longer rows has them once; other kernels update nothing.
+    """
+    found = re.search(r"\bupdate_kernel<\w+, (\w+), \w+, [\w:]+, (\d+)>", name)
+    if found is None:
+        return None
+    return BITS_OF_FOUR[found[1]], max(int(found[2]), 1)
 
 
 def check_all(sources: list[Path | str], jobs: int) -> list[Kernel]:

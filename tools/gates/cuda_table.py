@@ -6,6 +6,9 @@ import torch
 
 from marginkernels import CosFace, margin_cross_entropy
 from tests.emulation import host, simulate
+from tests.support import updates
+from tests.support.updates import Case
+from tools.ptxsim import Stats
 
 from . import cuda as gate
 from . import nvcc
@@ -26,8 +29,19 @@ _GRADIENT = [
     "SmallTile, mk::Identity, true",
     "SmallTile, mk::Curricular, true",
 ]
+_UPDATE = [
+    "float, float, float, mk::SgdWithMomentum, 4",
+    "float, bf16, bf16, mk::SgdWithMomentum, 4",
+    "float, bf16, bf16, mk::SgdWithMomentum, 8",
+    "float, bf16, bf16, mk::SgdWithMomentum, 0",
+    "float, float, float, mk::AdamW, 8",
+    "float, bf16, bf16, mk::AdamW, 8",
+    "float, bf16, float, mk::RowwiseAdagrad, 4",
+    "double, double, double, mk::AdamW, 0",
+]
 KERNELS = [f"statistics_kernel<bf16, {options}>(StatisticsCall)" for options in _STATISTICS]
 KERNELS += [f"gradient_kernel<bf16, {options}>(GradientCall)" for options in _GRADIENT]
+KERNELS += [f"update_kernel<{options}>(UpdateCall)" for options in _UPDATE]
 
 HEADER = """\
 # The CUDA kernels, compiled and simulated
@@ -51,8 +65,16 @@ anyway. "more" stands for label smoothing and the gradients of a bias and of a l
 Curricular stands for the transforms (`csrc/transforms.h`), bf16 for fp16.
 """
 
+UPDATE_NOTES = """\
+`update_kernel`, by its weights, its state and its rule.
+
+- row: how many numbers of a row at most stay in registers; any: longer rows stay in memory.
+- loads, stores: instructions that move as many bits as four weights have, in the whole kernel.
+"""
+
 SIMULATED_NOTES = """\
-One forward and one backward call with bf16 operands, both sides normalised.
+One forward and one backward call with bf16 operands, both sides normalised; then the kernels that
+a step of SGD with momentum has instead, with weights and momentum in bf16, on a sample of classes.
 
 - MMA: FLOPs that the matrix instructions issued over the 2NCD that are needed.
 - conflicts: wavefronts of shared memory beyond the least possible, of asynchronous copies and of
@@ -61,6 +83,10 @@ One forward and one backward call with bf16 operands, both sides normalised.
   than all of them where lanes read the same numbers.
 """
 SHAPES = [(256, 512, 128), (70, 300, 100)]
+STEP = Case(
+    w_dtype=torch.bfloat16, state_dtype=torch.bfloat16, compute_dtype=torch.bfloat16,
+    n=8, c=64, d=512, sampled=True,
+)  # fmt: skip
 
 
 def render(kernels: list[gate.Kernel]) -> str:
@@ -71,10 +97,15 @@ def render(kernels: list[gate.Kernel]) -> str:
         "target | kernel | tile | registers | shared KB | blocks | loop | epilogue",
         [_tile_row(kernel) for kernel in kernels if kernel.tile and "bf16" in kernel.name],
     )
+    lines += ["", "## The step of an optimizer", "", UPDATE_NOTES]
+    lines += markdown_table(
+        "target | weights | state | rule | row | registers | blocks | loads, stores",
+        [_update_row(kernel) for kernel in kernels if gate.updated_row(kernel.name)],
+    )
     lines += ["", "## In the simulator", "", SIMULATED_NOTES]
     lines += markdown_table(
         "N, C, D | kernel | blocks | MMA | conflicts | load sectors, used | store sectors, used",
-        [row for shape in SHAPES for row in _simulated(*shape)],
+        [row for shape in SHAPES for row in _simulated(*shape)] + _simulated_step(),
     )
     return "\n".join(lines) + "\n"
 
@@ -100,8 +131,20 @@ def _tile_row(kernel: gate.Kernel) -> str:
     )
 
 
+def _update_row(kernel: gate.Kernel) -> str:
+    row, facts = gate.updated_row(kernel.name), kernel.facts
+    assert row is not None
+    bits, _ = row
+    _, w, state, rule, fours = kernel.name.split("<")[1].rstrip(">").split(", ")
+    numbers = 32 * 4 * int(fours) or "any"
+    return (
+        f"{kernel.target} | {w} | {state} | {rule} | {numbers} | {facts.registers} "
+        f"| {facts.occupancy(kernel.target)} | {kernel.loads[bits]}, {kernel.stores[bits]}"
+    )
+
+
 def _simulated(n: int, c: int, d: int) -> list[str]:
-    def step() -> None:
+    def call() -> None:
         torch.manual_seed(0)
         x, w = (torch.randn(rows, d, dtype=torch.bfloat16).requires_grad_() for rows in (n, c))
         y = torch.randint(0, c, (n,))
@@ -110,18 +153,31 @@ def _simulated(n: int, c: int, d: int) -> list[str]:
         )
         loss.backward()
 
-    rows = []
-    for launch, stats in simulate.twice(step)[2]:
-        (symbol,) = nvcc.demangled([launch.symbol])
-        name, used = gate.short(symbol), stats.efficiency
-        mma = f"{stats.mma_flops / (2 * n * c * d):.2f}" if stats.mma_flops else "-"
-        if tile := gate.tile_of(name):
-            name = f"{_variant(name)}, {tile.rows}x{tile.classes}"
-        load = stats.global_load_sectors / max(stats.global_load_requests, 1)
-        store = stats.global_store_sectors / max(stats.global_store_requests, 1)
-        conflicts = ", ".join(str(count) for count in stats.bank_conflicts().values()) or "-"
-        rows.append(
-            f"{n}, {c}, {d} | {name} | {launch.grid} | {mma} | {conflicts} "
-            f"| {load:.1f}, {used('load'):.0%} | {store:.1f}, {used('store'):.0%}"
-        )
-    return rows
+    return [_counters(n, c, d, *each) for each in simulate.twice(call)[2]]
+
+
+def _simulated_step() -> list[str]:
+    def call() -> None:
+        torch.manual_seed(0)
+        updates.take(host.NAME, STEP, updates.problem(STEP, "cpu"))
+
+    return [
+        _counters(STEP.n, STEP.c, STEP.d, launch, stats)
+        for launch, stats in simulate.twice(call)[2]
+        if "update_kernel" in launch.symbol or "gather_kernel" in launch.symbol
+    ]
+
+
+def _counters(n: int, c: int, d: int, launch: simulate.Launch, stats: Stats) -> str:
+    (symbol,) = nvcc.demangled([launch.symbol])
+    name, used = gate.short(symbol), stats.efficiency
+    mma = f"{stats.mma_flops / (2 * n * c * d):.2f}" if stats.mma_flops else "-"
+    if tile := gate.tile_of(name):
+        name = f"{_variant(name)}, {tile.rows}x{tile.classes}"
+    load = stats.global_load_sectors / max(stats.global_load_requests, 1)
+    store = stats.global_store_sectors / max(stats.global_store_requests, 1)
+    conflicts = ", ".join(str(count) for count in stats.bank_conflicts().values()) or "-"
+    return (
+        f"{n}, {c}, {d} | {name} | {launch.grid} | {mma} | {conflicts} "
+        f"| {load:.1f}, {used('load'):.0%} | {store:.1f}, {used('store'):.0%}"
+    )
