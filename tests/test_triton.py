@@ -19,7 +19,7 @@ from marginkernels import ArcFace, CosFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import triton
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
-from tests.support import hard_cases, losses, sweeps, unchecked
+from tests.support import hard_cases, losses, sweeps, unchecked, updates
 from tests.support.losses import LOSSES, dense, fused, solve
 from tests.support.problems import random_problem
 from tests.support.simulation import needs_triton, require_interpreter, simulated
@@ -148,6 +148,10 @@ def test_interpreter_agrees(request):
         )
         with simulated("interpreter"):
             problem.check("triton", save_tiles=compute_dtype == F32)
+    case = updates.Case("adamw", BF16, BF16, c=40, sampled=True, project=True, max_row_norm=0.05)
+    step = updates.problem(case, "cpu")
+    with simulated("interpreter"):
+        updates.assert_as_expected(case, step, updates.take("triton", case, step))
 
 
 def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
