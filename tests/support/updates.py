@@ -173,14 +173,15 @@ def assert_as_expected(case: Case, p: Problem, taken: Taken) -> None:
 def opcheck(backend: str, case: Case, device: str) -> None:
     """Checks schema, fake and dispatch of the op."""
     p = problem(case, device)
-    n, c = len(p.x), case.c
-    rows = [torch.rand(n, device=device) for _ in range(4)]
-    w_inv = torch.rand(c, device=device)
+    lse, grad_lse, grad_target = (torch.rand(len(p.x), device=device) for _ in range(3))
+    swept = p.w if p.index is None else p.w[p.index]
+    # logits of other norms would overflow
+    x_inv, w_inv = (1 / t.float().norm(dim=1).clamp_min(1e-12) for t in (p.x, swept))
     scale = torch.tensor(8.0, device=device)
-    operands = (p.x, p.w, p.y, scale, None, p.index, rows[0], rows[1], w_inv, rows[0][:0])
+    operands = (p.x, p.w, p.y, scale, None, p.index, lse, x_inv, w_inv, lse[:0])
     torch.library.opcheck(
         ops.head_step(backend),
-        (*operands, rows[2], rows[3], None, None, p.state, p.numbers, p.random),
+        (*operands, grad_lse, grad_target, None, None, p.state, p.numbers, p.random),
         dict(
             need_x=True, need_bias=False, need_scale=True, rule=case.rule, project=False,
             first_class=0, **p.settings,

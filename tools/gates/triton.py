@@ -287,7 +287,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="check everything that is shipped")
     arguments = parser.parse_args()
     if arguments.table:
-        shown = [case for case in cases(True) if case.variant in triton_table.VARIANTS]
+        variants = {*triton_table.VARIANTS, *UPDATE_VARIANTS}
+        shown = [case for case in cases(True) if case.variant in variants]
         rows = check_all(shown, arguments.jobs)
         with open(arguments.table, "w") as file:
             file.write(triton_table.render(rows))

@@ -38,6 +38,13 @@ smoothing, the statistics and a learnable scale. "airface", the transform with m
 the same.
 """
 
+UPDATE_HEADER = """\
+It projects a row of dw and applies the optimizer's rule to the row of w and of its state, each of
+which it reads and writes once. D is 512, and weights and state are in fp32, where the table does
+not say otherwise. "loads" and "stores": instructions that move 16 bytes per thread. The others
+store 1 / |w|, and the one number per class of row-wise Adagrad.
+"""
+
 
 def render(rows: list[Row]) -> str:
     """Returns the page; ``rows`` are of the variants above."""
@@ -52,7 +59,7 @@ def render(rows: list[Row]) -> str:
     lines += ["", "## Row kernels", ""]
     rest: dict[tuple[str, str], Row] = {}
     for row in rows:
-        if row.kernel not in ("statistics_kernel", "gradient_kernel"):
+        if row.kernel not in ("statistics_kernel", "gradient_kernel", "update_kernel"):
             key = row.case.target, row.kernel
             best = rest.get(key)
             if best is None or row.compiled.registers > best.compiled.registers:
@@ -69,7 +76,21 @@ def render(rows: list[Row]) -> str:
             for (target, kernel), row in rest.items()
         ],
     )
+    lines += ["", "## The kernel that updates w", "", UPDATE_HEADER]
+    lines += markdown_table(
+        "target | rule | registers | shared bytes | programs | loads | stores | other stores",
+        [_update_row(row) for row in rows if row.kernel == "update_kernel"],
+    )
     return "\n".join(lines) + "\n"
+
+
+def _update_row(row: Row) -> str:
+    found, target = row.compiled, row.case.target
+    return (
+        f"{target} | {row.case.variant} | {found.registers} | {found.shared} "
+        f"| {found.occupancy(target)} | {found.wide_loads} | {found.wide_stores} "
+        f"| {found.narrow_stores}"
+    )
 
 
 def _tile_row(row: Row) -> str:
