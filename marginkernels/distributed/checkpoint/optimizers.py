@@ -82,21 +82,29 @@ def _group_as_saved(
 ) -> Settings:
     """Returns a parameter group with the settings that its parameters were saved with."""
     sources = [s for s in saved if set(s["params"]) & set(group["params"])]
-    settings = [{k: v for k, v in s.items() if k not in _OF_PARAMETERS} for s in sources]
-    for other in settings[1:]:
-        if other != settings[0]:
+    settings = [_converted(s, group, optimizer) for s in sources]
+    compared = [{k: v for k, v in s.items() if k not in _MEANS} for s in settings]
+    for i, other in enumerate(compared):
+        if other != compared[0]:
             raise ValueError(
-                f"optimizer: expected the settings {settings[0]} for all parameters of a "
+                f"optimizer: expected the settings {compared[0]} for all parameters of a "
                 f"group, got {other} too, in which {sources[0]['params'][0]} and "
-                f"{sources[1]['params'][0]} were saved"
+                f"{sources[i]['params'][0]} were saved"
             )
-    if not settings:
-        return group
-    found = settings[0]
+    return group | copy.deepcopy(settings[0]) if settings else group
+
+
+def _converted(saved: Settings, group: Settings, optimizer: torch.optim.Optimizer) -> Settings:
+    """Returns the saved settings of a group as the optimizer has them.
+
+    Raises:
+        ValueError: the optimizer would take other steps than the one that was saved.
+    """
+    found = {key: value for key, value in saved.items() if key not in _OF_PARAMETERS}
     lacking = optimizer.defaults.keys() - found.keys()
     foreign = {key for key in found.keys() - group.keys() if key != "initial_lr"}
     if not lacking:
-        return group | copy.deepcopy(found)
+        return found
     # of another class: one that takes the same steps has the same settings, as far as they matter
     differing = [
         sorted(key for key in keys if key not in _MEANS and _matters(key, given[key]))
@@ -107,7 +115,8 @@ def _group_as_saved(
             f"optimizer: expected one with {differing[0]} and without {differing[1]}, "
             f"got {type(optimizer).__name__}"
         )
-    return group | {k: copy.deepcopy(v) for k, v in found.items() if k not in foreign}
+    own = {key: group[key] for key in lacking}
+    return own | {key: value for key, value in found.items() if key not in foreign}
 
 
 def _matters(key: str, value: Any) -> bool:
