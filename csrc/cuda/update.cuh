@@ -90,6 +90,7 @@ __device__ __forceinline__ Four<To> rounded_to_stored(const Four<A>& four, int n
     return to;
 }
 
+// W and S are the types of weights and state, F is the rule.
 template <class A, class W, class S, class F, int kFours>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     update_kernel(const UpdateCall call) {
@@ -118,6 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         }
     };
 
+    // The gradient along the unit row; then of the row as it is, unscaled and bounded.
     A along = 0;
     for_each_four<kFours>(width, [&](int i, int k) {
         const auto w = load_up_to_four(w_row, k, d, vectors), more = gradient.at(k);
@@ -142,6 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     });
     const A bound = mk::bound_factor(sum_over_warp(squares), numbers[mk::kMaxRowNorm]);
 
+    // The new state, and the new weights in the place of the gradient: their norm comes first.
     A row_state = 0;
     if constexpr (F::kHasRowState) {
         A* const stored = static_cast<A*>(call.row_state) + place;
@@ -186,6 +189,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
                              rounded_to_stored<S>(state[s], s + 1, words));
         }
     });
+    // The weights projected and rounded, and the norm that the next forward sweep would find.
     const A least_norm = A(1) / A(call.raw.inverse_limit);
     const A factor = call.project ? mk::unit_factor(sum_over_warp(squares), least_norm) : A(1);
     squares = 0;

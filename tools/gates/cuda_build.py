@@ -48,12 +48,12 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ops_are_registered() -> None:
-    """Checks that both ops have kernels for the CPU and for CUDA."""
+    """Checks that each op has kernels for the CPU and for CUDA."""
     assert native.extension is not None
     info = native.extension.build_info()
     print(f"CUDA {info['cuda']} for {', '.join(info['cuda_architectures'])}")
     assert info["cuda"] and info["cuda_architectures"]
-    for op in ("head_fwd_native", "head_bwd_native"):
+    for op in ("head_fwd_native", "head_bwd_native", "head_step_native"):
         for device in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"marginkernels::{op}", device)
 
