@@ -26,8 +26,8 @@ OF_RULE = tl.constexpr(rules.OF_RULE)
 PHILOX_ROUNDS = tl.constexpr(rounding.PHILOX_ROUNDS)
 
 # A rule gets rows of weights w and of their gradient g (BLOCK_R, BLOCK_D), zeros from D on, and
-# their state: per feature as they are, or per row (BLOCK_R, 1), or None. ``numbers`` are those of
-# the rule. It returns the new w and the new state.
+# their state: per feature as they are, or per row (BLOCK_R, 1), or zeros that it gives back, since
+# Triton 3.6 returns no None. ``numbers`` are those of the rule. It returns the new w and state.
 
 
 @triton.jit
@@ -169,8 +169,8 @@ def update_kernel(
     if most < float("inf"):
         norm = tl.sqrt_rn(tl.sum(g * g, 1))
         g *= tl.where(norm > most, most / norm, 1.0)[:, None]
-    first_old = None
-    second_old = None
+    first_old = tl.zeros((BLOCK_R, 1), tl.float32)
+    second_old = first_old
     first_at = place[:, None] if FIRST_PER_ROW else at
     first_kept = there[:, None] if FIRST_PER_ROW else kept
     if first is not None:
