@@ -243,3 +243,17 @@ def test_torchs_checkpoints_of_plain_state_dicts(tmp_path):
     saved, loaded = (run(w, f, str(tmp_path)) for w, f in ((3, save_plain), (2, load_plain)))
     assert list(saved[0]) == ["weight", "bias"]
     torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+
+
+def save_within_a_step(path):
+    model, optimizers = make("SGD")
+    with optimizers[1].accumulate():
+        model["head"](model["backbone"](torch.ones(2, 3, dtype=F64)), torch.arange(2)).backward()
+    with pytest.raises(RuntimeError, match="head_optimizer: expected no step under way"):
+        save_checkpoint(path, model)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_between_backward_and_step_is_refused(world, tmp_path):
+    run(world, save_within_a_step, str(tmp_path / "saved"))
+    assert not list(tmp_path.iterdir())

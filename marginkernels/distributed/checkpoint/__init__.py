@@ -61,8 +61,8 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: on all ranks, if ``path`` exists.
-        ValueError, TypeError, RuntimeError, OSError: on all ranks, if arguments do not fit, or
-            writing fails on one.
+        ValueError, TypeError, RuntimeError, OSError: on all ranks, if arguments do not fit, a head
+            is between the backward that moves it and ``step()``, or writing fails on one.
     """
     group = _group(process_group)
     folder = _agreed(path, optimizer, group)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...arguments import is_dtensor
 from ...generators import is_state_of_generators
+from ...update import Update
 from ..shard import ClassShard, held_shards
 from .index import Index
 from .optimizers import Optimizers, Settings, Trained, listed, python_number
@@ -62,7 +63,15 @@ class State:
         self._of_parameter = {k: v for trained in self._trained for k, v in trained.state.items()}
 
     def to_save(self) -> dict[str, Any]:
-        """Returns the whole state, as ``torch.distributed.checkpoint.save`` takes it."""
+        """Returns the whole state, as ``torch.distributed.checkpoint.save`` takes it.
+
+        Raises:
+            RuntimeError: a step that moves a head inside backward is under way, or torn.
+        """
+        for module in self._model.modules():
+            update = getattr(module, "_update", None)
+            if isinstance(update, Update):
+                update.require_between_steps()
         in_model = {name: self._split(name, t) for name, t in self._in_model.items()}
         state: dict[str, Any] = {"model": in_model}
         if self._trained:
