@@ -54,7 +54,7 @@ struct RawRows {
     int64_t count() const { return rows.size(0); }
 };
 
-// Results of both ops.
+// Results of the backward ops.
 struct Gradients {
     Tensor dx, dbias, dscale;
 

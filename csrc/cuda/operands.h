@@ -3,7 +3,7 @@
 
 // Holds the operands of both sweeps as the kernels read them, and hands out w chunk by chunk.
 //
-// Nothing here reads a number from the device, and launches depend on shapes alone: both ops can be
+// Nothing here reads a number from the device, and launches depend on shapes alone: all ops can be
 // captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator.
 
 #pragma once
@@ -28,7 +28,7 @@ constexpr int64_t kMiB = 1 << 20;
 // The dot products of a chunk of classes, which should still be in L2 when they are read.
 constexpr int64_t kProductChunkBytes = 16 * kMiB;
 
-// The arguments that both ops are called with.
+// The arguments that all ops are called with.
 struct SharedArguments {
     Tensor x, w, y;        // (N, D), (C, D), (N,)
     Tensor scale;          // ()

@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Holds the operands of both sweeps as the kernels read them, and hands out w chunk by chunk.
 
-Nothing here reads a number from the device, and launches depend on shapes alone: both ops can be
+Nothing here reads a number from the device, and launches depend on shapes alone: all ops can be
 captured in a CUDA graph.
 """
 
