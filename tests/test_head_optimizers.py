@@ -213,6 +213,28 @@ def test_a_restart_goes_on_with_the_same_bits(kind, backend):
             assert torch.equal(optimizer.state[p][name], other.state[q][name])
 
 
+def test_the_bits_do_not_depend_on_the_number_of_threads(backend, device):
+    skip_without_updates(backend)
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 37), torch.randint(3000, (40,))
+    first = MarginSoftmaxHead(37, 3000, **ARCFACE, backend=backend, dtype=torch.bfloat16)
+    threads, moved = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            torch.manual_seed(1)  # of the rounding
+            head = copy.deepcopy(first)
+            head_optimizer = marginkernels.optim.AdamW(head)
+            for _ in range(2):
+                head(x, y).backward()
+                head_optimizer.step()
+            moved.append([head.weight, *head_optimizer.state[head.weight].values()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in moved[1:]:
+        assert all(map(torch.equal, moved[0], other))
+
+
 def test_a_step_below_half_a_unit_of_bf16_still_moves_the_weights_on_average():
     head = MarginSoftmaxHead(
         64, 2000, margin=NSoftmax(), scale=1.0, backend="reference", dtype=torch.bfloat16

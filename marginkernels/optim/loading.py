@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Checks a state dict of an optimizer, its own or one of torch.optim's, before it is loaded."""
 
+import copy
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def settings(own: dict[str, Any], state_dict: State) -> dict[str, Any]:
             "state_dict: expected one group with the weight of the head, and with its bias where "
             f"it has one, {expected[0]} in all, got groups of {got}"
         )
-    loaded = {k: v for k, v in groups[0].items() if k not in _OF_TORCH}
+    loaded = {k: copy.deepcopy(v) for k, v in groups[0].items() if k not in _OF_TORCH}
     for name, required in _REQUIRED.items():
         if loaded.pop(name, required) != required:
             raise ValueError(f"state_dict: expected {name}={required}, got {not required}")
