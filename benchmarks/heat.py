@@ -9,16 +9,17 @@
 
 No exact head is faster than the larger of two times: 6NCD operations at the rate of multiply-adds
 between registers, and reading w twice and writing dw once at the rate of memory. The share is this
-time over that of forward and backward, on warm buffers. Rates and steps take turns, and the best of
-each counts: a neighbour on the machine only ever makes them worse. With --busy the time of all
-threads on processors, divided by their number, takes the place of the time that passed, for rates
-and steps alike: it leaves out what a neighbour takes, and what threads wait for each other.
+time over that of forward and backward, on warm buffers. Rates and steps take turns. The best step
+of each size counts, and the best rates of the whole run: a neighbour only ever makes them worse.
+With --busy time is that of all threads on processors, divided by their number, and rates are
+medians. That leaves out what a neighbour takes, and what threads wait for each other.
 Without kept exponentials backward computes the logits again, so that 75 % is the most where the
 operations bind.
 """
 
 import argparse
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import TypeVar
 import torch
 
 from . import peaks, process, table
-from .contenders import Contender, Shape, contenders, problem, work
+from .contenders import Contender, Operands, Shape, contenders, problem, work
 from .machine import header, provenance
 from .process import Memory
 from .sweeps import SETTLE_SECONDS, step
@@ -99,32 +100,37 @@ def measured_rows(
         print("left out:", missing)
     memory.prepare(16 * max(shape.c * shape.d for shape in shapes))  # w, dw and as much again
     heads = [c for c in contenders("native", [name]) if peaks.ROOFS[c.compute] in probes]
-    return [row for shape in shapes for row in shape_rows(shape, heads, probes, repeats, busy)]
+    names = [name for name in (*peaks.ROOFS.values(), *peaks.MEMORY) if name in probes]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    best_ms: dict[tuple[Shape, str], float] = {}
+    for shape in shapes:
+        operands = problem(shape, "cpu")
+        turns = [functools.partial(take_rate, probes[name], busy, rates[name]) for name in rates]
+        steps: dict[str, list[float]] = {head.compute: [] for head in heads}
+        turns += [
+            functools.partial(take_steps, head, operands, busy, steps[head.compute])
+            for head in heads
+        ]
+        take_turns(turns, repeats)
+        best_ms |= {(shape, head.compute): min(steps[head.compute]) for head in heads}
+    peak = statistics.median if busy else max
+    best = {name: peak(values) for name, values in rates.items()}
+    return [cell(s, head, best, best_ms[s, head.compute]) for s in shapes for head in heads]
 
 
-def shape_rows(
-    shape: Shape, heads: list[Contender], probes: dict[str, peaks.Probe], repeats: int, busy: bool
-) -> list[table.Row]:
-    """Measures one shape; rates and heads take turns."""
-    operands = problem(shape, "cpu")
-    taken: dict[str, list[float]] = {name: [] for name in (*peaks.ROOFS.values(), *peaks.MEMORY)}
-    taken |= {head.name: [] for head in heads}
+def take_rate(probe: peaks.Probe, busy: bool, rates: list[float]) -> None:
+    """Measures a peak once."""
+    time.sleep(SETTLE_SECONDS)
+    share, rate = timed(probe, busy)
+    rates.append(rate / share)
 
-    def take_rate(name: str) -> None:
-        time.sleep(SETTLE_SECONDS)
-        share, rate = timed(probes[name], busy)
-        taken[name].append(rate / share)
 
-    def take_step(head: Contender) -> None:
-        wake_threads("cpu")
-        for _ in range(STEPS):
-            share, taken_step = timed(functools.partial(step, head, operands), busy)
-            taken[head.name].append(taken_step.ms * share)
-
-    turns = [functools.partial(take_rate, name) for name in taken if name in probes]
-    turns += [functools.partial(take_step, head) for head in heads]
-    take_turns(turns, repeats)
-    return [cell(shape, head, taken) for head in heads]
+def take_steps(head: Contender, operands: Operands, busy: bool, milliseconds: list[float]) -> None:
+    """Measures some steps of a head."""
+    wake_threads("cpu")
+    for _ in range(STEPS):
+        share, taken = timed(functools.partial(step, head, operands), busy)
+        milliseconds.append(taken.ms * share)
 
 
 def timed(function: Callable[[], T], busy: bool) -> tuple[float, T]:
@@ -140,16 +146,14 @@ def timed(function: Callable[[], T], busy: bool) -> tuple[float, T]:
     return min(1.0, used / (time.perf_counter() - start)), result
 
 
-def cell(shape: Shape, head: Contender, taken: dict[str, list[float]]) -> table.Row:
-    """Returns one row of the table: the best of all rounds, and which of the two floors binds."""
+def cell(shape: Shape, head: Contender, best: dict[str, float], own: float) -> table.Row:
+    """Returns one row of the table: a step's milliseconds, and the floor that binds."""
     counted = work(head, shape)
-    best = {name: max(rates) for name, rates in taken.items() if rates}
     floors = {
         "operations": counted.flops / best[peaks.ROOFS[head.compute]] * 1e-6,
         "memory": counted.bytes / max(best[name] for name in peaks.MEMORY) * 1e-6,
     }
     bound = max(floors, key=lambda name: floors[name])
-    own = min(taken[head.name])
     return {
         "contender": head.compute,
         "N": shape.n,
