@@ -52,7 +52,8 @@ class PartialFC(Sampling):
     """Computes each step on a share of the classes (An et al., 2022, arXiv:2203.15565).
 
     The sample has max(int(rate C), min(N, C)) of the C classes of each rank: the rows' own, and
-    others at random. All other classes have gradient 0.
+    others at random. All other classes have gradient 0, and an optimizer of
+    :mod:`marginkernels.optim` leaves their weights and their state as they are.
 
     Args:
         rate: the share of the classes, in (0, 1]; 1 is all of them.

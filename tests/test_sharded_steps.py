@@ -100,12 +100,16 @@ def step_beside_others(name, classes, settings, sharding):
             assert key == "step" or value.placements == (Shard(0),)
 
 
-@pytest.mark.parametrize("kernels, grad_scale", [("reference", "ddp"), ("native", "exact")])
+@pytest.mark.parametrize(
+    "kernels, sharding",
+    [("reference", {}), ("native", dict(grad_scale="exact", max_local_batch=N))],
+    ids=["reference", "native, exact, padded"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_each_rank_is_that_of_one_process_and_of_torch(name, kernels, grad_scale):
+def test_a_step_of_each_rank_is_that_of_one_process_and_of_torch(name, kernels, sharding):
     """Covers rows that differ from rank to rank, and ranks without rows or without classes."""
     skip_without(kernels)
-    sharding, settings = dict(grad_scale=grad_scale), dict(backend=kernels)
+    settings = dict(backend=kernels)
     workers.run(3, step_beside_others, name, C, dict(settings, bias=True), sharding)
     workers.run(3, step_beside_others, name, 4, dict(settings, margin=CurricularFace()), sharding)
 

@@ -68,7 +68,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     Rank r of W holds C // W classes, and one more if r < C % W, in the order of the ranks. With
     ``sample_rate`` below 1 a step uses int(sample_rate C_local) of them: the batch's own and others
     as ``torch.rand`` says, or the batch's own alone where they are more than that. The gradient of
-    ``weight`` is dense, so that weight decay and momentum move all classes.
+    ``weight`` is dense, so that weight decay and momentum of ``torch.optim`` move all classes. An
+    optimizer of :mod:`marginkernels.optim`, which needs a :class:`MarginLoss`, moves the sample
+    alone.
 
     The head must not be wrapped in DistributedDataParallel: each rank's weight is its own. For the
     same reason a loss scale needs :class:`marginkernels.GradScaler` with the process group.

@@ -10,7 +10,8 @@
     optimizer.step(); head_optimizer.step()
 
 The gradient of the weights is projected and applied class by class while it is in the cache, and
-never stored.
+never stored. In a step on a sample of the classes, all others stay as they are: their weights are
+not decayed, and their state does not move. All ranks of a sharded head make its optimizer together.
 """
 
 from .base import HeadOptimizer
