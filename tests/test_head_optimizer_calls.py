@@ -9,10 +9,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from marginkernels import clip_grad_norm_, clip_grad_value_
 from marginkernels.optim import SGD, AdamW, RowwiseAdagrad
+from tests.support import workers
 from tests.support.attached import all_of, attached, take_step
 from tests.support.small import batch, make_head
 
@@ -226,20 +229,27 @@ def test_copies_and_pickles_of_the_head_are_plain_and_those_of_the_optimizer_ref
             copied(optimizer)
 
 
-def test_a_wrapper_that_waits_for_the_gradient_is_refused():
-    head, _ = attached()
+def wrapped(wrap):
+    """Wraps a head before and after it gets an optimizer, and returns the errors of its calls."""
+    x, y = batch("cpu")
+    messages = []
+    for early in (True, False):
+        head = make_head("reference", "cpu")
+        try:
+            optimizer = None if early else SGD(head)
+            wrapper = wrap(head)
+            optimizer = optimizer or SGD(head)
+            wrapper(x, y).backward()
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
 
-    class DistributedDataParallel(nn.Module):  # by its name, as the head watches
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
 
-    wrapper = DistributedDataParallel(head)
-    other = DistributedDataParallel(make_head("reference", "cpu"))
-    with pytest.raises(RuntimeError, match=r"^head: expected one outside of DistributedData"):
-        wrapper.module(*batch("cpu"))
-    with pytest.raises(ValueError, match=r"^head: expected one outside of DistributedData"):
-        SGD(other.module)
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_a_wrapper_that_waits_for_the_gradient_is_refused(wrap):
+    for messages in workers.run(2, wrapped, wrap):
+        assert len(messages) == 2
+        assert all("Wrap the backbone alone" in message for message in messages)
 
 
 def test_hooks_on_saved_tensors_and_checkpointing_change_nothing():

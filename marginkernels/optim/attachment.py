@@ -88,8 +88,10 @@ class HeadUpdate(Update):
         same = (w.data_ptr(), w.shape) == (own.data_ptr(), own.shape)
         if not (same and all(id(p) in held for p in parameters(self.head))):
             raise RuntimeError(
-                f"head.weight: expected the parameter {_GIVEN}, but it has been replaced, or this "
-                f"is a copy of the head as torch.nn.DataParallel makes. {_ANEW}"
+                f"head.weight: expected the parameter {_GIVEN}, but it has been replaced, split "
+                "(fully_shard) or copied (torch.nn.DataParallel). Wrap the backbone alone, and "
+                "split the classes by sharding=; or detach the optimizer "
+                "(head_optimizer.detach()) and make a new one"
             )
         self.check_no_gradient()
         for t in self.state():
@@ -167,6 +169,8 @@ def check_dtypes(weight: torch.dtype, state: list[torch.dtype]) -> None:
 
 def _refuse_second(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raises RuntimeError where another optimizer has a weight that backward moves."""
+    if torch.compiler.is_compiling():  # a compiled step is traced through its hooks
+        return
     held = {key for key, update in moved().items() if update.optimizer is not optimizer}
     if held and any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(
