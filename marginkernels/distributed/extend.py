@@ -80,8 +80,6 @@ def extend(
         world, rank = dist.get_world_size(shard.group), dist.get_rank(shard.group)
         start, stop = chunk(head.num_classes, world, rank)
         head.shard = dataclasses.replace(shard, start=start, stop=stop, total=head.num_classes)
-    if update is not None:
-        update.reset()
 
 
 def _own_optimizer(
