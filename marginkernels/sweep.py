@@ -171,7 +171,7 @@ class Sweep:
 
         It is 0 where the class is not here.
         """
-        dtype, w_y = self.call.compute_dtype, self.w[self.position.clamp_min(0)]
+        dtype, w_y = self.call.compute_dtype, self.w[self.batch.local_class.clamp_min(0)]
         dot = (ops.rounded(self.batch.x, dtype) * ops.rounded(w_y, dtype)).sum(1)
         norms = self.batch.rows.x_norm * row_norm(w_y, dtype)
         return torch.where(self.position >= 0, dot / norms, 0)

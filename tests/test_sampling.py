@@ -15,6 +15,7 @@ from marginkernels import (
     CurricularFace,
     ElasticFace,
     MarginSoftmaxHead,
+    MVSoftmax,
     PartialFC,
     margin_cross_entropy,
 )
@@ -136,6 +137,18 @@ def test_logq_makes_the_sum_over_the_sample_that_over_all_on_average():
 def make_head(**settings):
     settings = dict(margin=ArcFace(0.2), scale=16.0, sampling=PartialFC(0.5)) | settings
     return MarginSoftmaxHead(D, C, **settings)
+
+
+@pytest.mark.parametrize("margin", [CurricularFace, MVSoftmax])
+def test_margins_of_a_sample_see_the_cosines_of_the_rows_own_classes(margin):
+    x, w, y = problem()
+    index = sample_classes(y, C, C // 2, generator())
+    loss = margin_cross_entropy(
+        x, w, y, margin=margin(0.4), scale=16.0, sampling=PartialFC(0.5, generator=generator())
+    )
+    place = torch.searchsorted(index, y)
+    alone = margin_cross_entropy(x, w[index], place, margin=margin(0.4), scale=16.0)
+    assert torch.allclose(loss, alone, rtol=1e-12)
 
 
 def test_the_state_of_the_sample_is_saved_and_evaluation_uses_all_classes():
