@@ -30,6 +30,7 @@ from .distributed.shard import (
 from .functional import margin_cross_entropy
 from .generators import rank_generator, without_unused
 from .loss import HeadStats
+from .pages import in_huge_pages
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings, shared
@@ -177,8 +178,8 @@ class MarginSoftmaxHead(nn.Module):
         dtype: torch.dtype | None,
     ) -> nn.Parameter:
         if self.shard is None or self._mesh is None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        held = torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype)
+            return nn.Parameter(in_huge_pages(torch.empty(shape, device=device, dtype=dtype)))
+        held = in_huge_pages(torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype))
         return nn.Parameter(sharded(held, self._mesh, shape))
 
     def reset_parameters(self) -> None:

@@ -41,6 +41,7 @@ from ..distributed.exchange import Sharded, opened
 from ..distributed.shard import ClassShard, in_group, refuse_ddp, require_agreement
 from ..generators import rank_generator
 from ..norms import row_norm
+from ..pages import in_huge_pages
 from ..results import SweepResult
 from ..update import Update
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
@@ -122,7 +123,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 "MarginLoss for every other margin",
                 stacklevel=2,
             )
-        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
+        self.weight = nn.Parameter(in_huge_pages(torch.empty(self.num_local, embedding_size)))
         self._reset_weight()
 
     def _take_classes(self) -> None:
