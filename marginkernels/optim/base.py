@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import OptState
 from .. import arguments, rules
 from ..distributed.shard import local, require_agreement
 from ..generators import random_seed
+from ..pages import in_huge_pages
 from ..rounding import stored
 from . import loading
 from .attachment import Head, HeadUpdate, advance, check_dtypes, check_head, parameters
