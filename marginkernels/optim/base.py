@@ -275,5 +275,6 @@ class HeadOptimizer(torch.optim.Optimizer):
             like = like[:, :1] if parameter.ndim > 1 and part.per_row else like
             if not part.per_row:
                 dtype = self._state_dtype or parameter.dtype
-            state[part.name] = in_huge_pages(torch.zeros_like(like, dtype=dtype))
+            state[part.name] = torch.zeros_like(like, dtype=dtype)
+            in_huge_pages(local(state[part.name]))
         return state
