@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Compares the pages with the code: links, names, commands, settings, and generated tables."""
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_before_and_after_in_the_readme_are_the_same_loss() -> None:
         exec(part, scope)
         losses.append(scope["loss"])
     torch.testing.assert_close(*losses)
+
+
+def test_the_loops_of_the_page_on_optimizers_train() -> None:
+    torch.manual_seed(0)
+    head = mk.MarginSoftmaxHead(8, 50, margin=mk.ArcFace(), scale=8.0, backend="reference")
+    batches = [(torch.randn(12, 8), torch.randint(50, (12,))) for _ in range(3)]
+    scope = dict(torch=torch, contextlib=contextlib, head=head, batches=batches, parts=batches)
+    scope["backbone"] = torch.nn.Linear(8, 8)
+    for code in re.findall(r"^```python\n(.*?)^```", text("docs/optimizers.md"), re.M | re.S):
+        before = head.weight.detach().clone()
+        exec(code, scope)
+        assert head.weight.grad is None and not torch.equal(head.weight, before)
 
 
 def test_the_table_of_losses_is_up_to_date_and_complete() -> None:
