@@ -6,6 +6,7 @@
     python -m benchmarks.step --quick                 # without the memory
     python -m benchmarks.step --warm                  # as if every buffer were reused
     python -m benchmarks.step --plot                  # docs/step_time.png and docs/step_memory.png
+    python -m benchmarks.step --busy                  # on a machine that others use
 
 The head is ArcFace (m = 0.5, s = 64), and SGD has momentum 0.9 and weight decay 5e-4. "fused" is
 this library's optimizer, which updates weights and momentum inside the backward sweep. "SGD", and
@@ -13,7 +14,9 @@ all peers, are with torch.optim.SGD(fused=True). Weights and momentum are fp32 u
 more, and "fused, bf16 weights" has both in bf16. Peers compute in bf16 under "autocast".
 
 The trainers of a table take turns in one process. In its turn a trainer starts from the same
-weights, takes a step that is not counted, and one that is. Buffers are fresh, as in a trainer.
+weights, takes a step that is not counted, and one that is. Buffers are fresh, as in a trainer. With
+--busy ratios and the picture compare the time of all threads on processors, divided by their
+number, in the place of the time that passes.
 """
 
 import argparse
@@ -83,21 +86,23 @@ def main() -> None:
     if not trainers(options.backend, options.only):
         raise SystemExit(f"no trainer's name contains one of {options.only}")
     print(header(options.device))
+    facts = provenance(options.device)
     n, c, d = options.shape
     exported = []
     for classes in PLOT_CLASSES if options.plot else [c]:
         shape = Shape(n, classes, d)
         asked = (shape, options.device, options.backend, options.only, options.repeats)
-        rows = measured_rows(Config(*asked, Memory(options.warm, False)), options.quick)
+        config = Config(*asked, Memory(options.warm, False))
+        rows = measured_rows(config, options.quick, options.busy)
         setting = {"N": n, "C": classes, "D": d}
-        exported += [provenance(options.device) | setting | row for row in rows]
+        exported += [facts | setting | row for row in rows]
     print("\n" + LEGEND)
     if options.csv and exported:
         table.write_csv(options.csv, exported)
     if options.plot:
         from . import step_plots
 
-        print("wrote", *step_plots.draw(exported))
+        print("wrote", *step_plots.draw(exported, options.busy))
 
 
 def parse_options() -> argparse.Namespace:
@@ -117,12 +122,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="without the memory column")
     parser.add_argument("--warm", action="store_true", help="buffers that are reused")
+    parser.add_argument("--busy", action="store_true", help="compare the time on processors")
     parser.add_argument("--plot", action="store_true",
                         help=f"tables at C = {PLOT_CLASSES}, and two pictures in docs")  # fmt: skip
     return parser.parse_args()
 
 
-def measured_rows(config: Config, quick: bool) -> list[table.Row]:
+def measured_rows(config: Config, quick: bool, busy: bool) -> list[table.Row]:
     """Measures one shape, and prints its table."""
     peaks: dict[str, float] = {}
     if not quick:
@@ -130,7 +136,7 @@ def measured_rows(config: Config, quick: bool) -> list[table.Row]:
         where = (config.shape, config.device, config.backend)
         peaks, _ = extra_peaks(names, beyond_weights, *where)
     steps, skipped = process.in_child(config.memory.environment(), measure, config)
-    found = rows(config, steps, peaks)
+    found = rows(config, steps, peaks, busy)
     print(f"\n(N, C, D) = {tuple(config.shape)}, {config.memory}, {config.repeats} rounds")
     if found:
         print(table.text(found, COLUMNS), flush=True)
@@ -216,10 +222,16 @@ def beyond_weights(name: str, shape: Shape, device: str, backend: str) -> int:
     return state + growth(device, lambda: run(training, x, y))
 
 
-def rows(config: Config, steps: dict[str, list[Whole]], peaks: dict[str, float]) -> list[table.Row]:
+def rows(
+    config: Config, steps: dict[str, list[Whole]], peaks: dict[str, float], busy: bool
+) -> list[table.Row]:
     """Returns one row for each trainer that ran."""
     ran = [t for t in trainers(config.backend, config.only) if t.name in steps]
-    by_kind = {(t.kind, t.compute): steps[t.name] for t in ran}
+    compared = {
+        name: [whole._replace(ms=whole.busy_ms) if busy else whole for whole in own]
+        for name, own in steps.items()
+    }
+    by_kind = {(t.kind, t.compute): compared[t.name] for t in ran}
     found = []
     for trainer in ran:
         own = steps[trainer.name]
@@ -230,7 +242,9 @@ def rows(config: Config, steps: dict[str, list[Whole]], peaks: dict[str, float])
         row["busy"] = statistics.median(whole.busy_ms for whole in own)
         row["+MiB"] = peaks.get(trainer.name)
         for column, kind in BASELINES.items():
-            row[column] = table.speedup(by_kind.get((kind, trainer.compute)), own)
+            row[column] = table.speedup(
+                by_kind.get((kind, trainer.compute)), compared[trainer.name]
+            )
         found.append(row)
     return found
 

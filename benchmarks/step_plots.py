@@ -30,13 +30,12 @@ SHOWN = {
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def draw(rows: list[Row]) -> list[Path]:
-    """Writes step_time.png and step_memory.png, or the first alone where no memory was measured."""
+def draw(rows: list[Row], busy: bool) -> list[Path]:
+    """Writes step_time.png, and step_memory.png where memory was measured."""
     paths = []
-    for name, column, label in (
-        ("step_time", "ms", "ms of a whole step"),
-        ("step_memory", "+MiB", "peak MiB beyond x and the weights"),
-    ):
+    time = ("busy", "ms on each processor") if busy else ("ms", "ms of a whole step")
+    memory = ("+MiB", "peak MiB beyond x and the weights")
+    for name, (column, label) in {"step_time": time, "step_memory": memory}.items():
         known = [row for row in rows if row[column] is not None]
         if not known:
             continue
