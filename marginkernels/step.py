@@ -93,7 +93,7 @@ def _head_step(
             "for each batch, or all classes"
         )
     if len(x):
-        shared = (scale, bias, settings["constants"])
+        shared = (scale, bias, settings["constants"], settings["transform"])
         step.keep(rows._replace(x=x.to(compute_dtype)), shared)
     if not step.accumulates:
         rows = step.take_kept() or _no_rows(rows)
@@ -113,8 +113,8 @@ def _write(
 ) -> Gradients:
     """Updates w and the state, and returns the gradients that are needed."""
     w, scale, bias, index, w_inv = classes
-    # aliases without the versions of what is saved, so that a second backward gets our error
-    w, w_inv, state = w.data, w_inv.data, [t.data for t in state]
+    given, w_inv = [w, *state], w_inv.data
+    w, *state = step.written_to(given)
     upstream = (rows.grad_lse, rows.grad_target, rows.grad_w_norm, rows.grad_sum)
     numbers = step.numbers([g for g in upstream if g is not None], rows.lse.dtype)
     with step.writing():
@@ -123,7 +123,9 @@ def _write(
             state, numbers.of_step, numbers.random, row_parameter=rows.row_parameter,
             rule=step.rule, project=step.project, first_class=step.first_class, **settings,
         )  # fmt: skip
-        step.receive(w, state)
+        for old, new in zip(given, (w, *state), strict=True):
+            if old.data_ptr() != new.data_ptr():  # a compiled graph may go on with its copy
+                old.data.copy_(new)
     step.applied(numbers, index)
     if index is None:
         step.remember_norms(w_inv, settings["compute_dtype"])

@@ -86,7 +86,7 @@ class Update(ABC):
         self._forward_numbers = itertools.count(1)
         self._kept: list[RowGradients] = []
         self._kept_place = (0, 0)  # of the weights when the first rows were kept
-        self._shared: tuple[Tensor | None, ...] = ()  # operands that all kept rows have in common
+        self._shared: tuple[Any, ...] = ()  # what all kept rows have in common
         self._known: _Norms | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -134,11 +134,25 @@ class Update(ABC):
                 "last step(). Call step() first"
             )
 
-    def receive(self, w: Tensor, state: list[Tensor]) -> None:
-        """Copies weights and state that a hook on saved tensors has moved elsewhere."""
-        for own, given in zip((self.weight(), *self.state()), (w, *state), strict=True):
-            if own.shape == given.shape and own.data_ptr() != given.data_ptr():
-                own.data.copy_(given)
+    def written_to(self, given: list[Tensor]) -> list[Tensor]:
+        """Returns the tensors to update where backward was given these weights and state.
+
+        Hooks on saved tensors may have made copies, which need not be exact. The row that stands
+        in on a rank without classes remains.
+
+        Raises:
+            RuntimeError: another state has been loaded since forward.
+        """
+        own = [self.weight(), *self.state()]
+        if len(own) != len(given):
+            raise RuntimeError(
+                "backward: expected the optimizer's state of forward, but another has been loaded "
+                "since. Call the head again"
+            )
+        # aliases without the versions of what is saved, so that a second backward gets our error
+        return [
+            (mine if mine.shape == t.shape else t).data for mine, t in zip(own, given, strict=True)
+        ]
 
     @abstractmethod
     def applied(self, numbers: Numbers, index: Tensor | None) -> None:
@@ -148,9 +162,9 @@ class Update(ABC):
         """Begins a forward, and returns its token, int64 (2,) on the CPU.
 
         Raises:
-            RuntimeError: an earlier step was interrupted while it was written.
+            RuntimeError: backward could not update the weights.
         """
-        self._require_whole()
+        self.check(self.weight())  # here too, because a compiled forward has not called it
         number = next(self._forward_numbers)
         token = torch.tensor([number, hash(_place(self.weight()))], device="cpu")
         self._forwards = {n: ref for n, ref in self._forwards.items() if not ref.expired()}
@@ -195,7 +209,7 @@ class Update(ABC):
                 "weight that is changed between the two, is not possible"
             )
 
-    def keep(self, rows: RowGradients, shared: tuple[Tensor | None, ...]) -> None:
+    def keep(self, rows: RowGradients, shared: tuple[Any, ...]) -> None:
         """Keeps the rows of a batch for the update that is to come.
 
         Raises:
@@ -324,8 +338,10 @@ def _joined(parts: tuple[Tensor | None, ...], rows: tuple[Tensor, ...]) -> Any:
     )
 
 
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 def of_number(number: int) -> Update:

@@ -179,16 +179,16 @@ def test_a_step_inside_a_compiled_backward(compiler, backend, device, monkeypatc
     optimizers = [optim.AdamW(each, lr=0.1) for each in (head, twin)]
     counter, in_place = CompileCounterWithBackend(compiler), []
     compiled = torch.compile(head, backend=counter, fullgraph=True)
-    receive = Update.receive
+    written_to = Update.written_to
 
-    def received(update, w, state):
-        in_place.append(w.data_ptr() == update.weight().data_ptr())
-        receive(update, w, state)
+    def written(update, given):
+        in_place.append(given[0].data_ptr() == update.weight().data_ptr())
+        return written_to(update, given)
 
     for step in range(3):
         x, y = batch(device)
         with monkeypatch.context() as patched:
-            patched.setattr(Update, "receive", received)
+            patched.setattr(Update, "written_to", written)
             compiled(x, y).backward()
         twin(x, y).backward()
         for optimizer in optimizers:

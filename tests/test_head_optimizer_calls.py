@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from marginkernels import clip_grad_norm_, clip_grad_value_
+from marginkernels import NSoftmax, clip_grad_norm_, clip_grad_value_
 from marginkernels.optim import SGD, AdamW, RowwiseAdagrad
 from tests.support import workers
 from tests.support.attached import all_of, attached, take_step
@@ -67,6 +67,20 @@ def test_the_settings_are_live_and_schedulers_write_them():
     take_step(head, optimizer)
     assert torch.equal(head.weight, before)
     assert "momentum: 0.8" in repr(optimizer) and repr(optimizer).startswith("SGD (")
+
+
+def test_momentum_may_be_0_for_some_steps_as_in_torch():
+    head, optimizer = attached(weight_decay=0.1)
+    plain = copy.deepcopy(head)
+    of_torch = torch.optim.SGD(plain.parameters(), lr=0.1, weight_decay=0.1)
+    for step, momentum in enumerate((0.9, 0.0, 0.9)):
+        changed = dict(momentum=momentum, dampening=0.3)
+        for each in (optimizer, of_torch):
+            each.param_groups[0].update(changed)
+        of_torch.zero_grad()
+        take_step(head, optimizer, step)
+        take_step(plain, of_torch, step)
+    torch.testing.assert_close(head.weight, plain.weight)
 
 
 def test_a_momentum_that_comes_later_is_refused_before_anything_moves():
@@ -132,6 +146,57 @@ MISUSES = {
     second_backward: "expected the class weights as they were in forward.*retain_graph",
     changed_between: "expected the class weights as they were in forward",
 }
+
+
+WEIGHTS = {
+    "register_hook": lambda w: w.register_hook(lambda g: g),
+    "register_post_accumulate": lambda w: w.register_post_accumulate_grad_hook(print),
+    "contiguous": lambda w: setattr(w, "data", w.data.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_that_backward_cannot_move_is_refused_in_forward(name):
+    head, optimizer = attached()
+    WEIGHTS[name](head.weight)
+    with pytest.raises(RuntimeError, match=rf"^head.weight: expected .*{name}"):
+        take_step(head, optimizer)
+    assert not optimizer.update.torn
+
+
+def test_a_state_loaded_between_forward_and_backward_is_refused():
+    head, optimizer = attached(momentum=0.0)
+    other, with_momentum = attached()
+    take_step(other, with_momentum)
+    loss = head(*batch("cpu"))
+    optimizer.load_state_dict(with_momentum.state_dict())
+    before = all_of(head, optimizer)
+    with pytest.raises(RuntimeError, match=r"^backward: expected the optimizer's state of forward"):
+        loss.backward()
+    assert all(map(torch.equal, before, all_of(head, optimizer)))
+    del loss
+    take_step(head, optimizer)
+
+
+def test_a_weight_frozen_between_forward_and_backward_ends_its_step():
+    head, optimizer = attached()
+    loss = head(*batch("cpu"))
+    head.weight.requires_grad_(False)
+    loss.backward()
+    optimizer.step()
+    head.weight.requires_grad_(True)
+    take_step(head, optimizer)
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_the_default_device_does_not_matter(kind):
+    head = make_head("reference", "cpu", margin=NSoftmax(), bias=True)
+    optimizer = kind(head)
+    x, y = batch("cpu")
+    with torch.device("meta"):
+        head(x, y).backward()
+        optimizer.step()
+    assert head.bias.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("misuse", MISUSES, ids=lambda f: f.__name__)
@@ -250,6 +315,21 @@ def test_a_wrapper_that_waits_for_the_gradient_is_refused(wrap):
     for messages in workers.run(2, wrapped, wrap):
         assert len(messages) == 2
         assert all("Wrap the backbone alone" in message for message in messages)
+
+
+def test_hooks_that_save_fewer_bits_leave_the_weights_their_own():
+    head, optimizer = attached()
+    plain = copy.deepcopy(head)
+    x, y = batch("cpu")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.bfloat16() if t.shape == head.weight.shape else t,
+        lambda t: t.float() if t.dtype == torch.bfloat16 else t,
+    ):
+        loss = head(x, y)
+    loss.backward()
+    optimizer.step()
+    plain(x, y).backward()
+    torch.testing.assert_close(head.weight, plain.weight - 0.1 * plain.weight.grad)
 
 
 def test_hooks_on_saved_tensors_and_checkpointing_change_nothing():

@@ -12,6 +12,7 @@ from torch import nn
 import marginkernels
 from marginkernels import (
     AdaCos,
+    AirFace,
     ArcFace,
     CurricularFace,
     MarginSoftmaxHead,
@@ -189,6 +190,16 @@ def test_batches_that_a_state_moves_between_are_refused(name):
         pytest.raises(RuntimeError, match=r"^accumulate: expected all classes"),
     ):
         optimizer.update.head(*batch("cpu")).backward()
+
+
+def test_batches_of_margins_with_other_negatives_are_refused():
+    head = make_head("reference", "cpu", margin=AirFace(0.3))
+    optimizer = SGD(head)
+    with optimizer.accumulate():
+        head(*batch("cpu")).backward()
+    head.margin = ArcFace(0.3)
+    with pytest.raises(RuntimeError, match=r"^accumulate: expected the same scale and"):
+        head(*batch("cpu")).backward()
 
 
 def test_a_step_while_batches_wait_and_a_weight_that_changes_between_them():

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import marginkernels.optim
-from marginkernels import ArcFace, CosFace, CurricularFace, MarginSoftmaxHead, MVSoftmax, NSoftmax
+from marginkernels import (
+    ArcFace,
+    CosFace,
+    CurricularFace,
+    MarginSoftmaxHead,
+    MVSoftmax,
+    NSoftmax,
+    PartialFC,
+)
 from marginkernels.backends import reasons
 from marginkernels.rules import RULES
 from marginkernels.testing import assert_within_budget
-from tests.support.small import C, D, batch
+from tests.support.small import C, D, batch, make_head
 from tests.support.updates import skip_without_updates
 
 STEPS = 4
@@ -173,6 +181,18 @@ def test_frozen_weights_stay_while_the_rest_trains():
     assert torch.equal(head.weight, before)
     torch.testing.assert_close(x.grad, dx[0])
     torch.testing.assert_close(head.bias, -0.1 * dx[1])
+
+
+def test_all_biases_move_where_the_weight_freezes_after_a_sampled_step():
+    head = make_head("reference", "cpu", margin=NSoftmax(), bias=True, sampling=PartialFC(0.3))
+    head_optimizer = marginkernels.optim.SGD(head, lr=0.1)
+    for frozen in (False, True):
+        head.weight.requires_grad_(not frozen)
+        before = head.bias.detach().clone()
+        head(*batch("cpu")).backward()
+        dbias = head.bias.grad.clone()
+        head_optimizer.step()
+    torch.testing.assert_close(head.bias, before - 0.1 * dbias)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "RowwiseAdagrad"])

@@ -100,7 +100,20 @@ class HeadUpdate(Update):
                     f"head.weight: expected {len(t)} classes on {t.device} as {_GIVEN}, got "
                     f"{len(own)} on {own.device}. {_ANEW}"
                 )
+            if not t.is_contiguous():
+                raise RuntimeError(f"state: expected contiguous tensors, got strides {t.stride()}")
         check_dtypes(weight.dtype, [t.dtype for t in self.state()])
+        if not own.is_contiguous():
+            raise RuntimeError(
+                f"head.weight: expected it contiguous, got strides {own.stride()}. Give it "
+                "head.weight.data.contiguous()"
+            )
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise RuntimeError(
+                "head.weight: expected no hook on its gradient (register_hook, "
+                "register_post_accumulate_grad_hook), which is never there. Remove the hook; "
+                "clip_row_norm= bounds gradients"
+            )
 
     def check_no_gradient(self) -> None:
         """Raises RuntimeError if the weight has got a gradient, which no step would use."""

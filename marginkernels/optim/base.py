@@ -103,7 +103,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         values = common + self.coefficients(self.param_groups[0], step.to(dtype))
         values += [0.0] * (rules.NUMBERS - len(values))
         known = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
-        numbers = torch.tensor(known, dtype=dtype, pin_memory=step.is_cuda)
+        numbers = torch.tensor(known, dtype=dtype, device="cpu", pin_memory=step.is_cuda)
         numbers = numbers.to(step.device, non_blocking=True)
         for i, value in enumerate(values):
             if isinstance(value, Tensor):
@@ -151,10 +151,11 @@ class HeadOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         update.check_no_gradient()
-        if update.head.weight.requires_grad:
+        if update.head.weight.requires_grad or update.written:
             update.close()
         with torch.no_grad():
             self._step_bias()
+        update.index = None  # where the weight is frozen, no backward says so
         self._report()
         return loss
 

@@ -66,10 +66,11 @@ class SGD(HeadOptimizer):
         grad_weight: Number = 1.0
         if group["dampening"] != 0:  # not in the first step, as in torch
             grad_weight = 1 - group["dampening"] * (step > 0).to(step.dtype)
-        direct, through = (1.0, group["momentum"]) if group["nesterov"] else (0.0, 1.0)
-        return [
-            group["lr"], group["weight_decay"], group["momentum"], grad_weight, direct, through,
-        ]  # fmt: skip
+        momentum = group["momentum"]
+        direct, through = (1.0, momentum) if group["nesterov"] else (0.0, 1.0)
+        if momentum == 0:  # a buffer stays as it is, as in torch
+            momentum, grad_weight, direct, through = 1.0, 0.0, 1.0, 0.0
+        return [group["lr"], group["weight_decay"], momentum, grad_weight, direct, through]
 
 
 class AdamW(HeadOptimizer):
@@ -111,7 +112,7 @@ class AdamW(HeadOptimizer):
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:
-    (value,) = torch.tensor([number], dtype=dtype).tolist()
+    (value,) = torch.tensor([number], dtype=dtype, device="cpu").tolist()
     return value
 
 
