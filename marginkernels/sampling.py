@@ -160,7 +160,8 @@ def _checked(
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         came = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"sampling: expected it to return an int64 tensor, got {came}")
-    if index.ndim != 1 or (index.numel() == 0) != (num_classes == 0):
+    fits = min(1, num_classes) <= index.numel() <= num_classes
+    if index.ndim != 1 or not fits:
         raise ValueError(
             f"sampling: expected it to return 1 to {num_classes} indices, got {tuple(index.shape)}"
         )
@@ -180,7 +181,9 @@ def _checked(
                 "sampling: expected the classes of the rows among its indices, but class "
                 f"{int(missing[0])} is missing"
             )
-    return Sample(index.clamp(0, max(num_classes - 1, 0)), valid)
+    # kernels write to the rows of a sample: where it is bad, to rows that are there
+    rows = torch.arange(index.shape[0], device=index.device)
+    return Sample(torch.where(valid, index, rows), valid)
 
 
 def sampled(
