@@ -79,7 +79,7 @@ def test_a_scaled_step_is_that_of_torch_and_skipped_as_a_whole(kind, more, bias)
 
 
 def test_the_head_alone_tells_the_scaler_of_an_overflow():
-    """The loss is not scaled for the backbone, whose gradients stay finite."""
+    """Steps the head alone, whose optimizer GradScaler.step does not see."""
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     head, optimizer = attached(scaler=scaler)
     x, y = batch("cpu")
