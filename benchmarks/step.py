@@ -38,7 +38,7 @@ from .sweeps import Config
 from .timing import ms, page_faults, reason_not_to_run, stamp, take_turns, wake_threads
 from .trainers import Trainer, Training, trainers
 
-PLOT_CLASSES = [10_000, 30_000, 100_000, 300_000]
+PLOT_CLASSES = [10_000, 30_000, 100_000]
 COLUMNS: table.Columns = {
     "ms": (8, ".1f"),
     "p20": (8, ".1f"),

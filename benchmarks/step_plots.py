@@ -39,7 +39,7 @@ def draw(rows: list[Row], busy: bool) -> list[Path]:
         known = [row for row in rows if row[column] is not None]
         if not known:
             continue
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+        figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
         for axes, compute in zip(panels, SHOWN, strict=True):
             draw_panel(axes, known, compute, column)
         panels[0].set_ylabel(label)
@@ -58,4 +58,4 @@ def draw_panel(axes: Axes, rows: list[Row], compute: str, column: str) -> None:
     title = f"{compute}, batch {first['N']}, {first['D']} features"
     axes.set(xscale="log", yscale="log", xlabel="classes", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=7)
