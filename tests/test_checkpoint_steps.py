@@ -221,6 +221,14 @@ def test_a_parameter_in_two_optimizers_is_refused(tmp_path):
         save_checkpoint(tmp_path / "saved", model, optimizers)
 
 
+def test_the_heads_own_optimizer_is_not_left_out(tmp_path):
+    model, optimizers = make("SGD")
+    save_checkpoint(tmp_path / "saved", model, optimizers)
+    for act, name in ((save_checkpoint, "new"), (load_checkpoint, "saved")):
+        with pytest.raises(ValueError, match=r"optimizer: .* none of marginkernels.optim for head"):
+            act(tmp_path / name, model, optimizers[0])
+
+
 def save_plain(path):
     model, optimizers = make("RowwiseAdagrad", bias=True)
     train(model, optimizers, range(2))

@@ -144,7 +144,10 @@ def test_the_state_of_torch_loads_and_a_strange_one_changes_nothing(kind):
     adagrad = RowwiseAdagrad(make_head("reference", "cpu", bias=True))
     larger = ours(MarginSoftmaxHead(D, C + 1, margin=ArcFace(), scale=8.0, bias=True), **more)
     maximizing = theirs([plain.weight, plain.bias], lr=0.1, maximize=True)
-    for strange in (fresh, adagrad, larger, maximizing):
+    other = torch.optim.RMSprop([plain.weight, plain.bias])  # without a state as yet
+    settings = dict(optimizer.param_groups[0])
+    for strange in (fresh, adagrad, larger, maximizing, other):
         with pytest.raises(ValueError, match=r"^state_dict: expected"):
             optimizer.load_state_dict(strange.state_dict())
     assert all(map(torch.equal, before, all_of(head, optimizer)))
+    assert optimizer.param_groups[0] == settings

@@ -249,7 +249,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         for prepare in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = prepare(self, state_dict) or state_dict
         group = self.param_groups[0]
-        settings = loading.settings(group, state_dict)
+        settings = loading.settings(self, state_dict)
         states = {p: self.state[p] for p in group["params"]}
         if self.has_state(group | settings) and not self.has_state(group):
             states = {p: self._state_of(p, group | settings) for p in states}

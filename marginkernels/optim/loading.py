@@ -16,22 +16,31 @@ State = dict[str, Any]
 # settings of torch.optim that change no step here, and those that would, with what they have to be
 _OF_TORCH = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"}
 _REQUIRED = {"maximize": False, "amsgrad": False, "decoupled_weight_decay": True}
+# settings here that those of torch.optim lack
+_OF_HEAD = {"project", "clip_row_norm", "seed"}
 
 
-def settings(own: dict[str, Any], state_dict: State) -> dict[str, Any]:
+def settings(optimizer: torch.optim.Optimizer, state_dict: State) -> dict[str, Any]:
     """Returns the settings of the group that a state dict has.
 
     Raises:
-        ValueError: it has other groups, or settings that the rules here do not know.
+        ValueError: it has other groups, lacks settings, or has some that change the steps of torch.
     """
     groups = state_dict["param_groups"]
-    expected, got = [len(own["params"])], [len(group["params"]) for group in groups]
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    got = [len(group["params"]) for group in groups]
     if expected != got:
         raise ValueError(
             "state_dict: expected one group with the weight of the head, and with its bias where "
             f"it has one, {expected[0]} in all, got groups of {got}"
         )
     loaded = {k: copy.deepcopy(v) for k, v in groups[0].items() if k not in _OF_TORCH}
+    lacking = sorted(optimizer.defaults.keys() - _OF_HEAD - loaded.keys())
+    if lacking:
+        raise ValueError(
+            f"state_dict: expected that of {type(optimizer).__name__}, got one without "
+            + ", ".join(lacking)
+        )
     for name, required in _REQUIRED.items():
         if loaded.pop(name, required) != required:
             raise ValueError(f"state_dict: expected {name}={required}, got {not required}")

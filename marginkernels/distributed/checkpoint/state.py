@@ -272,6 +272,12 @@ def _check(model: nn.Module, optimizer: Optimizers) -> None:
             raise TypeError(
                 f"model: expected fully_shard, got {name or 'it'} in a FullyShardedDataParallel"
             )
+        update, given = getattr(module, "_update", None), listed(optimizer)
+        if given and isinstance(update, Update) and update.optimizer not in given:
+            raise ValueError(
+                "optimizer: expected all that train the model, [optimizer, head_optimizer], got "
+                f"none of marginkernels.optim for {name or 'the head'}"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model: expected values, got {name} on the meta device")
