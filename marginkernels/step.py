@@ -36,10 +36,21 @@ def reaches_weight(ctx: Any) -> bool:
     Args:
         ctx: the node in the graph, whose second operand is the weight.
     """
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or _reaches(ctx.next_functions[1][0])
+
+
+def _compiled_reaches(weight: Tensor) -> bool:
+    """Says the same of a compiled graph, in its backward, which is one node."""
+    node = torch._C._current_autograd_node()
+    after = () if node is None else node.next_functions
+    of_weight = [n for n, _ in after if getattr(n, "variable", None) is weight]
+    return all(map(_reaches, of_weight))
+
+
+def _reaches(node: Any) -> bool:
+    """Says whether the backward that runs goes on to a node."""
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # of torch.autograd.grad with respect to the weight
         raise RuntimeError(
             "head.weight: expected no torch.autograd.grad with respect to it, because its "
@@ -78,12 +89,15 @@ def _head_step(
     **settings: Any,
 ) -> Gradients:
     step = of_number(update)
-    step.admit(token)
     rows = RowGradients(
         x, y, lse, x_inv, grad_lse, grad_target, grad_w_norm, grad_sum, row_parameter
     )
     settings |= dict(compute_dtype=compute_dtype)
     classes = (w, scale, bias, index, w_inv)
+    if not _compiled_reaches(step.parameters()[0]):
+        step.require_unchanged(token)
+        return _gradients(backend, rows, tiles, classes, **settings)
+    step.admit(token)
     if not (step.accumulates or step.keeps_rows or len(x) == 0):
         return _write(step, backend, rows, tiles, classes, state, **settings)
     gradients = _gradients(backend, rows, tiles, classes, **settings)

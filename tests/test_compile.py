@@ -200,6 +200,24 @@ def test_a_step_inside_a_compiled_backward(compiler, backend, device, monkeypatc
     assert all(in_place) or compiler == "aot_eager"
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_backward_to_other_inputs_moves_nothing(compiler):
+    if not COMPILES_STEPS:
+        pytest.skip("torch.compile leaves the step to eager PyTorch before torch 2.13")
+    head = make_head("reference", "cpu")
+    twin, optimizer = copy.deepcopy(head), optim.SGD(head, lr=0.1)
+    compiled = torch.compile(head, backend=compiler, fullgraph=True)
+    x, y = batch("cpu")
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(compiled(x, y), x)
+    torch.testing.assert_close(dx, torch.autograd.grad(twin(x, y), x)[0])
+    assert torch.equal(head.weight, twin.weight)
+    compiled(x, y).backward()
+    optimizer.step()
+    twin(x, y).backward()
+    torch.testing.assert_close(head.weight, twin.weight - 0.1 * twin.weight.grad)
+
+
 def test_export_for_batches_of_any_size(backend, device):
     head = make_head(backend, device)
     batches = torch.export.Dim("batches", min=2)
