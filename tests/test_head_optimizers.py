@@ -23,6 +23,8 @@ from marginkernels import (
 from marginkernels.backends import reasons
 from marginkernels.rules import RULES
 from marginkernels.testing import assert_within_budget
+from tests.support.losses import LOSSES, operands
+from tests.support.losses import C as LOSS_CLASSES
 from tests.support.small import C, D, batch, make_head
 from tests.support.updates import skip_without_updates
 
@@ -141,6 +143,26 @@ def test_rowwise_adagrad_is_fbgemm_s(head):
     b = trained(plain, RowwiseAdagrad(held, **settings), torch.float64)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_moves_the_weights_by_its_gradient(name, backend):
+    skip_without_updates(backend)
+    loss, (x, w, y) = LOSSES[name], operands(dtype=torch.float32)
+    head = MarginSoftmaxHead(
+        x.shape[1], LOSS_CLASSES, margin=loss.make(), scale=loss.scale, normalize=loss.normalize,
+        z_loss=1e-2, label_smoothing=0.1, backend=backend,
+    )  # fmt: skip
+    with torch.no_grad():
+        head.weight.copy_(w)
+    plain, features = copy.deepcopy(head), [x.clone().requires_grad_() for _ in range(2)]
+    head_optimizer = marginkernels.optim.SGD(head, lr=0.5)
+    for each, leaf in zip((head, plain), features, strict=True):
+        each(leaf, y).backward()
+    head_optimizer.step()
+    torch.testing.assert_close(head.weight.detach(), w - 0.5 * plain.weight.grad)
+    assert (w != head.weight).any(1).all()
+    torch.testing.assert_close(features[0].grad, features[1].grad)
 
 
 @pytest.mark.parametrize("save_tiles", [True, False])

@@ -239,8 +239,8 @@ class HeadOptimizer(torch.optim.Optimizer):
 
         The state of a ``torch.optim`` optimizer of the same name loads too, if it has the same
         parameters: ``[head.weight]``, or ``[head.weight, head.bias]``. Settings that it lacks stay
-        as they are. A step that was interrupted, and rows that wait for their update, are
-        forgotten.
+        as they are. Rows that wait for their update are forgotten, and so is an interrupted step
+        when the weights are loaded too.
 
         Raises:
             ValueError: it is the state of another optimizer. Nothing has been changed.
