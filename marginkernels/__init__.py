@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Fuses normalised linear layer, margin and softmax cross-entropy over huge class counts."""
 
+from . import optim
 from .backends import backend_notes, backend_report
 from .device_checks import set_device_checks
 from .distributed import (
@@ -84,6 +85,7 @@ __all__ = [
     "clip_grad_value_",
     "margin_cross_entropy",
     "margins_from_counts",
+    "optim",
     "param_groups",
     "set_device_checks",
 ]
