@@ -225,8 +225,9 @@ class Update(ABC):
             )
         if not self._kept:
             self._kept_place = _place(self.weight())
-        self._kept.append(rows)
-        self._shared = shared
+        # copies, because a compiled graph uses the memory of operands again
+        self._kept.append(RowGradients(*map(_copied, rows)))
+        self._shared = tuple(map(_copied, shared))
 
     def take_kept(self) -> RowGradients | None:
         """Returns the rows that were kept as one batch, and forgets them; None without any."""
@@ -284,7 +285,8 @@ class Update(ABC):
         """Keeps the inverse norms (C,) that the update has written."""
         w = self.weight()
         storage = StorageWeakRef(w.untyped_storage())
-        self._known = _Norms(w_inv, compute_dtype, storage, _place(w), _sample(w).clone())
+        # a copy, as of rows that are kept
+        self._known = _Norms(w_inv.clone(), compute_dtype, storage, _place(w), _sample(w).clone())
 
     def known_norms(self, w: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
         """Returns the inverse norms (C,) of w, if nothing has changed it since they were kept."""
@@ -311,6 +313,10 @@ class Update(ABC):
                 f"was written ({self.torn}): some classes are updated and some are not. Load "
                 "weights and state of an earlier step (load_state_dict of both), then go on"
             )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _version(w: Tensor) -> int:

@@ -22,7 +22,7 @@ from marginkernels.update import Update
 from tests.support import stateful, sweeps
 from tests.support.losses import LOSSES, operands
 from tests.support.losses import C as CLASSES
-from tests.support.small import C, N, batch, make_head
+from tests.support.small import C, D, N, batch, make_head
 from tests.support.updates import Case, opcheck, skip_without_updates
 
 
@@ -198,6 +198,30 @@ def test_a_step_inside_a_compiled_backward(compiler, backend, device, monkeypatc
     assert counter.frame_count == 1
     # aot_eager makes the graph functional, and copies
     assert all(in_place) or compiler == "aot_eager"
+
+
+def test_what_a_compiled_backward_keeps_outlives_it(backend, device):
+    """Accumulates, and goes on in eager PyTorch: a graph uses the memory of its buffers again."""
+    skip_without_updates(backend)
+    if not COMPILES_STEPS:
+        pytest.skip("torch.compile leaves the step to eager PyTorch before torch 2.13")
+    x, y = batch(device, n=32)
+    backbone = torch.nn.Sequential(torch.nn.Linear(D, 32), torch.nn.ReLU(), torch.nn.Linear(32, D))
+    backbone = backbone.to(device)
+
+    def loss(modules, x, y):
+        return modules[1](modules[0](x), y)
+
+    modules = backbone, make_head(backend, device)
+    compiled, twins, results = torch.compile(loss, fullgraph=True), copy.deepcopy(modules), []
+    for function, pair in ((compiled, modules), (loss, twins)):
+        optimizer = optim.SGD(pair[1], lr=0.5, momentum=0.9)
+        with optimizer.accumulate():
+            function(pair, x, y).backward()
+        function(pair, x.flip(0), y).backward()
+        optimizer.step()
+        results.append([pair[1].weight.detach(), loss(pair, x, y)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
