@@ -164,9 +164,16 @@ class Update(ABC):
         Raises:
             RuntimeError: backward could not update the weights.
         """
-        self.check(self.weight())  # here too, because a compiled forward has not called it
+        w = self.weight()
+        self.check(w)  # here too, because a compiled forward has not called it
+        if w.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "head: expected no capture of a CUDA graph, which would repeat the learning rate "
+                "and the random numbers of one step. Capture the backbone alone, or take an "
+                "optimizer of torch.optim"
+            )
         number = next(self._forward_numbers)
-        token = torch.tensor([number, hash(_place(self.weight()))], device="cpu")
+        token = torch.tensor([number, hash(_place(w))], device="cpu")
         self._forwards = {n: ref for n, ref in self._forwards.items() if not ref.expired()}
         self._forwards[number] = StorageWeakRef(token.untyped_storage())
         return token

@@ -4,6 +4,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,3 +274,13 @@ def test_a_failure_before_the_first_write_leaves_all_as_it_was():
     assert all(map(torch.equal, before, all_of(head, optimizer)))
     head.margin = margin
     take_step(head, optimizer)
+
+
+def test_a_cuda_graph_does_not_repeat_one_step(monkeypatch):
+    _, optimizer = attached()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.update.open()
+    monkeypatch.setattr(optimizer.update, "check", lambda w: None)
+    monkeypatch.setattr(optimizer.update, "weight", lambda: SimpleNamespace(is_cuda=True))
+    with pytest.raises(RuntimeError, match=r"^head: expected no capture of a CUDA graph.*backbone"):
+        optimizer.update.open()
