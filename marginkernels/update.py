@@ -292,8 +292,9 @@ class Update(ABC):
         """Keeps the inverse norms (C,) that the update has written."""
         w = self.weight()
         storage = StorageWeakRef(w.untyped_storage())
-        # a copy, as of rows that are kept
-        self._known = _Norms(w_inv.clone(), compute_dtype, storage, _place(w), _sample(w).clone())
+        # copies, as of rows that are kept
+        sample = _sample(w.detach()).clone()
+        self._known = _Norms(w_inv.clone(), compute_dtype, storage, _place(w), sample)
 
     def known_norms(self, w: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
         """Returns the inverse norms (C,) of w, if nothing has changed it since they were kept."""

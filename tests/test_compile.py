@@ -224,6 +224,24 @@ def test_what_a_compiled_backward_keeps_outlives_it(backend, device):
     torch.testing.assert_close(*results)
 
 
+def test_a_compiled_step_may_follow_a_validation_of_another_head():
+    if not COMPILES_STEPS:
+        pytest.skip("torch.compile leaves the step to eager PyTorch before torch 2.13")
+    for kind, validates in ((optim.AdamW, True), (optim.SGD, False)):
+        head = make_head("reference", "cpu")
+        with torch.no_grad():
+            head.weight.mul_(2)  # its version is not 0
+        before, optimizer = head.weight.detach().clone(), kind(head, lr=0.1)
+        compiled = torch.compile(head, backend="aot_eager")
+        x, y = batch("cpu")
+        if validates:
+            with torch.no_grad():
+                compiled(x, y)
+        compiled(x, y).backward()
+        optimizer.step()
+        assert not torch.equal(head.weight, before)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_backward_to_other_inputs_moves_nothing(compiler):
     if not COMPILES_STEPS:

@@ -48,7 +48,9 @@ class HeadUpdate(Update):
         self.skipped: Tensor | None = None  # whether the last step was skipped, a number ()
 
     def weight(self) -> Tensor:
-        return local(self.head.weight.detach())
+        # a detached tensor shares no version under torch.compile; a DTensor is not compiled
+        weight = self.head.weight
+        return weight if self.head.shard is None else local(weight.detach())
 
     def state(self) -> list[Tensor]:
         held = self.optimizer.state[self.head.weight]
