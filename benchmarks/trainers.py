@@ -24,7 +24,7 @@ PlainLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, w and y
 
 
 class Updater(Protocol):
-    """Is what a step needs of an optimizer."""
+    """Names what a step needs of an optimizer."""
 
     def step(self) -> object:
         """Updates the weights."""
@@ -129,7 +129,7 @@ def _sgd(*weights: Tensor) -> torch.optim.SGD:
 
 
 class NoUpdate:
-    """Only lets the gradient go: forward and backward alone."""
+    """Lets the gradient go and moves nothing: forward and backward alone."""
 
     def __init__(self, head: MarginSoftmaxHead):
         self.head = head
