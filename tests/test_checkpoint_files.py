@@ -4,6 +4,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import signal
@@ -15,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_checkpoint import make, state, step
+from torch.distributed.checkpoint import metadata
 
-from marginkernels.distributed.checkpoint import files, load_checkpoint, save_checkpoint
+from marginkernels.distributed.checkpoint import files, index, load_checkpoint, save_checkpoint
 from tests.support import workers
 
 
@@ -286,6 +288,28 @@ def test_loading_runs_no_code(part, tmp_path):
     assert not trace.path.exists()
     for name, value in state(model, optimizer).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class Attribute:
+    """Is pickled by ``getattr``, as Python 3.11.0 to 3.11.3 pickles the members of enumerations."""
+
+    def __init__(self, *owner_and_name):
+        self.owner_and_name = owner_and_name
+
+    def __reduce__(self):
+        return getattr, self.owner_and_name
+
+
+@pytest.mark.parametrize("unpickler", [index._Unpickler, index._CarefulUnpickler])
+def test_an_index_has_members_of_enumerations_by_name_and_no_other_attribute(unpickler):
+    def read(*owner_and_name):
+        return unpickler(io.BytesIO(pickle.dumps(Attribute(*owner_and_name)))).load()
+
+    kind = metadata._MEM_FORMAT_ENCODING
+    assert read(kind, "TORCH_CONTIGUOUS_FORMAT") is kind.TORCH_CONTIGUOUS_FORMAT
+    for owner, name in ((kind, "mro"), (metadata.Metadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="unexpected getattr"):
+            read(owner, name)
 
 
 def with_storage_that_fails(path):

@@ -7,6 +7,7 @@ import math
 import pickle
 import zlib
 from collections import defaultdict
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,13 @@ def _metadata(folder: Path, sums: dict[str, list[int]] | None) -> Metadata:
     return found
 
 
+def _member(kind: Any, name: Any) -> Enum:
+    """Returns a member of an enumeration: Python 3.11.0 to 3.11.3 pickles one by ``getattr``."""
+    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"unexpected getattr({kind}, {name!r}) in an index")
+    return kind[name]
+
+
 def _check_known(module: str, name: str) -> None:
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     if not (is_dtype or name in _NAMES.get(module, ())):
@@ -171,6 +179,8 @@ class _Unpickler(pickle.Unpickler):
     """Unpickles the classes of an index, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         _check_known(module, name)
         return super().find_class(module, name)
 
@@ -179,5 +189,7 @@ class _CarefulUnpickler(pickle._Unpickler):
     """Does the same in Python, which sets aside no memory for sizes that the bytes announce."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         _check_known(module, name)
         return super().find_class(module, name)
