@@ -12,9 +12,8 @@ contenders take turns.
 """
 
 import argparse
-from pathlib import Path
 
-from . import process, table
+from . import command_line, process, table
 from .contenders import Shape, contenders
 from .machine import header, provenance
 from .memory import beyond_gradients, extra_peaks
@@ -55,19 +54,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.head",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs=3, metavar=("N", "C", "D"), default=(256, 100_000, 512)
-    )
-    parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these")
-    parser.add_argument("--repeats", type=int, default=11, help="rounds (default: %(default)s)")
-    parser.add_argument("--backend", default="native", help="this library's (default: native)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser = command_line.parser("head", __doc__, "contenders")
     parser.add_argument("--quick", action="store_true", help="warm buffers, no huge pages, no +MiB")
     parser.add_argument("--memory", action="store_true", help="peak memory only")
     return parser.parse_args()

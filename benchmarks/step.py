@@ -23,13 +23,12 @@ import argparse
 import functools
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import process, table
+from . import command_line, process, table
 from .contenders import Shape, problem
 from .machine import header, provenance
 from .memory import extra_peaks, growth, held, warm_up_classes
@@ -107,19 +106,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs=3, metavar=("N", "C", "D"), default=(256, 100_000, 512)
-    )
-    parser.add_argument("--only", nargs="+", help="trainers whose name contains one of these")
-    parser.add_argument("--repeats", type=int, default=11, help="rounds (default: %(default)s)")
-    parser.add_argument("--backend", default="native", help="this library's (default: native)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser = command_line.parser("step", __doc__, "trainers")
     parser.add_argument("--quick", action="store_true", help="without the memory column")
     parser.add_argument("--warm", action="store_true", help="buffers that are reused")
     parser.add_argument("--busy", action="store_true", help="compare the time on processors")
