@@ -112,9 +112,8 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def loss_scale(self, upstream: list[Tensor], dtype: torch.dtype) -> tuple[Number, Number]:
         """Returns 1 over the loss scale, and a number other than 0 where a step is skipped."""
-        scale = getattr(
-            self.scaler, "_scale", None
-        )  # none before it has scaled, or where it is off
+        # none before it has scaled, or where it is off
+        scale = getattr(self.scaler, "_scale", None)
         if scale is None:
             return 1.0, 0.0
         finite = torch.cat([g.reshape(-1) for g in upstream]).isfinite().all()

@@ -13,8 +13,11 @@ from ..distributed.shard import ClassShard
 
 State = dict[str, Any]
 
-# settings of torch.optim that change no step here, and those that would, with what they have to be
-_OF_TORCH = {"params", "param_names", "foreach", "capturable", "differentiable", "fused"}
+# the entries of a parameter group that name its parameters, and are never loaded
+OF_PARAMETERS = {"params", "param_names"}
+# the settings of torch.optim that say how an optimizer computes, and not what
+MEANS = {"foreach", "fused", "capturable", "differentiable"}
+# those that would change a step here, with what they have to be
 _REQUIRED = {"maximize": False, "amsgrad": False, "decoupled_weight_decay": True}
 # settings here that those of torch.optim lack
 _OF_HEAD = {"project", "clip_row_norm", "seed"}
@@ -34,7 +37,7 @@ def settings(optimizer: torch.optim.Optimizer, state_dict: State) -> dict[str, A
             "state_dict: expected one group with the weight of the head, and with its bias where "
             f"it has one, {expected[0]} in all, got groups of {got}"
         )
-    loaded = {k: copy.deepcopy(v) for k, v in groups[0].items() if k not in _OF_TORCH}
+    loaded = {k: copy.deepcopy(v) for k, v in groups[0].items() if k not in OF_PARAMETERS | MEANS}
     lacking = sorted(optimizer.defaults.keys() - _OF_HEAD - loaded.keys())
     if lacking:
         raise ValueError(

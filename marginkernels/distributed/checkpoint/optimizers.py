@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-# the entries of a parameter group that name its parameters, and are never loaded
-_OF_PARAMETERS = ("params", "param_names")
-# the settings that say how an optimizer computes, and not what
-_MEANS = {"foreach", "fused", "capturable", "differentiable", "seed"}
+from ...optim.loading import MEANS, OF_PARAMETERS
+
+# settings that may differ between optimizers that take the same steps
+_MEANS = MEANS | {"seed"}
 # the values of settings that optimizers without them have, where it is not None, False or 0
 _WITHOUT = {"decoupled_weight_decay": True}
 
@@ -100,7 +100,7 @@ def _converted(saved: Settings, group: Settings, optimizer: torch.optim.Optimize
     Raises:
         ValueError: the optimizer would take other steps than the one that was saved.
     """
-    found = {key: value for key, value in saved.items() if key not in _OF_PARAMETERS}
+    found = {key: value for key, value in saved.items() if key not in OF_PARAMETERS}
     lacking = optimizer.defaults.keys() - found.keys()
     foreign = {key for key in found.keys() - group.keys() if key != "initial_lr"}
     if not lacking:
