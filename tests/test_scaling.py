@@ -124,11 +124,11 @@ def test_the_traffic_that_launchers_ask_for_agrees_with_the_formulas():
 
 
 def test_the_formulas_know_the_launcher():
-    backward = pytest.importorskip("marginkernels.backends.triton.backward")
+    dw = pytest.importorskip("marginkernels.backends.triton.dw")
     operands = importlib.import_module("marginkernels.backends.triton.operands")
     sources = importlib.import_module("marginkernels.backends.triton.sources")
     assert scaling.G_CHUNK_BYTES == sources.G_CHUNK_BYTES
-    assert scaling.DW_CHUNK_BYTES == backward.DW_CHUNK_BYTES
+    assert scaling.DW_CHUNK_BYTES == dw.DW_CHUNK_BYTES
     assert scaling.W_CHUNK_BYTES == operands.W_CHUNK_BYTES
 
 

@@ -6,9 +6,7 @@ step.py makes the same sweep, with an update of w in the place of dw.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,15 +14,10 @@ from torch import Tensor
 
 from . import vendor_gemm
 from .configs import Config
+from .dw import RowGradient, TakeChunk, WriteDw, projection_settings
 from .operands import Operands
 from .row_kernels import project_kernel, target_kernel
 from .sources import GradientSource, Incoming, SavedGradient, TileGradient
-
-# a chunk of fp32 dw, which should still be in L2 when it is projected
-DW_CHUNK_BYTES = 16 << 20
-
-# takes dw of some classes before its projection: their places in the sweep, their rows, the sums
-TakeRows = Callable[[slice, Tensor, Tensor], None]
 
 
 def head_bwd(
@@ -73,23 +66,10 @@ def head_bwd(
         lse, x_inv, w_inv, grad_lse, grad_target, grad_w_norm, grad_sum
     ).contiguous()
     sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
-    dx_raw = sweep.run(need_x, dbias, functools.partial(_write_dw, sweep, dw) if need_w else None)
+    dx_raw = sweep.run(need_x, dbias, WriteDw(sweep.of_rows(), dw) if need_w else None)
     if dx_raw is not None:
         sweep.write_dx(dx_raw, w, operands.target_row(), normalize_x, dx)
     return dx, dw, dbias, sweep.scale_gradient() if need_scale else dscale
-
-
-def _write_dw(sweep: "BackwardSweep", dw: Tensor, part: slice, rows: Tensor, raw: Tensor) -> None:
-    """Projects dw of some classes while the result of the GEMM is in L2."""
-    operands, targets = sweep.operands, sweep.targets
-    out, out_index = (dw[part], None) if operands.index is None else (dw, operands.index[part])
-    project_kernel[(triton.cdiv(len(rows), 4),)](
-        raw, rows, sweep.incoming.w_inv[part], sweep.source.dw_factor, targets.slot[part],
-        targets.sums, None, targets.radial, out, out_index,
-        R=len(rows), table_stride_r=operands.width, table_stride_d=1,
-        NORMALIZE=operands.normalize_w, FACTOR_STRIDE=0, ROUND_TABLE=False,
-        **_projection_settings(operands),
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +102,14 @@ class BackwardSweep:
         self,
         need_x: bool,
         dbias: Tensor,  # (C,) to be written, or (0,)
-        take: TakeRows | None,
+        take: TakeChunk | None,
     ) -> Tensor | None:
         """Goes over the classes, and returns dx (N, width) before its projection.
 
-        A class has been added to dx before ``take`` gets its rows.
+        A class has been added to dx before ``take`` gets its chunk.
         """
         operands, source = self.operands, self.source
-        dx_raw = dw_raw = None
+        dx_raw = None
         if need_x:
             dx_raw = operands.statistics(len(operands.x), operands.width).zero_()
         for first, stop, w_chunk in operands.chunks(source.chunk_tiles):
@@ -140,30 +120,20 @@ class BackwardSweep:
             if dbias.numel() > 0:
                 torch.sum(source.dbias[:, :count], 0, out=dbias[start : start + count])
             if take is not None:
-                if dw_raw is None:
-                    dw_raw = operands.statistics(min(_dw_rows(operands), count), operands.width)
-                self._take_chunk(start, w_chunk, g, dw_raw, take)
+                take(start, w_chunk, g)
         return dx_raw
+
+    def of_rows(self) -> RowGradient:
+        """Returns what dw is made of, but for G and the rows of w."""
+        targets = self.targets
+        return RowGradient(
+            self.operands, self.incoming.w_inv, self.source, targets.slot, targets.sums,
+            targets.radial,
+        )  # fmt: skip
 
     def scale_gradient(self) -> Tensor:
         """Returns the gradient of the scale, ()."""
         return self.source.dscale.sum() / self.operands.scale
-
-    def _take_chunk(
-        self,
-        first: int,  # class of the chunk
-        w_chunk: Tensor,  # (classes, width)
-        g: Tensor,  # (N, classes)
-        dw_raw: Tensor,  # (rows of a part, width): a buffer
-        take: TakeRows,
-    ) -> None:
-        """Makes dw of a chunk part by part, so that what takes it finds it in L2."""
-        for start in range(0, len(w_chunk), len(dw_raw)):
-            part = slice(start, start + len(dw_raw))
-            rows = w_chunk[part]
-            raw = dw_raw[: len(rows)]
-            vendor_gemm.mm(raw, g[:, part].t(), self.source.x)
-            take(slice(first + start, first + start + len(rows)), rows, raw)
 
     def write_dx(
         self,
@@ -184,7 +154,7 @@ class BackwardSweep:
             R=n, table_stride_r=table.stride(0), table_stride_d=table.stride(1),
             NORMALIZE=normalize_x,
             FACTOR_STRIDE=0 if source.dx_factor is None else source.dx_factor.dim(),
-            ROUND_TABLE=True, **_projection_settings(operands),
+            ROUND_TABLE=True, **projection_settings(operands),
         )  # fmt: skip
 
 
@@ -213,18 +183,3 @@ class Targets(NamedTuple):
             **operands.row_settings(),
         )  # fmt: skip
         return targets
-
-
-def _projection_settings(operands: Operands) -> dict[str, Any]:
-    """Returns the settings that both projections share."""
-    d = operands.w.shape[1]
-    return dict(
-        D=d, EVEN_D=d == operands.width, inverse_limit=operands.inverse_limit, BLOCK_R=4,
-        BLOCK_D=512, **operands.row_settings(),
-    )  # fmt: skip
-
-
-def _dw_rows(operands: Operands) -> int:
-    """Returns the rows of dw that are made at once."""
-    # a multiple of 64 rows keeps every part at a multiple of 16 bytes
-    return max(64, DW_CHUNK_BYTES // (operands.width * 4) // 64 * 64)

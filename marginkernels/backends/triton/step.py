@@ -2,7 +2,6 @@
 # Copyright (c) 2026 The marginkernels authors
 """Computes head_step: the backward sweep, with an update of w and its state in the place of dw."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ... import rules
 from .backward import BackwardSweep
 from .configs import Config
+from .dw import RowGradient, TakeDw
 from .operands import Operands
 from .sources import Incoming
 from .update import FUNCTORS, update_kernel
@@ -74,7 +74,7 @@ def head_step(
     dscale = operands.statistics(0)
     sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
     target_w = w[operands.target_row().clamp_min(0)] if need_x else w  # dx is that of the old w
-    dx_raw = sweep.run(need_x, dbias, functools.partial(update.take, sweep))
+    dx_raw = sweep.run(need_x, dbias, TakeAndUpdate(sweep.of_rows(), update))
     if dx_raw is not None:
         row = torch.arange(len(x), device=x.device)
         sweep.write_dx(dx_raw, target_w, torch.where(y >= 0, row, -1), normalize_x, dx)
@@ -111,10 +111,19 @@ class Update(NamedTuple):
             if not t.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
 
-    def take(self, sweep: BackwardSweep, part: slice, rows: Tensor, raw: Tensor) -> None:
-        """Updates some classes while the GEMM's result is in L2, as backward.TakeRows says."""
-        operands, targets, state = sweep.operands, sweep.targets, self.state
-        moved, index, first_class = [operands.w, *state], operands.index, self.first_class
+
+class TakeAndUpdate(TakeDw):
+    """Updates w and its state in the place of dw."""
+
+    def __init__(self, gradient: RowGradient, update: Update) -> None:
+        super().__init__(gradient)
+        self.update = update
+
+    def take(self, part: slice, rows: Tensor, raw: Tensor) -> None:
+        """Updates some classes."""
+        gradient, operands, update = self.gradient, self.gradient.operands, self.update
+        state = update.state
+        moved, index, first_class = [operands.w, *state], operands.index, update.first_class
         if index is None:
             moved, first_class = [t[part] for t in moved], first_class + part.start
         w, first, second = [*moved, None, None][:3]
@@ -122,12 +131,12 @@ class Update(NamedTuple):
         unit, block_d = math.gcd(d, _UNIT), triton.next_power_of_2(width)
         block_r = max(1, _HELD // block_d)
         update_kernel[(triton.cdiv(len(rows), block_r),)](
-            raw, sweep.source.dw_factor, targets.slot[part], targets.sums, targets.radial,
-            self.w_inv[part], w, first, second, None if index is None else index[part],
-            self.numbers, self.random,
+            raw, gradient.source.dw_factor, gradient.slot[part], gradient.sums, gradient.radial,
+            update.w_inv[part], w, first, second, None if index is None else index[part],
+            update.numbers, update.random,
             R=len(rows), D_UNITS=d // unit, first_class=first_class,
-            inverse_limit=operands.inverse_limit, RULE=FUNCTORS[self.rule, len(state)],
-            FIRST_PER_ROW=rules.RULES[self.rule].state[0].per_row, PROJECT=self.project,
+            inverse_limit=operands.inverse_limit, RULE=FUNCTORS[update.rule, len(state)],
+            FIRST_PER_ROW=rules.RULES[update.rule].state[0].per_row, PROJECT=update.project,
             NORMALIZE=operands.normalize_w, COMPUTE_TYPE=_triton_type(operands.x.dtype),
             DRAW_FIRST=torch.bfloat16 in [t.dtype for t in (operands.w, *state[:1])],
             DRAW_SECOND=torch.bfloat16 in [t.dtype for t in state[1:]],
