@@ -83,6 +83,7 @@ def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
         x_inv=of.x_inv,
         w_inv=of.w_inv,
         tiles=of.z.new_empty(0),
+        w_rounded=x.new_empty(0, dtype=settings["compute_dtype"]),
     )
 
 

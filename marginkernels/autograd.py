@@ -50,8 +50,8 @@ class HeadFunction(torch.autograd.Function):
     """Maps (x, w, bias, scale) to lse, target_cosine, w_norm, logit_sum and logit_max.
 
     Each is (N,) or (0,), as :mod:`marginkernels.ops` says. logit_max has no gradient. Saves the
-    operands and 3 N + C numbers besides (and the tiles, where ``settings`` ask for them). Where an
-    optimizer updates w in backward, w gets no gradient.
+    operands and 3 N + C numbers besides (and the tiles and the rounded w, where ``settings`` ask
+    for them). Where an optimizer updates w in backward, w gets no gradient.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class HeadFunction(torch.autograd.Function):
                 x, w, y, scale, bias, index, known_w_inv, normalize_x=s.normalize_x,
                 normalize_w=s.normalize_w, compute_dtype=s.compute_dtype, save_tiles=s.save_tiles,
                 want_sum=s.want_sum, want_max=s.want_max, transform=s.transform,
-                row_parameter=row_parameter, constants=constants,
+                row_parameter=row_parameter, constants=constants, keep_rounded=s.keep_rounded,
             )
         )  # fmt: skip
         lse = _checked(out.lse, out.w_inv, s.check_w)
@@ -84,8 +84,9 @@ class HeadFunction(torch.autograd.Function):
             token = open_update(x, s.update) if ctx.needs_input_grad[1] else None
             w = w.data  # the token tells changes of w from the update's own, and torch does not
         ctx.save_for_backward(
-            x, w, bias, scale, y, lse, out.x_inv, out.w_inv, out.tiles, row_parameter, constants,
-            index, token, *state,
+            x, w, bias, scale, y, lse, out.x_inv, out.w_inv, out.tiles,
+            out.w_rounded if s.keep_rounded else None, row_parameter, constants, index, token,
+            *state,
         )  # fmt: skip
         ctx.settings = settings
         ctx.mark_non_differentiable(out.logit_max)
@@ -105,10 +106,11 @@ class HeadFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # hooks on saved tensors may bring back other strides; the ops read x and w with any
         x, w, *rest = saved
-        rest, state = rest[:11], list(rest[11:])
-        bias, scale, y, lse, x_inv, w_inv, tiles, row_parameter, constants, index, token = (
+        rest, state = rest[:12], list(rest[12:])
+        bias, scale, y, lse, x_inv, w_inv, tiles, w_rounded, row_parameter, *rest = (
             t if t is None else t.contiguous() for t in rest
         )
+        constants, index, token = rest
         s, needs = ctx.settings, ctx.needs_input_grad[:4]
         need_x, need_w, need_bias, need_scale = needs
         zeros = torch.zeros_like(lse)
@@ -123,7 +125,7 @@ class HeadFunction(torch.autograd.Function):
         wanted = dict(
             normalize_x=s.normalize_x, normalize_w=s.normalize_w, compute_dtype=s.compute_dtype,
             need_x=need_x, need_bias=need_bias, need_scale=need_scale, transform=s.transform,
-            row_parameter=row_parameter, constants=constants,
+            row_parameter=row_parameter, constants=constants, w_rounded=w_rounded,
         )  # fmt: skip
         if token is not None and not reaches_weight(ctx):
             require_unchanged(token, s.update)

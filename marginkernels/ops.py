@@ -24,6 +24,8 @@ f' = slope. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
                          normalised
     w_inv          (C,)  1 / |w_j| likewise, always
     tiles          what the backend keeps for its own backward, or (0,) unless ``save_tiles``
+    w_rounded      (C, D) the rows that are swept, rounded to ``compute_dtype``, or (0,) unless
+                   ``keep_rounded``; a backward that gets them reads no other w
 
 and ``head_bwd`` applies, in one more sweep, G_ij = (a_i exp(f - lse_i) + u_i) f' with a = grad_lse,
 u = grad_sum, and G_iy = grad_target, the gradient of (scale target_cosine). It returns dx, dw,
@@ -54,20 +56,22 @@ from .numerics import GREATEST_NORM
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index=None,
     Tensor? known_w_inv=None, *, bool normalize_x, bool normalize_w, ScalarType compute_dtype,
     bool save_tiles, bool want_sum, bool want_max, str transform, Tensor? row_parameter,
-    Tensor? constants) -> (Tensor lse, Tensor target_cosine, Tensor w_norm, Tensor logit_sum,
-    Tensor logit_max, Tensor x_inv, Tensor w_inv, Tensor tiles)"""
+    Tensor? constants, bool keep_rounded=False) -> (Tensor lse, Tensor target_cosine,
+    Tensor w_norm, Tensor logit_sum, Tensor logit_max, Tensor x_inv, Tensor w_inv, Tensor tiles,
+    Tensor w_rounded)"""
 _BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
     Tensor lse, Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, *, bool normalize_x, bool normalize_w,
     ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias, bool need_scale,
-    str transform, Tensor? row_parameter, Tensor? constants)
+    str transform, Tensor? row_parameter, Tensor? constants, Tensor? w_rounded=None)
     -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
 _STEP_SCHEMA = """(Tensor x, Tensor(a!) w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
     Tensor lse, Tensor x_inv, Tensor(b!) w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, Tensor(c!)[] state, Tensor numbers, Tensor random, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool need_x, bool need_bias,
     bool need_scale, str transform, Tensor? row_parameter, Tensor? constants, str rule,
-    bool project, int first_class) -> (Tensor dx, Tensor dbias, Tensor dscale)"""
+    bool project, int first_class, Tensor? w_rounded=None)
+    -> (Tensor dx, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
 _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int? ignore_index,
     str name='y') -> Tensor"""
@@ -96,6 +100,7 @@ class Forward(NamedTuple):
     x_inv: Tensor
     w_inv: Tensor
     tiles: Tensor
+    w_rounded: Tensor
 
 
 class SweepSettings(NamedTuple):
@@ -106,6 +111,7 @@ class SweepSettings(NamedTuple):
     normalize_w: bool
     compute_dtype: torch.dtype
     save_tiles: bool
+    keep_rounded: bool
     want_sum: bool
     want_max: bool
     transform: str
@@ -234,6 +240,7 @@ def _head_fwd_fake(
     save_tiles: bool,
     want_sum: bool,
     want_max: bool,
+    keep_rounded: bool = False,
     **__: Any,
 ) -> Forward:
     n, c = x.shape[0], (w if index is None else index).shape[0]
@@ -251,6 +258,7 @@ def _head_fwd_fake(
         x_inv=stat(n),
         w_inv=stat(c),
         tiles=stat(0) if shape is None else x.new_empty(shape, dtype=compute_dtype),
+        w_rounded=x.new_empty((c, x.shape[1]) if keep_rounded else 0, dtype=compute_dtype),
     )
 
 

@@ -19,6 +19,8 @@ from .sampling import sampled
 from .transforms import IDENTITY, Transform
 
 _AUTO_TILES_BYTES = 256 << 20
+# the rounded w that forward keeps for backward is at most this large
+_ROUNDED_BYTES = 256 << 20
 
 
 class Batch(NamedTuple):
@@ -92,6 +94,7 @@ class Sweep:
                 call.settings.save_tiles, call.tile_obstacles, self.batch.x.shape[0],
                 self.num_classes, call.compute_dtype, call.backend,
             ),
+            keep_rounded=self._learns() and self._keeps_rounded(),
             want_sum=call.settings.label_smoothing > 0,
             want_max=self.exchange.wants_stats,
         )  # fmt: skip
@@ -106,11 +109,22 @@ class Sweep:
         wanted = self.batch.x.requires_grad or self.w.requires_grad
         return torch.is_grad_enabled() and wanted
 
+    def _keeps_rounded(self) -> bool:
+        """Decides whether forward keeps w as it rounds or gathers it."""
+        call, d = self.call, self.w.shape[1]
+        backend = backends.get(call.backend)
+        if not backend.keeps_rounded(self.w.device, d) or torch.compiler.is_exporting():
+            return False
+        is_copied = self.index is not None or self.w.dtype != call.compute_dtype
+        size = self.num_classes * d * call.compute_dtype.itemsize
+        return is_copied and call.compute_dtype.itemsize == 2 and size <= _ROUNDED_BYTES
+
     def _swept(
         self,
         scale: Tensor,
         transform: Transform,
         save_tiles: bool = False,
+        keep_rounded: bool = False,
         want_sum: bool = False,
         want_max: bool = False,
     ) -> SweepResult:
@@ -119,8 +133,9 @@ class Sweep:
         settings = ops.SweepSettings(
             backend=call.backend, normalize_x=call.settings.normalize == "both",
             normalize_w=call.settings.normalize != "none", compute_dtype=call.compute_dtype,
-            save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, transform=transform.name,
-            check_w=self.exchange.check_w, update=0 if call.update is None else call.update.number,
+            save_tiles=save_tiles, keep_rounded=keep_rounded, want_sum=want_sum,
+            want_max=want_max, transform=transform.name, check_w=self.exchange.check_w,
+            update=0 if call.update is None else call.update.number,
         )  # fmt: skip
         known = None
         if call.update is not None and self.index is None:

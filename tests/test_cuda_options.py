@@ -60,7 +60,7 @@ def test_all_options_at_once(name, compute, normalize):
         settings |= dict(row_parameter=as_stats(row_parameter), constants=as_stats(constants))
         args = (x.to(dtype), w.to(dtype), y, as_stats(scale), as_stats(b))
         wanted = dict(save_tiles=False, want_sum=True, want_max=True)
-        lse, d_, w_norm, *more, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+        lse, d_, w_norm, *more, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
             *args, **wanted, **settings
         )
         needs = dict(need_x=True, need_w=True, need_bias=bool(bias), need_scale=True)

@@ -93,7 +93,7 @@ def test_the_gradient_of_the_norm_moves_the_weights(types, executed):
     p.numbers[3:5] = torch.tensor([1.0, 0.0])
     w_norm = torch.randn(case.n) * (p.y >= 0)
     operands = (p.y, torch.tensor(8.0), None, None)
-    lse, *_, x_inv, w_inv, tiles = ops.head_fwd(host.NAME)(
+    lse, *_, x_inv, w_inv, tiles, _ = ops.head_fwd(host.NAME)(
         p.x, p.w, *operands, None, save_tiles=False, want_sum=False, want_max=False, **p.settings
     )
     results, nothing = (*operands, lse, x_inv, w_inv, tiles), torch.zeros(case.n)
@@ -174,7 +174,7 @@ def test_a_sweep_by_index_is_one_over_those_rows(types, shape, executed):
             *operands, None, save_tiles=False, want_sum=True, want_max=True, **p.settings
         )
         dx, dw, *others = ops.head_bwd(host.NAME)(
-            *operands, forward[0], *forward[5:], *up, None, need_x=True, need_w=True,
+            *operands, forward[0], *forward[5:8], *up, None, need_x=True, need_w=True,
             need_bias=True, need_scale=True, **p.settings,
         )  # fmt: skip
         swept.append((*forward, dx, dw if index is None else dw[index], *others))

@@ -25,7 +25,7 @@ def test_lse_is_rounded_once(backend, device):
     n, c, scale = 200, 8, 58.0  # below 59, where exponentials are not relative to anything
     x, w = torch.ones(n, 2, device=device), torch.ones(c, 2, device=device)
     x[:, 1], w[:, 1] = torch.linspace(-1, 1, n), torch.linspace(0.1, 1, c)
-    lse, *_, w_inv, tiles = ops.head_fwd(backend)(
+    lse, *_, w_inv, tiles, _ = ops.head_fwd(backend)(
         x, w, torch.full((n,), -1, device=device), torch.tensor(scale, device=device), None,
         normalize_x=True, normalize_w=True, compute_dtype=F32, save_tiles=True, want_sum=False,
         want_max=False, transform="identity", row_parameter=None, constants=None,

@@ -287,7 +287,9 @@ def test_fakes_agree_with_the_ops(save_tiles):
     needs = dict(need_x=True, need_w=True, need_bias=False, need_scale=not save_tiles)
     with simulated("ttsem"):
         torch.library.opcheck(ops.head_fwd("triton"), forward, sides | wanted)
-        lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd("triton")(*forward, **sides, **wanted)
+        lse, _, _, _, _, x_inv, w_inv, tiles, _ = ops.head_fwd("triton")(
+            *forward, **sides, **wanted
+        )
         g = torch.randn(5)
         backward = (*forward, None, lse, x_inv, w_inv, tiles, g, g, None, None)
         torch.library.opcheck(ops.head_bwd("triton"), backward, sides | needs)

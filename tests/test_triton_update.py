@@ -123,7 +123,7 @@ def swept(p: Problem, w, index, known=None, extra=1.0):
     forward = ops.head_fwd("triton")(
         p.x, w, *operands, known, save_tiles=False, want_sum=True, want_max=True, **p.settings
     )
-    lse, *_, x_inv, w_inv, tiles = forward
+    lse, *_, x_inv, w_inv, tiles, _ = forward
     ones = torch.ones_like(lse)
     return forward, ops.head_bwd("triton")(
         p.x, w, *operands, lse, x_inv, w_inv, tiles, ones, -ones * (p.y >= 0), ones, extra * ones,

@@ -178,7 +178,7 @@ def count(setting: Setting) -> list[Access]:
     needed: dict[str, Any] = dict(need_x=True, need_bias=False, need_scale=False)
     with recorded(setting) as accesses:
         known = w_inv if setting.fused else None
-        lse, _, _, _, _, x_inv, w_inv, tiles = head_fwd(
+        lse, _, _, _, _, x_inv, w_inv, tiles, _ = head_fwd(
             x, w, y, scale, None, None, known, save_tiles=False, want_sum=False, want_max=False,
             **shared,
         )  # fmt: skip

@@ -123,7 +123,7 @@ struct Arguments {
     }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x,             // (N, D)
     const Tensor& w,             // (C, D)
     const Tensor& y,             // (N,)
@@ -132,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     const OptionalTensor& index, const OptionalTensor& known_w_inv, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool save_tiles, bool want_sum, bool want_max,
     c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants) {
+    const OptionalTensor& constants, bool keep_rounded) {
+    TORCH_CHECK_VALUE(!keep_rounded, "keep_rounded: expected False on a CPU, got True");
     const Arguments arguments(x, w, y, scale, bias, index, normalize_x, normalize_w, compute_dtype,
                               transform, row_parameter, constants);
     const Call& call = arguments.call;
@@ -163,7 +164,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     results.w_inv_is_known = known_w_inv.has_value();
     results.tiles = save_tiles ? tiles.mutable_data_ptr() : nullptr;
     sweep_forward(call, results, at_parallel());
-    return {lse, target_cosine, w_norm, logit_sum, logit_max, x_inv, w_inv, tiles};
+    return {lse,       target_cosine, w_norm,
+            logit_sum, logit_max,     x_inv,
+            w_inv,     tiles,         at::empty({0}, options.dtype(compute_dtype))};
 }
 
 // The arguments of a backward sweep, and what it returns but for dw.
@@ -222,7 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& grad_target, const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum,
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w,
     bool need_bias, bool need_scale, c10::string_view transform,
-    const OptionalTensor& row_parameter, const OptionalTensor& constants) {
+    const OptionalTensor& row_parameter, const OptionalTensor& constants,
+    const OptionalTensor& /*w_rounded*/) {
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
                                 compute_dtype, transform, row_parameter, constants),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,
@@ -289,7 +293,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     at::TensorList state, const Tensor& numbers, const Tensor& random, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_bias, bool need_scale,
     c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class) {
+    const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
+    const OptionalTensor& /*w_rounded*/) {
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
                                 compute_dtype, transform, row_parameter, constants),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,

@@ -183,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w,
     bool need_bias, bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
-    const OptionalTensor& constants) {    // (K,)
+    const OptionalTensor& constants,      // (K,)
+    const OptionalTensor& /*w_rounded*/) {
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
                        row_parameter, constants},
@@ -228,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    c10::string_view rule, bool project, int64_t first_class) {
+    c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& /*w_rounded*/) {
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
                        row_parameter, constants},

@@ -185,7 +185,7 @@ void take_statistics(Operands& operands, Source&& source, const Results& results
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x,                    // (N, D)
     const Tensor& w,                    // (C, D)
     const Tensor& y,                    // (N,)
@@ -196,7 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
     bool want_sum, bool want_max, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
-    const OptionalTensor& constants) {    // (K,)
+    const OptionalTensor& constants,      // (K,)
+    bool keep_rounded) {
+    TORCH_CHECK_VALUE(!keep_rounded, "keep_rounded: expected False, got True");
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
                        row_parameter, constants},
@@ -232,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
             results.logit_max,
             results.x_inv,
             results.w_inv.narrow(0, 0, operands.c),
-            results.tiles};
+            results.tiles,
+            operands.empty({0}, compute_dtype)};
 }
 
 }  // namespace marginkernels::cuda

@@ -15,12 +15,12 @@ namespace marginkernels::cuda {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
     const OptionalTensor& bias, const OptionalTensor& index, const OptionalTensor& known_w_inv,
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
     bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants);
+    const OptionalTensor& constants, bool keep_rounded);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants);
+    const OptionalTensor& constants, const OptionalTensor& w_rounded);
 
 std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& numbers, const Tensor& random, bool normalize_x, bool normalize_w,
     at::ScalarType compute_dtype, bool need_x, bool need_bias, bool need_scale,
     c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class);
+    const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
+    const OptionalTensor& w_rounded);
 
 }  // namespace marginkernels::cuda

@@ -44,6 +44,10 @@ class Backend(abc.ABC):
         """Says whether forward can save its exponentials for backward."""
         return self.tiles_shape(1, 1) is not None
 
+    def keeps_rounded(self, device: torch.device, d: int) -> bool:
+        """Says whether forward can keep w (C, D) as it rounds it to 16 bits, for backward."""
+        return False
+
     def notes(self) -> list[str]:
         """Lists what a user should know of the backend on this machine, even if it cannot run."""
         return []

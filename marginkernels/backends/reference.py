@@ -197,6 +197,7 @@ def head_fwd(
         x_inv=x_inv,
         w_inv=w_inv,
         tiles=x.new_empty(0),
+        w_rounded=x.new_empty(0, dtype=compute_dtype),
     )
 
 

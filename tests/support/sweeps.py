@@ -90,7 +90,7 @@ def sweep(
     )  # fmt: skip
     s = torch.tensor(scale, device=device)
     forward = (x, w, y, s, None), dict(save_tiles=False, want_sum=True, want_max=True, **common)
-    lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+    lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
         *forward[0], **forward[1]
     )
     nothing, one = torch.zeros(n, device=device), torch.ones(n, device=device)
@@ -167,7 +167,7 @@ def backward_makes_the_logits_of_forward(
         normalize_x=False, normalize_w=False, compute_dtype=compute_dtype, transform="identity",
         row_parameter=None, constants=None,
     )  # fmt: skip
-    lse, *_, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+    lse, *_, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
         x, w, y, s, bias, save_tiles=False, want_sum=False, want_max=False, **common
     )
     dx, _, dbias, _ = ops.head_bwd(backend)(
@@ -199,7 +199,7 @@ def sum_of_logits_that_a_bias_masks(backend: str, device: str = "cpu") -> None:
     results = []
     for value in (0.0, -math.inf):
         bias[-1] = value
-        lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+        lse, _, _, logit_sum, logit_max, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
             x, w, y, s, bias, save_tiles=False, want_sum=True, want_max=True, **common
         )
         assert torch.equal(logit_sum.isneginf(), (y != c - 1) & (value != 0))
@@ -228,7 +228,7 @@ def op_arguments(
         (x, w, y, scale, bias),
         dict(sides, save_tiles=save_tiles, want_sum=extra, want_max=extra, **functor),
     )
-    lse, _, _, _, _, x_inv, w_inv, tiles = ops.head_fwd(backend)(*fwd[0], **fwd[1])
+    lse, _, _, _, _, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(*fwd[0], **fwd[1])
     grads = [torch.randn(N, device=device) for _ in range(4)]
     grads = grads if extra else [*grads[:2], None, None]
     needs = dict(need_x=True, need_w=True, need_bias=extra, need_scale=extra)

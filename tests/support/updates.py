@@ -107,7 +107,7 @@ def take(backend: str, case: Case, p: Problem) -> Taken:
     stats = ops.statistics_dtype(case.compute_dtype)
     scale = torch.tensor(8.0, dtype=stats, device=p.x.device)
     operands = (p.y, scale, None, p.index)
-    lse, *_, x_inv, w_inv, tiles = ops.head_fwd(backend)(
+    lse, *_, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
         p.x, p.w, *operands, save_tiles=False, want_sum=False, want_max=False, **p.settings
     )
     up = [case.upstream * torch.rand_like(lse), -case.upstream * torch.rand_like(lse)]

@@ -29,7 +29,7 @@ def gradients(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         normalize_x=True, normalize_w=True, compute_dtype=x.dtype, transform="identity",
         row_parameter=None, constants=None,
     )  # fmt: skip
-    lse, *_, x_inv, w_inv, tiles = ops.head_fwd("native")(
+    lse, *_, x_inv, w_inv, tiles, _ = ops.head_fwd("native")(
         x, w, y, scale, None, save_tiles=False, want_sum=False, want_max=False, **settings
     )
     dx, dw, _, _ = ops.head_bwd("native")(

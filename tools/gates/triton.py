@@ -156,7 +156,7 @@ def run_launchers(
         row_parameter=torch.zeros(n) if definition.per_row else None,
         constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip
-    lse, _, _, _, _, x_inv, w_inv, tiles = head_fwd(
+    lse, _, _, _, _, x_inv, w_inv, tiles, _ = head_fwd(
         x, w, y, scale, b, save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **shared
     )
     g = torch.zeros(n)

@@ -46,6 +46,7 @@ def head_bwd(
     transform: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
+    w_rounded: Tensor | None = None,  # (C, D)
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""

@@ -33,6 +33,7 @@ def head_fwd(
     transform: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
+    keep_rounded: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
@@ -52,6 +53,7 @@ def head_fwd(
         x_inv=operands.statistics(n).fill_(1),
         w_inv=operands.statistics(operands.class_tiles * operands.config.block_c),
         tiles=x.new_empty(tiles_shape, dtype=compute_dtype if save_tiles else torch.float32),
+        w_rounded=x.new_empty(0, dtype=compute_dtype),
     )
     if normalize_x and n:
         operands.inverse_norms(operands.x, results.x_inv)

@@ -56,6 +56,7 @@ def head_step(
     rule: str,
     project: bool,
     first_class: int,
+    w_rounded: Tensor | None = None,  # (C, D)
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
