@@ -197,7 +197,7 @@ def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
 @needs_triton
 def test_offsets_beyond_32_bits():
     """Reads the last rows of operands of more than 2^31 elements; only touched pages exist."""
-    from marginkernels.backends.triton.row_kernels import norm_kernel
+    from marginkernels.backends.triton.row_kernels import prepare_rows_kernel
     from marginkernels.backends.triton.tile_kernels import statistics_kernel
 
     n, c, d = 4, 2**22 + 128, 512
@@ -207,8 +207,8 @@ def test_offsets_beyond_32_bits():
     common = dict(inverse_limit=1e12, num_warps=8)
     last = c // 8 - 1
     triton_adapter.run(
-        norm_kernel, (c // 8,), w, q, c, c, d // 64, TILE_D=64, BLOCK_R=8, BLOCK_D=256,
-        ctas=range(last - 15, last + 1), **common,
+        prepare_rows_kernel, (c // 8,), w, None, None, q, c, d, d // 64, d, 1, UNIT=1, TILE_D=64,
+        BLOCK_R=8, BLOCK_D=512, ctas=range(last - 15, last + 1), **common,
     )  # fmt: skip
     torch.testing.assert_close(q[-128:], 1 / w[-128:].float().norm(dim=1))
 

@@ -118,6 +118,6 @@ def test_launches_are_few():
         gate.run_launchers(dtype=BF16, n=300, c=1000)
     counts = Counter(launch.kernel for launch in launches)
     assert counts == dict(
-        norm_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1, target_kernel=1,
-        gradient_kernel=1, project_kernel=2,
+        prepare_rows_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1,
+        target_kernel=1, gradient_kernel=1, project_kernel=2,
     )  # fmt: skip

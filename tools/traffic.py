@@ -69,7 +69,7 @@ SETTINGS = [
 ]
 
 KERNELS = {
-    "norm_kernel": Kernel(PASS, reads=("rows",)),
+    "prepare_rows_kernel": Kernel(PASS, reads=("given",), writes=("rows",)),
     "statistics_kernel": Kernel(MATRIX, reads=("w",)),
     "gradient_kernel": Kernel(MATRIX, reads=("w",)),
     "project_kernel": Kernel(PASS, reads=("rows",), writes=("out",), gathers=("table",)),

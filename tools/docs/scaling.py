@@ -67,7 +67,8 @@ class Traffic(NamedTuple):
         rounded = 0 if compute == weight else 2 * (weight + compute)  # in both sweeps
         if self.fused:  # weight and momentum, there and back
             return rounded + 4 * weight
-        norms, projection, update = compute, compute + weight, 5 * weight
+        norms = 0 if rounded else compute  # of rounded rows, on the way
+        projection, update = compute + weight, 5 * weight
         return rounded + norms + projection + update
 
     def products(self) -> int:

@@ -37,10 +37,11 @@ def head_fwd(
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    x_inv = x.new_empty(len(x), dtype=torch.float32)
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        extras=save_tiles or want_sum, config=config,
+        extras=save_tiles or want_sum, config=config, x_inv=x_inv if normalize_x else None,
     )  # fmt: skip
     n, c = len(x), operands.classes
     tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)
@@ -50,21 +51,17 @@ def head_fwd(
         w_norm=operands.statistics(n),
         logit_sum=operands.statistics(n if want_sum else 0),
         logit_max=operands.statistics(n if want_max else 0),
-        x_inv=operands.statistics(n).fill_(1),
-        w_inv=operands.statistics(operands.class_tiles * operands.config.block_c),
+        x_inv=x_inv if normalize_x else x_inv.fill_(1),
+        w_inv=operands.inverse_norms(),
         tiles=x.new_empty(tiles_shape, dtype=compute_dtype if save_tiles else torch.float32),
         w_rounded=x.new_empty(0, dtype=compute_dtype),
     )
-    if normalize_x and n:
-        operands.inverse_norms(operands.x, results.x_inv)
     if known_w_inv is not None:
-        results.w_inv[:c] = known_w_inv
-        results.w_inv[c:] = 1
+        results.w_inv.copy_(known_w_inv)
     separate_max = want_max and (save_tiles or operands.transform.apply is not None)
     partials = _take_statistics(
         operands, results, known_w_inv is None, save_tiles, want_sum, separate_max
     )
-    results = results._replace(w_inv=results.w_inv[:c])
     if n:
         _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
     if want_sum and bias is not None:
@@ -84,14 +81,13 @@ def _take_statistics(
 
     Returns the partial statistics, (PLANES, columns, N).
     """
-    n, block_c = len(operands.x), operands.config.block_c
+    n = len(operands.x)
     flags = operands.flags() if n else None
     columns = operands.columns()
     partials = operands.statistics(PLANES, columns, n)
-    w_inv, tiles = results.w_inv, results.tiles
-    for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv))):
-        if want_norms:
-            operands.inverse_norms(w_chunk, w_inv[first * block_c : stop * block_c])
+    w_inv, tiles = operands.to_last_tile(results.w_inv), results.tiles
+    written = results.w_inv if want_norms else None
+    for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv)), written):
         if n:
             statistics_kernel[(operands.row_tiles * columns,)](
                 operands.x, w_chunk, operands.y, results.x_inv, w_inv, operands.scale,
@@ -99,9 +95,10 @@ def _take_statistics(
                 tiles if save_tiles else None,
                 N=n, C=operands.classes, first_tile=first, stop_tile=stop,
                 class_tiles=operands.class_tiles, columns=columns, carry=int(first > 0),
-                tiles_stride=tiles.shape[-1] // block_c, TRANSFORM=operands.transform.apply,
-                NORMALIZE_W=operands.normalize_w, SAVE_TILES=save_tiles, WANT_SUM=want_sum,
-                SEPARATE_MAX=separate_max, **operands.tile_settings(),
+                tiles_stride=tiles.shape[-1] // operands.config.block_c,
+                TRANSFORM=operands.transform.apply, NORMALIZE_W=operands.normalize_w,
+                SAVE_TILES=save_tiles, WANT_SUM=want_sum, SEPARATE_MAX=separate_max,
+                **operands.tile_settings(),
             )  # fmt: skip
     return partials
 
@@ -115,12 +112,13 @@ def _finish_rows(
     separate_max: bool,
 ) -> None:
     """Merges the partial statistics of every row, and adds the targets' cosines and norms."""
-    n, w = len(operands.x), operands.w
+    n = len(operands.x)
+    w, w_row = operands.target_table()
     finish_rows_kernel[(triton.cdiv(n, 4),)](
-        operands.x, w, operands.y, operands.target_row(), results.x_inv, results.w_inv, partials,
+        operands.x, w, operands.y, w_row, results.x_inv, results.w_inv, partials,
         results.lse, results.target_cosine, results.w_norm,
         results.logit_sum if want_sum else None, results.logit_max if want_max else None,
-        N=n, D=w.shape[1], w_stride_c=w.stride(0), w_stride_d=w.stride(1),
+        N=n, D=operands.w.shape[1], w_stride_c=w.stride(0), w_stride_d=w.stride(1),
         columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
         LOG2_UNITS=operands.bias is None,
         MAXIMUM_PLANE=(LOGIT_MAXIMUM if separate_max else MAXIMUM).value,

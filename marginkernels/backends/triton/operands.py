@@ -7,6 +7,7 @@ captured in a CUDA graph.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +18,20 @@ from torch import Tensor
 from ... import numerics
 from . import configs
 from .configs import Config
-from .row_kernels import flag_kernel, norm_kernel
+from .row_kernels import flag_kernel, prepare_rows_kernel
 from .transforms import Transform
 
 # a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
 MOST_CLASSES = 2**31 - 1024
 # a chunk of w rounded to the compute type
 W_CHUNK_BYTES = 32 << 20
+# every tile of classes divides it
+_CLASSES_PADDING = 256
+# numbers of an operand that a program of four warps, and each of more warps, has in registers
+_HELD = 2048
+_OF_A_WARP = 512
+# D is this times a whole number, or a divisor of this times one: what makes accesses wide
+_UNIT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Operands:
     width: int
     x: Tensor  # (N, width) in the compute type
     w: Tensor  # (C, D) as the caller gave it, or more rows with an index
-    w_is_readable: bool  # without a copy
+    rows: Tensor | None  # (C, width) of w as the kernels read them; None: rounded by chunks
     y: Tensor  # (N,)
     scale: Tensor  # ()
     bias: Tensor | None  # (C,) continued to the end of the last tile
@@ -67,8 +75,12 @@ class Operands:
         constants: Tensor | None,  # (K,)
         extras: bool,  # whether more than plain statistics and gradients is asked for
         config: Config | None,  # in the place of the table's
+        x_inv: Tensor | None = None,  # (N,)
     ) -> "Operands":
-        """Checks the operands, chooses tiles, and brings x into the form that the kernels read."""
+        """Checks the operands, chooses tiles, and brings x into the form that the kernels read.
+
+        Writes the inverse norms of its rows into ``x_inv``, where it is given.
+        """
         functor = Transform.of(transform, row_parameter, constants, len(x), bias is not None)
         classes = len(w if index is None else index)
         if classes >= MOST_CLASSES:
@@ -78,24 +90,26 @@ class Operands:
         load = configs.load(functor.apply, bias is not None, extras)
         config = config or configs.choose(target.name, kind, load, len(x))
         width = triton.cdiv(x.shape[1], config.block_d) * config.block_d
-        if not _is_readable(x, width, compute_dtype):
-            x = _copy_rows(x.new_zeros(len(x), width, dtype=compute_dtype), x)
-        return cls(
+        readable = _is_readable(x, width, compute_dtype)
+        rows = x if readable else x.new_empty(len(x), width, dtype=compute_dtype)
+        operands = cls(
             config=config,
             target=target,
             precision="tf32" if kind == "tf32" else "ieee",
             inverse_limit=1 / numerics.least_norm(compute_dtype),
             width=width,
-            x=x,
+            x=rows,
             w=w,
-            w_is_readable=index is None and _is_readable(w, width, compute_dtype),
+            rows=w if index is None and _is_readable(w, width, compute_dtype) else None,
             y=y.contiguous(),
             scale=scale,
-            bias=None if bias is None else _padded(bias, config.block_c),
+            bias=None if bias is None else _continued(bias, config.block_c),
             index=None if index is None else index.contiguous(),
             transform=functor,
             normalize_w=normalize_w,
         )
+        operands.prepare(x, None if readable else rows, x_inv)
+        return operands
 
     @property
     def classes(self) -> int:
@@ -131,25 +145,34 @@ class Operands:
 
         A chunk has fewer where w has to be rounded first.
         """
-        if not self.w_is_readable:
+        if self.rows is None:
             classes = min(classes, W_CHUNK_BYTES // (self.width * self.x.itemsize))
         return min(max(1, classes // self.config.block_c), self.class_tiles)
 
-    def chunks(self, tiles: int) -> Iterator[tuple[int, int, Tensor]]:
+    def chunks(self, tiles: int, w_inv: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (first tile, stop tile, rows of w as the kernels read them), ``tiles`` at a time.
 
         A w of another type, width or layout is rounded chunk by chunk into one buffer, and so are
-        the rows of an index.
+        the rows of an index. Writes the inverse norms of the rows into ``w_inv`` (C,) on the way,
+        where it is given.
         """
         block = self.config.block_c
-        if not self.w_is_readable:
-            buffer = self.x.new_zeros(min(tiles * block, self.classes), self.width)
+        if self.rows is not None:
+            self.prepare(self.rows, None, w_inv)
+        else:
+            buffer = self.x.new_empty(min(tiles * block, self.classes), self.width)
         for first in range(0, self.class_tiles, tiles):
             stop = min(first + tiles, self.class_tiles)
-            part = slice(first * block, stop * block)
-            rows = self.w[part] if self.index is None else self.w[self.index[part]]
-            if not self.w_is_readable:
-                rows = _copy_rows(buffer[: len(rows)], rows)
+            part = slice(first * block, min(stop * block, self.classes))
+            if self.rows is not None:
+                rows = self.rows[part]
+            else:
+                rows = buffer[: part.stop - part.start]
+                inverse = None if w_inv is None else w_inv[part]
+                if self.index is None:
+                    self.prepare(self.w[part], rows, inverse)
+                else:
+                    self.prepare(self.w, rows, inverse, self.index[part])
             yield first, stop, rows
 
     def target_row(self) -> Tensor:
@@ -158,26 +181,56 @@ class Operands:
             return self.y
         return torch.where(self.y >= 0, self.index[self.y.clamp_min(0)], -1)
 
-    def inverse_norms(self, rows: Tensor, inverse: Tensor) -> None:
-        """Writes 1 / |row| into ``inverse``, which may be longer than ``rows``."""
-        norm_kernel[(triton.cdiv(len(inverse), 8),)](
-            rows, inverse, R=len(rows), R_PADDED=len(inverse), inverse_limit=self.inverse_limit,
-            BLOCK_R=8, BLOCK_D=256, **self.row_settings(),
+    def target_table(self) -> tuple[Tensor, Tensor]:
+        """Returns a tensor with the rows of w that hold targets, and where each stands, or -1."""
+        return (self.w, self.target_row()) if self.rows is None else (self.rows, self.y)
+
+    def prepare(
+        self,
+        given: Tensor,  # (., D) of any type and strides
+        rows: Tensor | None,  # (R, width) in the compute type
+        inverse: Tensor | None,  # (R,)
+        index: Tensor | None = None,  # (R,) rows that are taken, -1: one of zeros
+    ) -> None:
+        """Writes rows as the kernels read them, and their inverse norms; either may be None.
+
+        Without ``rows``, those given are as the kernels read them.
+        """
+        count, d = len(given if index is None else index), given.shape[1]
+        if count == 0 or (rows is None and inverse is None):
+            return
+        stride, stride_d = given.stride()
+        unit, settings = math.gcd(d, stride, _UNIT), self.held_row_settings()
+        prepare_rows_kernel[(triton.cdiv(count, settings["BLOCK_R"]),)](
+            given, index, rows, inverse, R=count, D_UNITS=d // unit, stride_units=stride // unit,
+            stride_d=stride_d, inverse_limit=self.inverse_limit, UNIT=unit, **settings,
         )  # fmt: skip
 
     def flags(self) -> Tensor:
         """Returns (row tiles, class tiles) int8, 1 where a target lies."""
-        flags = self.y.new_zeros(self.row_tiles, self.class_tiles, dtype=torch.int8)
-        flag_kernel[(self.row_tiles,)](
+        flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
+        flag_kernel[(self.row_tiles * triton.cdiv(self.class_tiles, 128),)](
             self.y, flags, N=len(self.y), class_tiles=self.class_tiles,
-            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c,
+            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return flags
 
-    def padded(self, per_class: Tensor) -> Tensor:
-        """Continues (C,) to the end of the last tile: a mask would make its loads scalar."""
-        return _padded(per_class, self.config.block_c)
+    def inverse_norms(self) -> Tensor:
+        """Allocates an fp32 number for each class, (C,), in memory that goes on after the last."""
+        padding = -self.classes % _CLASSES_PADDING
+        return self.statistics(self.classes + padding)[: self.classes]
+
+    def to_last_tile(self, w_inv: Tensor) -> Tensor:
+        """Returns ``w_inv`` with what stands after it, to the end of the last tile of classes.
+
+        That has no effect: it is there to be read, since a mask would make the loads scalar. A
+        w_inv in memory that ends before is copied.
+        """
+        size = self.class_tiles * self.config.block_c
+        if (w_inv.storage_offset() + size) * w_inv.itemsize > w_inv.untyped_storage().nbytes():
+            w_inv = self.inverse_norms().copy_(w_inv)
+        return w_inv.as_strided((size,), (1,))
 
     def tile_settings(self) -> dict[str, Any]:
         """Returns the settings that both tile kernels are compiled for."""
@@ -188,6 +241,14 @@ class Operands:
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
+    def held_row_settings(self) -> dict[str, Any]:
+        """Returns the settings of kernels whose programs hold whole rows in registers."""
+        block_d = triton.next_power_of_2(self.width)
+        return self.row_settings() | dict(
+            BLOCK_R=max(1, _HELD // block_d), BLOCK_D=block_d,
+            num_warps=max(4, min(16, block_d // _OF_A_WARP)),
+        )  # fmt: skip
+
     def row_settings(self) -> dict[str, Any]:
         """Returns the settings that all kernels which walk along rows are compiled for."""
         return dict(
@@ -195,11 +256,10 @@ class Operands:
         )
 
 
-def _padded(per_class: Tensor, block: int) -> Tensor:
-    missing = -len(per_class) % block
-    if missing == 0:
-        return per_class.contiguous()
-    return torch.nn.functional.pad(per_class, (0, missing), value=1.0)
+def _continued(bias: Tensor, block: int) -> Tensor:
+    """Continues (C,) to the end of the last tile, where logits must not be NaN."""
+    missing = -len(bias) % block
+    return bias.contiguous() if missing == 0 else torch.nn.functional.pad(bias, (0, missing))
 
 
 def _is_readable(rows: Tensor, width: int, compute_dtype: torch.dtype) -> bool:
@@ -209,8 +269,3 @@ def _is_readable(rows: Tensor, width: int, compute_dtype: torch.dtype) -> bool:
         and rows.is_contiguous()
         and rows.data_ptr() % 16 == 0
     )
-
-
-def _copy_rows(to: Tensor, rows: Tensor) -> Tensor:
-    to[:, : rows.shape[1]].copy_(rows)
-    return to

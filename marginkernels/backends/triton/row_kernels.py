@@ -17,51 +17,67 @@ import triton.language as tl
 from .constants import EXPONENTIALS, LN2, LOG2E, LOGIT_SUM, MAXIMUM, NO_MAXIMUM
 
 
-@triton.jit(do_not_specialize=["R", "R_PADDED", "D_TILES"])
-def norm_kernel(
-    rows,  # (R, D_TILES * TILE_D), zeros from D on
-    inverse,  # (R_PADDED,)
+@triton.jit(do_not_specialize=["R", "D_UNITS", "D_TILES", "stride_units"])
+def prepare_rows_kernel(
+    given,  # (., D_UNITS * UNIT) of any type and strides
+    index,  # (R,) rows that are taken, -1: one of zeros; or None: as they come
+    rows,  # (R, D_TILES * TILE_D) in the compute type, or None where ``given`` are such rows
+    inverse,  # (R,) or None
     R,
-    R_PADDED,
+    D_UNITS,
     D_TILES,
+    stride_units,  # of the rows that are given, in UNITs
+    stride_d,
     inverse_limit,  # 1 / norm of a zero row
+    UNIT: tl.constexpr,
     TILE_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least the width
 ):
-    """Writes 1 / |row|, at most ``inverse_limit``: exactly that value marks a zero row.
+    """Writes rows as the other kernels read them, rounded and with zeros from D on.
 
-    Padding gets it too.
+    Writes 1 / |row| of the rounded row, at most ``inverse_limit``: exactly that value marks a zero
+    row.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    width = D_TILES * TILE_D
-    base = row.to(tl.int64)[:, None] * width
-    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, width, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)[None, :]
-        v = tl.load(rows + base + k, mask=(row < R)[:, None] & (k < width), other=0.0)
+    place = row.to(tl.int64)
+    there = row < R
+    if index is not None:
+        place = tl.load(index + row, mask=there, other=-1)
+    k = tl.arange(0, BLOCK_D)[None, :]
+    at = place[:, None] * (stride_units * UNIT) + k.to(tl.int64) * stride_d
+    taken = (there & (place >= 0))[:, None] & (k < D_UNITS * UNIT)
+    v = tl.load(given + at, mask=taken, other=0.0)
+    if rows is not None:
+        width = D_TILES * TILE_D
+        v = v.to(rows.dtype.element_ty)
+        tl.store(rows + row.to(tl.int64)[:, None] * width + k, v, mask=there[:, None] & (k < width))
+    if inverse is not None:
         v = v.to(tl.float32)
-        squares += v * v
-    norm = tl.sqrt_rn(tl.sum(squares, 1))
-    tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=row < R_PADDED)
+        norm = tl.sqrt_rn(tl.sum(v * v, 1))
+        tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=there)
 
 
 @triton.jit(do_not_specialize=["N", "class_tiles"])
 def flag_kernel(
     y,  # (N,) int64
-    flags,  # (row tiles, class tiles) int8, zeros
+    flags,  # (row tiles, class tiles) int8
     N,
     class_tiles,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Marks the tiles that hold a target: only those pay for a mask."""
-    row_tile = tl.program_id(0)
+    """Writes 1 for the tiles that hold a target, 0 for the others: only the first need a mask."""
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    row_tile = tl.program_id(0) % row_tiles
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(y + row, mask=row < N, other=-1)
-    # in a row of flags of the program's own: rows that share a tile store the same value
-    tile = flags + row_tile.to(tl.int64) * class_tiles + label // BLOCK_C
-    tl.store(tile, tl.full((BLOCK_N,), 1, tl.int8), mask=label >= 0)
+    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    tile = tl.program_id(0) // row_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    of_label = tl.where(label >= 0, label // BLOCK_C, -1)
+    hit = tl.max((of_label[:, None] == tile[None, :]).to(tl.int32), 0)
+    own = flags + row_tile.to(tl.int64) * class_tiles
+    tl.store(own + tile, hit.to(tl.int8), mask=tile < class_tiles)
 
 
 @triton.jit(

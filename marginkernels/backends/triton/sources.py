@@ -78,7 +78,7 @@ class TileGradient(GradientSource):
             self.dscale = operands.statistics(operands.class_tiles, row_tiles)
         sums = (self.dbias if need_bias else None, self.dscale if need_scale else None)
         self.arguments = (
-            operands.y, incoming.x_inv, operands.padded(incoming.w_inv), operands.scale,
+            operands.y, incoming.x_inv, operands.to_last_tile(incoming.w_inv), operands.scale,
             operands.bias, *operands.transform.operands, operands.flags(), incoming.lse,
             incoming.grad_lse, incoming.grad_sum, g_scale, self.g, *sums,
         )  # fmt: skip
