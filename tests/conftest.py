@@ -36,6 +36,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=simulation.SIMULATORS,
         help="also run the triton backend on the CPU, its launches executed by a simulator",
     )
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="only run what runs on this device: with cuda, tests of numbers and of GPUs",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a GPU only")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: cuda needs a GPU, and torch finds none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--device")
+    if wanted is not None:
+        config.hook.pytest_deselected(items=[i for i in items if device_of(i) != wanted])
+        items[:] = [item for item in items if device_of(item) == wanted]
+
+
+def device_of(item: pytest.Item) -> str:
+    """Returns the device that a test computes on; the emulation computes on the CPU."""
+    if item.get_closest_marker("gpu"):
+        return "cuda"
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "cpu" if parameters.get("backend") == host.NAME else parameters.get("device", "cpu")
 
 
 @pytest.fixture(params=DEVICES)

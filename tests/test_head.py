@@ -47,10 +47,11 @@ def ids(values):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("normalize", ["both", "weight", "none"])
 def test_the_judge_is_the_plain_head_in_fp64(normalize, bias, label_smoothing, reduction, device):
-    settings = dict(margin=MarginOfNorms(), scale=torch.tensor(0.7), normalize=normalize)
+    scale, row_margin, weight = torch.tensor(0.7), torch.rand(23), torch.rand(23)
+    settings = dict(margin=MarginOfNorms(), scale=scale.to(device), normalize=normalize)
     problem = random_problem(23, 41, 6, device=device, bias=bias, **settings)
-    problem.settings |= dict(label_smoothing=label_smoothing, row_margin=torch.rand(23))
-    problem.settings |= dict(sample_weight=torch.rand(23), reduction=reduction)
+    problem.settings |= dict(label_smoothing=label_smoothing, row_margin=row_margin.to(device))
+    problem.settings |= dict(sample_weight=weight.to(device), reduction=reduction)
     problem.y[::5] = -100
     ours = problem.solve(margin_cross_entropy, torch.float64, backend="reference")
     plain = problem.solve(plain_margin_cross_entropy, torch.float64)

@@ -216,7 +216,7 @@ def dense(
 
 def fused(loss: Loss, x: Tensor, w: Tensor, y: Tensor, **settings: Any) -> Tensor:
     """Returns the losses of the rows (N,) by the library."""
-    margin = loss.make()
+    margin = loss.make().to(x.device)
     if x.dtype == torch.float64:
         margin.double()  # or the buffers would round to fp32
     return mk.margin_cross_entropy(
@@ -241,7 +241,7 @@ def solve(function: Callable, x: Tensor, w: Tensor) -> list[Tensor]:
     """Returns the row losses of function(x, w), and the gradients of an uneven sum of them."""
     leaves = [t.detach().requires_grad_() for t in (x, w)]
     rows = function(*leaves)
-    upstream = torch.linspace(0.5, 1.5, len(rows), dtype=rows.dtype)
+    upstream = torch.linspace(0.5, 1.5, len(rows), dtype=rows.dtype, device=rows.device)
     return [rows.detach(), *torch.autograd.grad((rows * upstream).sum(), leaves)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from marginkernels import margin_cross_entropy
 from marginkernels.margins import Rows
@@ -58,6 +59,8 @@ class Problem:
 
         An orthogonal map of the features changes nothing but the rounding errors: a permutation,
         and a reflection too where the operands are wider than the type they are rounded to.
+        In fp32 every second draw adds the features up in sequence, as a GEMM does that has enough
+        rows and classes. A library that splits a small product has a fraction of that error.
         """
         d, device = self.x.shape[1], self.x.device
         compute = self.compute_dtype or self.x.dtype
@@ -65,17 +68,19 @@ class Problem:
         if compute != self.x.dtype:
             autocast = torch.autocast(device.type, compute)
         solutions = []
-        for _ in range(draws):
-            order = torch.randperm(d, device=device)
+        for draw in range(draws):
+            order = torch.randperm(d).to(device)
             normal = torch.zeros(d, dtype=torch.float64, device=device)
             if compute.itemsize < min(self.x.itemsize, self.w.itemsize):
-                normal = torch.nn.functional.normalize(torch.randn_like(normal), dim=0)
+                random = torch.randn(d, dtype=torch.float64).to(device)
+                normal = torch.nn.functional.normalize(random, dim=0)
+            in_sequence = compute == torch.float32 and draw % 2 == 1
 
             def reflect(t: Tensor, normal: Tensor = normal) -> Tensor:
                 return t.double() - 2 * (t.double() @ normal)[:, None] * normal
 
             x, w = (reflect(t[:, order]).to(t.dtype) for t in (self.x, self.w))
-            with autocast:
+            with autocast, AddedInSequence() if in_sequence else contextlib.nullcontext():
                 loss, dx, dw, *dbias = replace(self, x=x, w=w).solve(plain_margin_cross_entropy)
             dx, dw = (reflect(t)[:, order.argsort()] for t in (dx, dw))
             solutions.append([loss, dx, dw, *dbias])
@@ -111,6 +116,34 @@ class Problem:
                 assert_within_budget(group, value[rows], draws, exact[index][rows], conditioning)
 
 
+class AddedInSequence(TorchFunctionMode):
+    """Makes F.linear add up the features one by one, with one accumulator for each result."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            return _LinearInSequence.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _LinearInSequence(torch.autograd.Function):
+    """Computes x w^T by one update of rank 1 for each feature."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        out = x.new_zeros(len(x), len(w))
+        for of_rows, of_classes in zip(x.unbind(1), w.unbind(1), strict=True):
+            out.addr_(of_rows, of_classes)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return upstream[0] @ w, upstream[0].T @ x
+
+
 def random_problem(
     n: int,
     c: int,
@@ -125,14 +158,19 @@ def random_problem(
     bias: bool = False,
     **settings: Any,
 ) -> Problem:
-    """Returns a problem whose embeddings lean towards their class: losses from easy to hard."""
+    """Returns a problem whose embeddings lean towards their class: losses from easy to hard.
+
+    It is the same one on every device.
+    """
     x_dtype, w_dtype, compute_dtype = dtypes
-    w = torch.randn(c, d, device=device)
-    y = torch.randint(0, c, (n,), device=device)
-    lean = torch.linspace(0, 2, max(n, 1), device=device)[:n, None]
-    x = torch.randn(n, d, device=device) + lean * w[y]
-    b = torch.randn(c, device=device) if bias else None
-    return Problem(x.to(x_dtype), w.to(w_dtype), y, compute_dtype, b, settings)
+    w = torch.randn(c, d)
+    y = torch.randint(0, c, (n,))
+    lean = torch.linspace(0, 2, max(n, 1))[:n, None]
+    x = torch.randn(n, d) + lean * w[y]
+    b = torch.randn(c).to(device) if bias else None
+    return Problem(
+        x.to(device, x_dtype), w.to(device, w_dtype), y.to(device), compute_dtype, b, settings
+    )
 
 
 class MarginOfNorms(torch.nn.Module):
