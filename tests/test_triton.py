@@ -6,6 +6,7 @@ Here is one problem per regime. ``pytest --simulate ttsem -k triton`` runs every
 backend on it too, which takes its time.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from marginkernels import ArcFace, CosFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import triton
+from marginkernels.backends.triton import configs
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
 from tests.support import hard_cases, losses, sweeps, unchecked, updates
@@ -181,8 +183,6 @@ def test_the_same_call_gives_the_same_bits(poisoned):
 
 
 def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
-    from marginkernels.backends.triton import configs
-
     problem = random_problem(20, 1100, 40, margin=ArcFace(0.3), scale=32.0)
     solutions = []
     for multiprocessors in (1, 7):
@@ -192,6 +192,40 @@ def test_results_do_not_depend_on_the_number_of_programs(monkeypatch):
             solutions.append(problem.solve_fused("triton"))
     for a, b in zip(*solutions, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_keep_every_device_busy_at_every_batch_size():
+    """Counts whole waves of programs, and class tiles of the longest program, for a million."""
+    for rows, multiprocessors in itertools.product(
+        configs.TABLE, (58, 82, 108, 132, 148, 170, 304)
+    ):
+        for kind, n in itertools.product(configs.TABLE[rows], range(64, 65_537, 61)):
+            config = configs.choose(rows, kind, configs.Load.STATISTICS, n)
+            slots = multiprocessors * config.ctas
+            row_tiles, class_tiles = -(-n // config.block_n), -(-(10**6) // config.block_c)
+            columns = configs.columns(slots, row_tiles, class_tiles)
+            waves = -(-row_tiles * columns // slots)
+            time = waves * -(-class_tiles // columns)
+            assert row_tiles * class_tiles / slots / time >= 0.93, (rows, multiprocessors, kind, n)
+
+
+@pytest.mark.parametrize("n, padded", [(1, 64), (64, 64), (65, 128), (150, 192), (300, 384)])
+def test_tiles_pad_few_rows(n, padded):
+    for load in (configs.Load.STATISTICS, configs.Load.GRADIENT):
+        block = configs.choose("sm_90", "half", load, n).block_n
+        assert -(-n // block) * block == padded
+
+
+def test_saved_tiles_meet_no_tile_that_is_wider():
+    kinds = [kind for row in configs.TABLE.values() for kind in row.values()]
+    for config in itertools.chain(*kinds):
+        saves = config.serves & configs.Load.STATISTICS_SAVED
+        assert configs.TILES_PADDING % config.block_c == 0 or not saves
+
+
+def test_each_load_has_a_tile():
+    for row, load in itertools.product(configs.TABLE.values(), configs.Load):
+        assert all(any(load & config.serves for config in kind) for kind in row.values())
 
 
 @needs_triton
@@ -231,7 +265,7 @@ def test_offsets_beyond_32_bits():
 @needs_triton
 def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
     """Replaces the clock: the second configuration is the fastest, is found once, and then read."""
-    from marginkernels.backends.triton import configs, tuning
+    from marginkernels.backends.triton import tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "found", {})

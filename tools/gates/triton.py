@@ -31,7 +31,8 @@ from marginkernels.transforms import TRANSFORMS
 from . import aot, machine_code, triton_table
 from .machine_code import Facts
 
-TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
+PLAIN_LOADS = dict(statistics_kernel=configs.Load.STATISTICS, gradient_kernel=configs.Load.GRADIENT)
+TILE_KERNELS = tuple(PLAIN_LOADS)
 ROWS, CLASSES = 30, 100  # any numbers will do, because sizes are not compiled in
 
 # options that are compiled in or out: as many as possible at once, because they take registers
@@ -75,7 +76,8 @@ class Case(NamedTuple):
     kind: str
     config: Config
     variant: str = "plain"
-    kernels: tuple[str, ...] | None = None  # None: all
+    kernels: tuple[str, ...] = TILE_KERNELS
+    row_kernels: bool = False  # all of them too
 
 
 class Row(NamedTuple):
@@ -97,35 +99,44 @@ class Row(NamedTuple):
 def cases(everything: bool) -> list[Case]:
     """Lists all cases that the package ships, or a few per target."""
     chosen = {
-        target: configs.choose(aot.table_name(target), "half", configs.Load.PLAIN, 1024)
+        (target, kernel): configs.choose(aot.table_name(target), "half", load, 1024)
         for target in aot.GPU_TARGETS
+        for kernel, load in PLAIN_LOADS.items()
     }
     updates = [
-        Case(target, "half", config, variant, ("update_kernel",))
-        for target, config in chosen.items()
+        Case(target, "half", chosen[target, "gradient_kernel"], variant, ("update_kernel",))
+        for target in aot.GPU_TARGETS
         for variant in (UPDATE_VARIANTS if everything else list(UPDATE_VARIANTS)[:1])
     ]
     if everything:
         return [
-            Case(target, kind, config, variant, TILE_KERNELS if variant in TILE_VARIANTS else None)
+            Case(target, kind, config, variant, kernels, variant in VARIANTS)
             for target in aot.GPU_TARGETS
             for kind, table in configs.TABLE[aot.table_name(target)].items()
             for config in table
             for variant in ALL_VARIANTS
-            if fits(variant, kind, config)
+            if kind == "half" or not {"dtype", "w_dtype"} & set(ALL_VARIANTS[variant])
+            if (kernels := served(variant, config))
         ] + updates
     return [
-        Case(target, "half", config, "plain", TILE_KERNELS) for target, config in chosen.items()
+        Case(target, "half", config, "plain", (kernel,))
+        for (target, kernel), config in chosen.items()
     ] + updates
 
 
-def fits(variant: str, kind: str, config: Config) -> bool:
-    """Returns whether a configuration serves a variant."""
+def served(variant: str, config: Config) -> tuple[str, ...]:
+    """Returns the tile kernels of a variant that a configuration serves."""
     settings = ALL_VARIANTS[variant]
-    extras = (settings.get(name, False) for name in ("bias", "want_sum", "extras", "save_tiles"))
-    load = configs.load(settings.get("transform"), *extras)
-    return bool(load & config.serves) and (
-        kind == "half" or not {"dtype", "w_dtype"} & set(settings)
+    transform, saved = settings.get("transform", "identity"), settings.get("save_tiles", False)
+    extras = any(settings.get(name, False) for name in ("bias", "want_sum", "extras"))
+    loads = dict(
+        statistics_kernel=configs.load("statistics", transform, saved=saved, extras=extras),
+        gradient_kernel=configs.load("gradient", transform, extras=extras),
+    )
+    return tuple(
+        kernel
+        for kernel, load in loads.items()
+        if load & config.serves and not (saved and kernel == "gradient_kernel")
     )
 
 
@@ -206,7 +217,11 @@ def launches_of(case: Case) -> list[aot.Launch]:
         else:
             settings = dict(dict(dtype=dtype), **ALL_VARIANTS[case.variant])
             run_launchers(config=case.config, **settings)
-    wanted = (found for found in launches if found.kernel in (case.kernels or (found.kernel,)))
+    wanted = (
+        found
+        for found in launches
+        if found.kernel in case.kernels or (case.row_kernels and found.kernel not in TILE_KERNELS)
+    )
     return list({(found.kernel, found.key): found for found in wanted}.values())
 
 

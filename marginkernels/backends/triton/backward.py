@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import vendor_gemm
+from . import configs, vendor_gemm
 from .configs import Config
 from .dw import RowGradient, TakeChunk, WriteDw, projection_settings
 from .operands import Operands
@@ -53,7 +53,10 @@ def head_bwd(
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        extras=grad_sum is not None or need_scale, config=config,
+        config=config, load=configs.load(
+            "gradient", transform,
+            extras=bias is not None or grad_sum is not None or need_scale,
+        ),
     )  # fmt: skip
     dx = x.new_empty(x.shape if need_x else 0)
     dw = w.new_empty(w.shape if need_w else 0)

@@ -41,7 +41,10 @@ def head_fwd(
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        extras=save_tiles or want_sum, config=config, x_inv=x_inv if normalize_x else None,
+        config=config, x_inv=x_inv if normalize_x else None,
+        load=configs.load(
+            "statistics", transform, saved=save_tiles, extras=want_sum or bias is not None
+        ),
     )  # fmt: skip
     n, c = len(x), operands.classes
     tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)

@@ -73,7 +73,7 @@ class Operands:
         transform: str,
         row_parameter: Tensor | None,  # (N,)
         constants: Tensor | None,  # (K,)
-        extras: bool,  # whether more than plain statistics and gradients is asked for
+        load: configs.Load,
         config: Config | None,  # in the place of the table's
         x_inv: Tensor | None = None,  # (N,)
     ) -> "Operands":
@@ -87,7 +87,6 @@ class Operands:
             raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {classes}")
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
-        load = configs.load(functor.apply, bias is not None, extras)
         config = config or configs.choose(target.name, kind, load, len(x))
         width = triton.cdiv(x.shape[1], config.block_d) * config.block_d
         readable = _is_readable(x, width, compute_dtype)
@@ -136,9 +135,9 @@ class Operands:
         return self.x.new_empty(size, dtype=torch.float32)
 
     def columns(self) -> int:
-        """Returns the programs per row tile, which together fill the device once."""
+        """Returns the programs per row tile of the statistics."""
         slots = self.target.multiprocessors * self.config.ctas
-        return max(1, min(slots // max(self.row_tiles, 1), self.class_tiles))
+        return configs.columns(slots, self.row_tiles, self.class_tiles)
 
     def chunk_tiles(self, classes: int) -> int:
         """Returns the class tiles in a chunk of at most ``classes``.

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import rules
+from . import configs
 from .backward import BackwardSweep
 from .configs import Config
 from .dw import RowGradient, TakeDw
@@ -63,7 +64,10 @@ def head_step(
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        extras=grad_sum is not None or need_scale, config=config,
+        config=config, load=configs.load(
+            "gradient", transform,
+            extras=bias is not None or grad_sum is not None or need_scale,
+        ),
     )  # fmt: skip
     update = Update(w_inv, state, numbers, random, rule, project, first_class)
     update.check(w)
