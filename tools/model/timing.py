@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Estimates the time of one launch on one GPU from what it asks for.
+
+Each estimate is a sum of what does not overlap over a maximum of what does:
+
+    row kernel   max(memory, L2, instructions, round trips to memory) + ramp
+    GEMM         max(tensor cores, memory) + part of what it writes + L2 + ramp
+    tile kernel  for each tile of a multiprocessor: max(tensor cores, L2) + G written, and where
+                 one program runs alone: the first copies + the epilogue; all that at least as long
+                 as the memory takes to read w once
+"""
+
+from .code import TILE_KERNELS, Code
+from .gpus import Gpu
+from .recording import GEMM, TILE, Launch
+
+# seconds
+RAMP = 1.2e-6  # of a kernel: to start its programs and to wait for the last
+GEMM_RAMP = 4e-6
+FILL = 0.9e-6  # from a tile's first copy to its first matrix instruction, and the wait for the last
+# of what a GEMM writes to memory: the rest goes on under the next tile
+GEMM_WRITE = 0.8
+LANES = 32
+ROUND_TRIP = 1e-6  # to memory, with the others' traffic
+
+
+def round_trips(launch: Launch) -> float:
+    """Returns how often a program of a row kernel waits for memory, one wait after the other."""
+    if launch.name == "target_kernel":  # for 32 labels at a time
+        return 2 * launch.rows / 32
+    return {"project_kernel": 5, "update_kernel": 3}.get(launch.name, 1)
+
+
+def seconds(launch: Launch, gpu: Gpu, code: Code | None) -> float:
+    """Returns the time of a launch; ``code`` has the counts of its kernel."""
+    if launch.kind == TILE:
+        if code is None:
+            raise ValueError(f"code: expected the counts of {launch.name}, got None")
+        return tile_kernel(launch, gpu, code)
+    if launch.kind == GEMM:
+        return gemm(launch, gpu)
+    return row_kernel(launch, gpu, code)
+
+
+def row_kernel(launch: Launch, gpu: Gpu, code: Code | None) -> float:
+    """Returns the time of a kernel that walks along rows, or of an operation of PyTorch."""
+    moved = launch.read + launch.written
+    memory = moved / gpu.bandwidth
+    # a row that is read twice comes from L2 the second time
+    cache = (moved + 2 * launch.cached) / gpu.l2_bandwidth
+    issue = waits = 0.0
+    if code is not None:
+        issue = launch.rows * code.row / gpu.issue
+        waves = max(1.0, launch.programs / (code.programs * gpu.multiprocessors))
+        waits = waves * round_trips(launch) * ROUND_TRIP
+    return max(memory, cache, issue, waits) + RAMP
+
+
+def gemm(launch: Launch, gpu: Gpu) -> float:
+    """Returns the time of a GEMM of the vendor's library."""
+    tensor = launch.flops / (gpu.tensor * gpu.gemm)
+    memory = launch.read / gpu.bandwidth
+    written = GEMM_WRITE * launch.written / gpu.bandwidth + launch.cached / gpu.l2_bandwidth
+    return max(tensor, memory) + written + GEMM_RAMP
+
+
+def tile_kernel(launch: Launch, gpu: Gpu, code: Code) -> float:
+    """Returns the time of statistics_kernel or gradient_kernel."""
+    tile, persistent = launch.tile, launch.name == TILE_KERNELS[0]
+    if tile is None:
+        raise ValueError(f"tile: expected one in a launch of {launch.name}, got None")
+    most = min(code.programs, -(-launch.programs // gpu.multiprocessors))
+    logits = tile.block_n * tile.block_c
+    d = launch.flops / (2 * launch.tiles * logits)
+    # of one tile, as if a multiprocessor had it alone
+    share = gpu.mma_sync if launch.host == "cpp" else gpu.own
+    tensor = gpu.multiprocessors * 2 * logits * d / (gpu.tensor * share)
+    copies = gpu.multiprocessors * (tile.block_n + tile.block_c) * d * 2 / gpu.l2_bandwidth
+    written = gpu.multiprocessors * launch.written / launch.tiles / gpu.bandwidth
+    exponentials = gpu.multiprocessors * logits * code.exponentials / gpu.exponentials
+    epilogue = gpu.multiprocessors * logits * code.epilogue / LANES / gpu.issue
+    alone = FILL + max(exponentials, epilogue) if most == 1 else 0.0
+    if not persistent and most == 1:
+        alone += FILL  # the next program starts when the last has ended
+    each = max(tensor, copies, epilogue) + alone + written
+    # tiles that the busiest multiprocessor has
+    waves = -(-launch.programs // (most * gpu.multiprocessors))
+    turns = waves * most * -(-launch.tiles // launch.programs)
+    return max(turns * each, launch.read / gpu.bandwidth) + RAMP
