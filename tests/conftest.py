@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="also run the triton backend on the CPU, its launches executed by a simulator",
     )
     parser.addoption(
+        "--target",
+        choices=simulation.TARGETS,
+        help="with --simulate: take the tiles of this GPU; ptxsim executes its instructions",
+    )
+    parser.addoption(
         "--device",
         choices=("cpu", "cuda"),
         help="only run what runs on this device: with cuda, tests of numbers and of GPUs",
@@ -81,7 +86,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     name, simulator = request.param, request.config.getoption("--simulate")
     with contextlib.ExitStack() as stack:
         if name == simulation.NAME and simulator and device == "cpu":
-            stack.enter_context(simulation.simulated(simulator))
+            target = request.config.getoption("--target")
+            stack.enter_context(simulation.simulated(simulator, target))
         if name == host.NAME:
             if device != "cpu":
                 pytest.skip("the CUDA kernels run as they are there")

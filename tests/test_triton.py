@@ -19,12 +19,13 @@ import torch
 from marginkernels import ArcFace, CosFace, backends, margin_cross_entropy, ops
 from marginkernels.backends import triton
 from marginkernels.backends.triton import configs
+from marginkernels.backends.triton.configs import Config
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
 from tests.support import hard_cases, losses, sweeps, unchecked, updates
 from tests.support.losses import LOSSES, dense, fused, solve
 from tests.support.problems import random_problem
-from tests.support.simulation import needs_triton, require_interpreter, simulated
+from tests.support.simulation import TARGETS, needs_triton, require_interpreter, simulated
 from tools.ptxsim import triton_adapter
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -122,14 +123,27 @@ def test_ttsem_transforms_across_tiles(name, dtype, poisoned):
         assert_within_budget(what, ours[index], [d[index] for d in draws], exact[index])
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, None), (F32, F32, F16)], ids=["bf16", "fp16"])
-def test_ptx_matches_fp64(dtypes, poisoned):
+def test_ptx_matches_fp64(dtypes, target, poisoned):
     """Executes the input of the GPU's assembler with every check on.
 
     It shows races and unfinished copies inside a program, which the IR cannot show.
     """
     problem = random_problem(20, 150, 72, dtypes=dtypes, margin=ArcFace(0.3), scale=32.0)
-    with simulated("ptxsim"):
+    with simulated("ptxsim", target):
+        problem.check("triton", save_tiles=False)
+
+
+def test_ptx_with_tensor_descriptors_matches_fp64(monkeypatch, poisoned):
+    """Has two tiles of rows and three of classes, where the last ones are not full."""
+    problem = random_problem(
+        70, 300, 72, dtypes=(BF16, BF16, None), bias=True, margin=ArcFace(0.3), scale=16.0,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    config = Config(64, 128, 64, 4, 3, 2, descriptors=True)
+    monkeypatch.setattr(configs, "choose", lambda *_: config)
+    with simulated("ptxsim", "sm_90"):
         problem.check("triton", save_tiles=False)
 
 

@@ -3,6 +3,7 @@
 """Tests the checks of the Triton kernels: simulators find planted faults, and the gate bad code."""
 
 import importlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from marginkernels import ArcFace
+from marginkernels.backends.triton import configs
+from marginkernels.backends.triton.configs import Config
 from tests.support.problems import random_problem
 from tests.support.simulation import mutated, needs_triton, require, simulated
-from tools.ptxsim import SimError
+from tools.ptxsim import Module, SimError, triton_adapter
+from tools.ptxsim.errors import AsyncCopyError, AsyncMmaError, MissingFenceError
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -58,6 +62,34 @@ def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
         problem.solve_fused("triton")
 
 
+@pytest.mark.parametrize(
+    "descriptors, instruction, error",
+    [
+        (False, r"wgmma\.wait_group\.sync\.aligned \d+;", AsyncMmaError),
+        (True, r"fence\.proxy\.async\S*;", MissingFenceError),
+        (True, r"mbarrier\.try_wait.*\n.*bra\.uni waitLoop;", AsyncCopyError),
+    ],
+    ids=["wait of wgmma", "fence", "wait of a bulk copy"],
+)
+@needs_triton
+def test_ptxsim_finds_what_is_missing(descriptors, instruction, error, monkeypatch):
+    """Takes instructions out of the PTX of the gradient for sm_90."""
+    from_ptx, config = Module.from_ptx, Config(64, 64, 64, 4, 3, 1, descriptors=descriptors)
+
+    def mutant(ptx: str, *device: object) -> Module:
+        if ".entry gradient_kernel" in ptx:
+            ptx, count = re.subn(instruction, "", ptx)
+            assert count
+        return from_ptx(ptx, *device)
+
+    monkeypatch.setattr(triton_adapter, "_modules", {})
+    monkeypatch.setattr(Module, "from_ptx", mutant)
+    monkeypatch.setattr(configs, "choose", lambda *_: config)
+    problem = random_problem(20, 100, 64, dtypes=(BF16, BF16, None), margin=ArcFace(0.3), scale=9.0)
+    with simulated("ptxsim", "sm_90"), pytest.raises(error):
+        problem.solve_fused("triton", save_tiles=False)
+
+
 @needs_triton
 def test_compile_gate_passes_one_configuration_per_target():
     result = subprocess.run(
@@ -69,8 +101,6 @@ def test_compile_gate_passes_one_configuration_per_target():
 
 @needs_triton
 def test_compile_gate_fires(monkeypatch):
-    from marginkernels.backends.triton.configs import Config
-
     gate = pytest.importorskip("tools.gates.triton")
     monkeypatch.setitem(gate.UPDATE_VARIANTS, "odd D", dict(rule="sgd", d=31))
     case = gate.Case("sm_80", "half", Config(64, 64, 64, 4, 3, 3), "odd D", ("update_kernel",))

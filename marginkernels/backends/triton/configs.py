@@ -35,6 +35,7 @@ class Config(NamedTuple):
     num_stages: int
     ctas: int  # programs that fit on a multiprocessor together
     serves: Load = Load.ANY  # what fits into its registers
+    descriptors: bool = False  # copies by tensor descriptors (TMA), on sm_90 and later
 
 
 # saved exponentials are padded to a multiple of this, which a block_c that serves them divides

@@ -93,7 +93,7 @@ def _take_statistics(
     for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv)), written):
         if n:
             statistics_kernel[(operands.row_tiles * columns,)](
-                operands.x, w_chunk, operands.y, results.x_inv, w_inv, operands.scale,
+                *operands.factors(w_chunk), operands.y, results.x_inv, w_inv, operands.scale,
                 operands.bias, *operands.transform.operands, flags, partials,
                 tiles if save_tiles else None,
                 N=n, C=operands.classes, first_tile=first, stop_tile=stop,

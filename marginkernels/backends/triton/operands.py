@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import numerics
 from . import configs
@@ -231,12 +232,27 @@ class Operands:
             w_inv = self.inverse_norms().copy_(w_inv)
         return w_inv.as_strided((size,), (1,))
 
+    def described(self, matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
+        """Returns a matrix as the tile kernels take it, which copy rows x columns at a time."""
+        if not self.config.descriptors:
+            return matrix
+        return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+    def factors(self, w_chunk: Tensor) -> tuple[Tensor | TensorDescriptor, ...]:
+        """Returns x and w as the tile kernels take them."""
+        config = self.config
+        return (
+            self.described(self.x, config.block_n, config.block_d),
+            self.described(w_chunk, config.block_c, config.block_d),
+        )
+
     def tile_settings(self) -> dict[str, Any]:
         """Returns the settings that both tile kernels are compiled for."""
         config = self.config
         return dict(
             inverse_limit=self.inverse_limit, D_TILES=self.d_tiles, PRECISION=self.precision,
             BLOCK_N=config.block_n, BLOCK_C=config.block_c, BLOCK_D=config.block_d,
+            DESCRIPTORS=config.descriptors,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -47,30 +47,43 @@ _SIZES = ["N", "C", "D_TILES", "first_tile", "class_tiles"]
 
 @triton.jit
 def _dot(
-    x,  # (>= BLOCK_N, D_TILES * BLOCK_D), at the tile's first row
-    w,  # (>= BLOCK_C, D_TILES * BLOCK_D), at the tile's first class
-    row,  # (BLOCK_N,) rows of the tile
-    col,  # (BLOCK_C,) classes of the tile
+    x,  # (N, D_TILES * BLOCK_D)
+    w,  # (classes, D_TILES * BLOCK_D)
+    row,  # the tile's first
+    col,  # the tile's first
+    N,
+    classes,
     D_TILES,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Returns <x_i, w_j> (BLOCK_N, BLOCK_C) in fp32.
 
     The caller pads rows to a multiple of BLOCK_D, so that nothing in here is masked and every copy
-    is 16 bytes wide.
+    is 16 bytes wide. Beyond the last row is the last row again, or 0 with descriptors.
     """
-    stride = D_TILES * BLOCK_D
-    k = tl.arange(0, BLOCK_D)
-    x_offs = row[:, None] * stride + k[None, :]
-    w_offs = col[None, :] * stride + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for _ in range(D_TILES):
-        acc = tl.dot(tl.load(x + x_offs), tl.load(w + w_offs), acc, input_precision=PRECISION)
-        x += BLOCK_D
-        w += BLOCK_D
+    if DESCRIPTORS:
+        for step in range(D_TILES):
+            x_tile = x.load([row, step * BLOCK_D])
+            w_tile = w.load([col, step * BLOCK_D])
+            acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
+    else:
+        stride = D_TILES * BLOCK_D
+        k = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)
+        cols = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - col)
+        x_offs = rows[:, None] * stride + k[None, :]
+        w_offs = cols[None, :] * stride + k[:, None]
+        x += row.to(tl.int64) * stride
+        w += col.to(tl.int64) * stride
+        for _ in range(D_TILES):
+            acc = tl.dot(tl.load(x + x_offs), tl.load(w + w_offs), acc, input_precision=PRECISION)
+            x += BLOCK_D
+            w += BLOCK_D
     return acc
 
 
@@ -123,6 +136,7 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # x and w are tensor descriptors
 ):
     """Takes softmax statistics of the negatives in a row tile and every ``columns``-th class tile.
 
@@ -136,7 +150,6 @@ def statistics_kernel(
     row_tile = tl.program_id(0) % row_tiles
     column = tl.program_id(0) // row_tiles
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
     if TRANSFORM is None:
         r = _row_factor(x_inv, scale, row, N) * PER_UNIT
@@ -147,8 +160,6 @@ def statistics_kernel(
         parameter = None
         if row_parameter is not None:
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
-    stride = D_TILES * BLOCK_D
-    x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
 
     slot = partials + column.to(tl.int64) * N + row
     plane = columns.to(tl.int64) * N
@@ -168,9 +179,10 @@ def statistics_kernel(
     for tile in range(first_tile + column, stop_tile, columns):
         start = tile * BLOCK_C
         col = start + tl.arange(0, BLOCK_C)
-        w_tile = w + ((tile - first_tile) * BLOCK_C).to(tl.int64) * stride
-        existing = tl.minimum(tl.arange(0, BLOCK_C), C - 1 - start)
-        v = _dot(x_tile, w_tile, in_tile, existing, D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION)
+        v = _dot(
+            x, w, row_tile * BLOCK_N, start - first_tile * BLOCK_C, N, C - first_tile * BLOCK_C,
+            D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
         if NORMALIZE_W:
             q = tl.load(w_inv + col)
             v *= q[None, :]
@@ -243,6 +255,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # x, w and g are tensor descriptors
 ):
     """Computes G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets.
 
@@ -254,12 +267,10 @@ def gradient_kernel(
     start = tile * BLOCK_C
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     col = start + tl.arange(0, BLOCK_C)
-    in_tile = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row_tile * BLOCK_N)
-    existing = tl.minimum(tl.arange(0, BLOCK_C), C - 1 - start)
-    stride = D_TILES * BLOCK_D
-    x_tile = x + (row_tile * BLOCK_N).to(tl.int64) * stride
-    w_tile = w + ((tile - first_tile) * BLOCK_C).to(tl.int64) * stride
-    v = _dot(x_tile, w_tile, in_tile, existing, D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION)
+    v = _dot(
+        x, w, row_tile * BLOCK_N, start - first_tile * BLOCK_C, N, C - first_tile * BLOCK_C,
+        D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
+    )  # fmt: skip
 
     r = _row_factor(x_inv, scale, row, N)
     # zero rows would claim all of fp16's range, for a gradient that is 0
@@ -317,6 +328,9 @@ def gradient_kernel(
         G *= slope
     if NORMALIZE_W:
         G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
-    g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
-    in_g = tl.arange(0, BLOCK_N)[:, None] * (g_tiles * BLOCK_C) + g_col[None, :]
-    tl.store(g_tile + in_g, G.to(g.dtype.element_ty))
+    if DESCRIPTORS:
+        g.store([row_tile * BLOCK_N, start - first_tile * BLOCK_C], G.to(g.dtype))
+    else:
+        g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
+        in_g = tl.arange(0, BLOCK_N)[:, None] * (g_tiles * BLOCK_C) + g_col[None, :]
+        tl.store(g_tile + in_g, G.to(g.dtype.element_ty))
