@@ -1,60 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Runs tests, benchmarks and kernels on a GPU, and writes one report.
+"""Runs checks, timings and tests on a GPU, and writes a report and its numbers.
 
-    python -m benchmarks.gpu                      # tests, benchmarks, kernels -> gpu_report.txt
-    python -m benchmarks.gpu --report FILE --shape 1024 1000000 512
+    python -m benchmarks.gpu                          # all parts, in 25 minutes at most
+    python -m benchmarks.gpu --budget 500             # as much as fits
+    python -m benchmarks.gpu --only smoke kernels     # some parts
+    python -m benchmarks.gpu --again kernels          # parts that were done before too
 
-The report has versions, the test suite on the device, every contender against the fused head of
-each backend with peak memory, the three GEMMs that no head can do without, and the time of each
-kernel. Each part is a process of its own with a time limit: a failure is written down, and the rest
-goes on. triton.testing takes the times; it comes with torch's wheels for CUDA.
+It needs no network and installs nothing. Each part is a few processes with a time limit: what fails
+is written down, and the rest goes on. Lines appear as they come. Beside the report stands a JSON
+file with the numbers. A part that is done there is left out the next time.
 """
 
 import argparse
-import functools
-import importlib.metadata
+import contextlib
+import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 import torch
-from torch import Tensor
 
-from marginkernels import ArcFace, backend_report, margin_cross_entropy
+from .gpu_parts import PARTS, Command, machine
 
-from .contenders import Shape, problem
-
-SHAPES = [(256, 100_000, 512), (1024, 1_000_000, 512)]
 ROOT = Path(__file__).parents[1]
-BACKENDS = ("triton", "native")
-LIMIT_SECONDS = 1800
+MOST_OF_THE_REST = 0.6  # of a part's time, so that a stage that hangs leaves some to the next
+ROW = "@row "  # begins a line that a process prints for the JSON file
 
 
 def main() -> None:
-    """Runs all parts, or one."""
+    """Runs the parts that are asked for and not done yet."""
     options = parse_options()
-    if options.part:
-        PARTS[options.part](Shape(*options.shape[0]), *options.backend or ())
-        return
-    with open(options.report, "w") as report:
-        run(report, "versions", part("versions", SHAPES[0]))
-        run(report, "driver", ["nvidia-smi"])
-        if not options.no_tests:
-            run(report, "tests", [sys.executable, "-m", "pytest", "tests", "-q", "-rfE"])
-        for shape in options.shape or SHAPES:
-            sizes = [str(size) for size in shape]
-            run(report, f"gemms {shape}", part("gemms", shape))
-            for backend in options.backend or BACKENDS:
-                chosen = ["--backend", backend]
-                head = [sys.executable, "-m", "benchmarks.head", "--device", "cuda", *chosen]
-                run(report, f"head {shape} by {backend}", [*head, "--shape", *sizes])
-                kernels = [*part("kernels", shape), *chosen]
-                run(report, f"kernels {shape} of {backend}", kernels)
-    print(f"written to {options.report}")
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu: needs a GPU, and torch finds none")
+    report = Report(options.report)
+    report.say(f"\n=== {json.dumps(report.found['machine'])}\n")
+    names = [name for name in PARTS if not options.only or name in options.only]
+    names = [name for name in names if name in (options.again or ()) or not report.is_done(name)]
+    start = time.perf_counter()
+    while names:
+        left = options.budget - (time.perf_counter() - start)
+        share = PARTS[names[0]].share / sum(PARTS[name].share for name in names)
+        run_part(report, names.pop(0), max(left * share, 10.0))
+    report.say(f"=== {time.perf_counter() - start:.0f} s; {options.report}, {report.json_path}\n")
 
 
 def parse_options() -> argparse.Namespace:
@@ -65,141 +58,120 @@ def parse_options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--report", type=Path, default=Path("gpu_report.txt"))
-    parser.add_argument(
-        "--shape",
-        type=int,
-        nargs=3,
-        action="append",
-        metavar=("N", "C", "D"),
-        help="may be repeated",
-    )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, action="append", help="may be repeated, default: all"
-    )
-    parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--part", choices=PARTS, help="one part, in this process")
+    parser.add_argument("--budget", type=float, default=1500, help="seconds (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--again", nargs="+", choices=PARTS, metavar="PART")
     return parser.parse_args()
 
 
-def part(name: str, shape: tuple[int, int, int]) -> list[str]:
-    """Returns the command that runs one part."""
-    sizes = [str(size) for size in shape]
-    return [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--shape", *sizes]
+class Report:
+    """Writes to the screen, to a file of text, and to a JSON file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.json_path = path, path.with_suffix(".json")
+        self.found: dict[str, Any] = {"machine": machine(), "parts": {}}
+        if self.json_path.exists():
+            before = json.loads(self.json_path.read_text())
+            if before["machine"] == self.found["machine"]:
+                self.found = before
+        self._lock = threading.Lock()
+
+    def is_done(self, name: str) -> bool:
+        """Says whether every process of a part has succeeded before."""
+        fates = self.found["parts"].get(name, {}).get("fates", {})
+        return bool(fates) and all(fate == "ok" for fate in fates.values())
+
+    def say(self, text: str) -> None:
+        """Writes text to the screen and to the report."""
+        with self._lock, self.path.open("a") as file:
+            for stream in (file, sys.stdout):
+                stream.write(text)
+                stream.flush()
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        """Writes what came out of a part to the JSON file."""
+        self.found["parts"][name] = result
+        temporary = self.json_path.with_suffix(".new")
+        temporary.write_text(json.dumps(self.found, indent=1))
+        temporary.replace(self.json_path)
 
 
-def run(report: TextIO, title: str, command: list[str]) -> None:
-    """Runs a command, and writes its output and fate to the report and the screen."""
+def run_part(report: Report, name: str, limit: float) -> None:
+    """Runs the stages of a part one after the other, and the processes of a stage together."""
     start = time.perf_counter()
+    report.say(f"\n== {name}: at most {limit:.0f} s\n")
+    result: dict[str, Any] = {"fates": {}, "rows": []}
+    stages = PARTS[name].stages()
+    for stage in stages:
+        left = limit - (time.perf_counter() - start)
+        if stage is not stages[-1]:
+            left *= MOST_OF_THE_REST
+        threads = [
+            threading.Thread(target=run, args=(report, result, command, left)) for command in stage
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    report.keep(name, result)
+    failed = [title for title, fate in result["fates"].items() if fate != "ok"]
+    fate = "FAILED: " + ", ".join(failed) if failed else "ok"
+    report.say(f"== {name}: {fate}, {result['seconds']} s\n")
 
-    def say(text: str) -> None:
-        for stream in (report, sys.stdout):
-            stream.write(text)
-            stream.flush()
 
-    say(f"\n== {title}: {' '.join(command)}\n")
+def run(report: Report, result: dict[str, Any], command: Command, limit: float) -> None:
+    """Runs a process to its end or to the limit; its lines go to the report as they come."""
+    start = time.perf_counter()
+    if limit < 1:
+        result["fates"][command.title] = "left out: no time"
+        return
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(command.env)
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=LIMIT_SECONDS, errors="replace",
+        process = subprocess.Popen(
+            command.arguments, cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
         )  # fmt: skip
-        say(done.stdout)
-        fate = "ok" if done.returncode == 0 else f"FAILED with status {done.returncode}"
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout or b""
-        say(output if isinstance(output, str) else output.decode(errors="replace"))
-        fate = f"FAILED: not done after {LIMIT_SECONDS} s"
     except OSError as error:
-        fate = f"FAILED: {error}"
-    say(f"== {title}: {fate}, {time.perf_counter() - start:.1f} s\n")
-
-
-def versions(_: Shape) -> None:
-    """Prints versions, backends and the device."""
-    for package in ("torch", "triton", "marginkernels"):
-        try:
-            print(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            print(package, "is not installed")
-    print("python", sys.version.split()[0], "CUDA", torch.version.cuda, "HIP", torch.version.hip)
-    for backend, reasons in backend_report().items():
-        print(f"backend {backend}:", "; ".join(reasons) or "available")
-    print(torch.cuda.get_device_properties())
-
-
-def gemms(shape: Shape) -> None:
-    """Times the floor of a head that materialises nothing: logits, dx, dw as plain bf16 GEMMs."""
-    n, c, d = shape
-    x, w = (torch.randn(rows, d, device="cuda", dtype=torch.bfloat16) for rows in (n, c))
-    g = torch.randn(n, c, device="cuda", dtype=torch.bfloat16)
-    total = 0.0
-    for name, a, b in (("logits", x, w.t()), ("dx", g, w), ("dw", g.t(), x)):
-        milliseconds = _milliseconds(functools.partial(torch.mm, a, b))
-        total += milliseconds
-        print(f"{name:<8}{milliseconds:9.3f} ms {2e-9 * n * c * d / milliseconds:9.1f} TFLOP/s")
-    print(f"{'sum':<8}{total:9.3f} ms {6e-9 * n * c * d / total:9.1f} TFLOP/s")
-
-
-def kernels(shape: Shape, backend: str) -> None:
-    """Prints time, peak memory and kernels of a step for each setting."""
-    x, w, y = problem(shape, "cuda")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for save_tiles in (False, True) if dtype != torch.float16 else (False,):
-            for w_dtype in {torch.float32, dtype}:
-                name = f"{dtype} compute, {w_dtype} weights, save_tiles={save_tiles}"
-                print("\n" + name)
-                try:
-                    typed = w.detach().to(w_dtype).requires_grad_()
-                    _one_setting(x, typed, y, dtype, save_tiles, backend)
-                except Exception as error:  # the other settings are still worth running
-                    print(f"FAILED: {type(error).__name__}: {error}")
-                torch.cuda.empty_cache()
-
-
-def _one_setting(
-    x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, save_tiles: bool, backend: str
-) -> None:
-    def step() -> tuple[Tensor, ...]:
-        loss = margin_cross_entropy(
-            x, w, y, margin=ArcFace(0.5), scale=64.0, compute_dtype=dtype, save_tiles=save_tiles,
-            backend=backend,
-        )  # fmt: skip
-        return loss, *torch.autograd.grad(loss, (x, w))
-
-    step()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    first = step()
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before - x.nbytes - w.nbytes
-    same = all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
-    del first
-    milliseconds = _milliseconds(step)
-    (n, d), c = x.shape, len(w)
-    print(
-        f"{milliseconds:.3f} ms, {6e-9 * n * c * d / milliseconds:.1f} TFLOP/s as 6NCD, "
-        f"{extra / 2**20:.1f} MiB beyond x, w, dx, dw; same bits twice: {same}"
-    )
-    graph = torch.cuda.CUDAGraph()
+        result["fates"][command.title] = f"does not start: {error}"
+        report.say(f"  {command.title}: does not start: {error}\n")
+        return
+    assert process.stdout is not None
+    reader = threading.Thread(target=copy, args=(report, result, command, process.stdout))
+    reader.start()
     try:
-        with torch.cuda.graph(graph):
-            step()
-        print(f"{_milliseconds(graph.replay):.3f} ms as a CUDA graph")
-    except Exception as error:
-        print(f"CUDA graph FAILED: {error}")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=20))
+        status = process.wait(limit)
+        fate = "ok" if status == 0 else f"status {status}"
+    except subprocess.TimeoutExpired:
+        fate = f"not done after {limit:.0f} s"
+    end(process)
+    reader.join(10)
+    result["fates"][command.title] = fate
+    report.say(f"  {command.title}: {fate}, {time.perf_counter() - start:.1f} s\n")
 
 
-def _milliseconds(function: Callable[[], object]) -> float:
-    """Returns the median over some runs, with the L2 cache flushed before each."""
-    import triton
+def copy(report: Report, result: dict[str, Any], command: Command, lines: IO[str]) -> None:
+    """Copies lines to the report, and what they hold for the JSON file to the result.
 
-    return triton.testing.do_bench(function, warmup=100, rep=300, return_mode="median")
+    Of a quiet process it copies the last line if that tells an error.
+    """
+    line = ""
+    for line in lines:
+        if line.startswith(ROW):
+            result["rows"].append(json.loads(line.removeprefix(ROW)))
+        elif not command.quiet:
+            report.say(f"  {command.title}: {line[:200].rstrip()}\n")
+    if command.quiet and "Error" in line:
+        report.say(f"  {command.title}: {line[:200].rstrip()}\n")
 
 
-PARTS: dict[str, Callable[..., None]] = {"versions": versions, "gemms": gemms, "kernels": kernels}
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,15 @@ import math
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from .timing import ms, stamp
+
 GEMM_SIZE = 2048
+GPU_GEMM_SIZE = 8192  # enough for all multiprocessors, and for a launch not to count
 SMALLER_GEMM_SIZES = (256, 512, 1024)
 ENOUGH_SECONDS = 0.02  # for a measurement of a peak
 COPY_BYTES = 256 << 20
@@ -65,10 +67,12 @@ def _compile_loops() -> ctypes.CDLL:
 
 
 def _gemm(dtype: torch.dtype, device: str) -> Probe:
-    """Measures torch.mm of squares of GEMM_SIZE, or of smaller ones where it is slow.
+    """Measures torch.mm of large squares, or on a CPU of smaller ones where it is slow.
 
     Without instructions for the type torch.mm falls back to a loop that is a thousand times slower.
     """
+    if device != "cpu":
+        return _square_gemm(GPU_GEMM_SIZE, dtype, device)
     for size in SMALLER_GEMM_SIZES:
         probe = _square_gemm(size, dtype, device)
         probe()
@@ -95,9 +99,11 @@ def _read(device: str) -> Probe:
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
+    if device != "cpu":
+        run()  # so that the launch of the next one is not waited for
+    start = stamp(device)
     run()
-    synchronize()
-    return time.perf_counter() - start
+    end = stamp(device)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1e-3 * ms(start, end)
