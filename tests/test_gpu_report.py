@@ -25,7 +25,7 @@ def parts(monkeypatch):
         "bad": [
             [
                 python("hangs", "import time; print('on'); time.sleep(60)"),
-                python("exits", "exit(3)"),
+                python("ends", "exit(3)"),
             ],
             [Command("absent", ["/no/such/program"]), python("last", WORKS)],
         ],
