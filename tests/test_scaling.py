@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from marginkernels import ArcFace, MarginSoftmaxHead, Sharding, device_checks
+from marginkernels import ArcFace, MarginSoftmaxHead, Sharding, device_checks, sweep
 from marginkernels.distributed import collectives
 from marginkernels.optim import SGD
 from tests.support import simulation, workers
@@ -126,10 +126,11 @@ def test_the_traffic_that_launchers_ask_for_agrees_with_the_formulas():
 def test_the_formulas_know_the_launcher():
     dw = pytest.importorskip("marginkernels.backends.triton.dw")
     operands = importlib.import_module("marginkernels.backends.triton.operands")
-    sources = importlib.import_module("marginkernels.backends.triton.sources")
-    assert scaling.G_CHUNK_BYTES == sources.G_CHUNK_BYTES
+    configs = importlib.import_module("marginkernels.backends.triton.configs")
+    assert scaling.CHUNK_BYTES == operands.CHUNK_BYTES
     assert scaling.DW_CHUNK_BYTES == dw.DW_CHUNK_BYTES
-    assert scaling.W_CHUNK_BYTES == operands.W_CHUNK_BYTES
+    assert scaling.ROUNDED_BYTES == sweep._ROUNDED_BYTES
+    assert scaling.ROW_PADDING == configs.ROW_PADDING
 
 
 @pytest.fixture

@@ -180,9 +180,22 @@ def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
     problem = random_problem(
         20, 700, 40, dtypes=(F32, F32, BF16), margin=ArcFace(0.3), scale=32.0, label_smoothing=0.1
     )
-    monkeypatch.setattr(operands, "W_CHUNK_BYTES", 128 * 64 * 2)
+    monkeypatch.setattr(operands, "CHUNK_BYTES", 128 * 64 * 4)
     monkeypatch.setattr("marginkernels.backends.triton.dw.DW_CHUNK_BYTES", 64 * 64 * 4)
     with simulated("ttsem", races="off"):
+        problem.check("triton")
+
+
+@pytest.mark.parametrize("most_scanned", [0, 4096])
+def test_targets_of_a_class_are_added_up_wherever_they_stand(most_scanned, monkeypatch, poisoned):
+    """Has classes with one row, none, and some in several blocks of labels, sorted and scanned."""
+    from marginkernels.backends.triton import backward
+
+    monkeypatch.setattr(backward, "MOST_SCANNED", most_scanned)
+    monkeypatch.setattr(backward, "LABEL_GROUPS", 1)
+    problem = random_problem(70, 30, 40, margin=ArcFace(0.3), scale=32.0)
+    problem.y[:] = torch.tensor([*range(5, 15), *[3] * 25, *[29, 3] * 17, 0])
+    with simulated("ttsem"):
         problem.check("triton")
 
 

@@ -85,7 +85,7 @@ def test_rounds_with_the_bits_of_the_definition(d):
 def test_the_bits_of_the_rounding_do_not_depend_on_chunks(monkeypatch):
     from marginkernels.backends.triton import operands
 
-    monkeypatch.setattr(operands, "W_CHUNK_BYTES", 1)
+    monkeypatch.setattr(operands, "CHUNK_BYTES", 1)
     monkeypatch.setattr("marginkernels.backends.triton.dw.DW_CHUNK_BYTES", 1)
     with simulated("ttsem"):
         assert_the_bits_of_the_rounding(37)

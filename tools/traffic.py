@@ -77,6 +77,7 @@ KERNELS = {
     "finish_rows_kernel": Kernel(PASS, gathers=("w",)),
     "target_kernel": Kernel(PASS),
     "flag_kernel": Kernel(PASS),
+    "saved_rows_kernel": Kernel(PASS),
 }
 RAW_GRADIENT = "gradient"  # the operand of project_kernel and update_kernel
 # operations of PyTorch, with the positions of what they read and write
@@ -130,6 +131,8 @@ class Recorder(TorchDispatchMode):
         if name not in KERNELS:
             raise RuntimeError(f"{name}: expected a kernel in KERNELS, got another")
         kind, reads, writes, gathers = KERNELS[name]
+        if operands.get("taken") is not None:
+            reads, gathers = (), reads
         rows_of_classes = {k for k, operand in operands.items() if self.class_bytes(operand)}
         if unknown := rows_of_classes.difference(reads, writes, gathers, (RAW_GRADIENT,)):
             raise RuntimeError(f"{name}: KERNELS does not say what it does with {unknown}")
@@ -137,11 +140,14 @@ class Recorder(TorchDispatchMode):
         self.add(name, CACHE, [operands.get(RAW_GRADIENT)], [])
 
     def mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Records the GEMM for dw; takes the place of vendor_gemm.mm."""
-        self.add("dw", CACHE, [], [out])
+        """Records a GEMM for dw, or the first one for dx; takes the place of vendor_gemm.mm."""
+        if len(out) == self.setting.n:
+            self.add_mm(out, a, b)
+        else:
+            self.add("dw", CACHE, [], [out])
 
     def add_mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Records the GEMM for dx; takes the place of vendor_gemm.add_mm."""
+        """Records a GEMM for dx; takes the place of vendor_gemm.add_mm."""
         self.add("dx", MATRIX, [b], [])
 
 

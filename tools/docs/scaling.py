@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 PATH = Path(__file__).parents[2] / "docs" / "scaling.md"
 IDENTITIES, GPUS = (10**6, 10**7, 10**8), (8, 64, 512)
 
-# the Triton backend's chunks have at most so many bytes
-G_CHUNK_BYTES, DW_CHUNK_BYTES, W_CHUNK_BYTES = 64 << 20, 16 << 20, 32 << 20
+# a chunk of the Triton backend, and its part of dw, have at most so many bytes
+CHUNK_BYTES, DW_CHUNK_BYTES = 384 << 20, 16 << 20
+# forward keeps a rounded w of at most so many bytes, with rows of a multiple of so many numbers
+ROUNDED_BYTES, ROW_PADDING = 256 << 20, 64
 
 
 class Setup(NamedTuple):
@@ -96,22 +98,26 @@ def working(s: Setup) -> int:
 
     The exponentials that forward may keep are not counted: at most 256 MiB, unless asked for more.
     """
-    chunk = min(s.held, max(1, G_CHUNK_BYTES // (s.batch * s.itemsize)))  # of classes, backward
-    # w is rounded chunk by chunk
-    rounded = 0 if s.itemsize == s.weight_bytes else W_CHUNK_BYTES
+    rounded = 0 if s.itemsize == s.weight_bytes else s.features * s.itemsize  # of a class
+    kept = s.held * rounded
+    if kept > ROUNDED_BYTES or s.features % ROW_PADDING:
+        kept = 0  # w is rounded chunk by chunk
+    passing = 0 if kept else rounded
 
-    def w_chunk(classes: int) -> int:
-        return min(rounded, classes * s.features * s.itemsize)
+    def chunk(class_bytes: int) -> int:
+        """Returns the classes of a chunk; all chunks are about the same size."""
+        most = max(1, CHUNK_BYTES // max(1, class_bytes + passing))
+        return -(-s.held // -(-s.held // most))
 
-    both = s.batch * s.features * s.itemsize + 4 * s.held + 64 * s.batch
-    forward = 16 * s.batch * s.gpus + w_chunk(s.held)
+    both = s.batch * s.features * s.itemsize + 4 * s.held + 64 * s.batch + kept
+    forward = 16 * s.batch * s.gpus + chunk(0) * passing
+    classes = chunk(s.batch * s.itemsize)
     backward = (
-        s.batch * s.features * (4 + 4 + s.itemsize)  # dx twice, and rows of w gathered for it
+        s.batch * s.features * (4 + 4 + s.itemsize)  # dx twice, and the targets' part of dw
         + 4 * s.held
-        + s.batch * chunk * s.itemsize
-        + min(DW_CHUNK_BYTES, 4 * chunk * s.features)
-        + w_chunk(chunk)
-        + (s.batch * s.features * s.weight_bytes if s.fused else 0)  # rows of w as they were
+        + classes * (s.batch * s.itemsize + passing)
+        + min(DW_CHUNK_BYTES, 4 * classes * s.features)
+        + (s.batch * s.features * s.weight_bytes if s.fused and not kept else 0)  # w as it was
     )
     return both + max(forward, backward)
 
@@ -143,9 +149,10 @@ momentum are fp32. Nothing here has been timed on a GPU.
 
 **Memory of each GPU.** With an optimizer of `torch.optim` weights, gradient and momentum last: 12 C
 D / W bytes (AdamW: 16). A step takes 8 bytes more for each class. The rest does not depend on the
-number of classes: buffers of fixed size, for every row of the batch its features, its gradient and
-a few numbers, and 16 N W bytes in the forward merge. The last column is one fp32 matrix of logits;
-the usual head holds several.
+number of classes: buffers of at most 384 MiB together, for every row of the batch its features, its
+gradient and a few numbers, and 16 N W bytes in the forward merge. Where fp32 weights are rounded,
+and that takes at most 256 MiB, forward keeps them for backward. The last column is one fp32 matrix
+of logits; the usual head holds several.
 
 """
 

@@ -164,14 +164,15 @@ class Recorder(TorchDispatchMode):
             kind=TILE, written=launch.written + g_bytes, flops=flops, tile=tile, tiles=tiles
         )
 
-    def gemm(self, name: str, out: Tensor, a: Tensor, b: Tensor) -> None:
+    def gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """Records a GEMM. dx stays in registers or L2, as x does; a part of dw meets L2 only."""
+        name = "dx GEMM" if len(out) == self.shape.n else "dw GEMM"
         flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
         large = [t for t in (a, b) if self.shape.n * self.shape.d < t.numel()]
         cached = self.rows_of_classes(out)
         read = sum(t.nbytes for t in large)
         self.add(Launch(name, GEMM, read, 0, cached, flops))
-        if out.shape[0] == self.shape.n:  # a sum over many classes is split, and then added up
+        if name == "dx GEMM":  # a sum over many classes is split, and then added up
             self.add(Launch("split-K sum", PASS, cached=SPLITS * out.nbytes))
 
     def rows_of_classes(self, t: Any) -> int:
@@ -194,8 +195,8 @@ def recorded(shape: Shape, gpu: Gpu) -> Iterator[Recorder]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "target", lambda _: target),
         mock.patch.object(backends, "select", lambda *_: "triton"),
-        mock.patch.object(vendor_gemm, "mm", lambda *t: recorder.gemm("dw GEMM", *t)),
-        mock.patch.object(vendor_gemm, "add_mm", lambda *t: recorder.gemm("dx GEMM", *t)),
+        mock.patch.object(vendor_gemm, "mm", recorder.gemm),
+        mock.patch.object(vendor_gemm, "add_mm", recorder.gemm),
         recorder,
     ):
         yield recorder

@@ -70,6 +70,10 @@ class TritonBackend(Backend):
         """Returns a row for each row of x, with classes padded to whole tiles."""
         return configs.tiles_shape(n, c)
 
+    def keeps_rounded(self, device: torch.device, d: int) -> bool:
+        """Says whether forward can keep w as it rounds it: where rows need no padding."""
+        return d % configs.ROW_PADDING == 0
+
     def notes(self) -> list[str]:
         """Lists what a user should know of this backend on the current device."""
         if not torch.cuda.is_available():

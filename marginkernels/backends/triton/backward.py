@@ -14,10 +14,16 @@ from torch import Tensor
 
 from . import configs, vendor_gemm
 from .configs import Config
-from .dw import RowGradient, TakeChunk, WriteDw, projection_settings
+from .dw import RowGradient, TakeChunk, WriteDw
 from .operands import Operands
-from .row_kernels import project_kernel, target_kernel
+from .row_kernels import target_kernel
 from .sources import GradientSource, Incoming, SavedGradient, TileGradient
+
+# rows of a batch whose labels every program reads, to find those of its class; to sort them first
+# takes more launches
+MOST_SCANNED = 4096
+# groups of rows whose labels are read together
+LABEL_GROUPS = 64
 
 
 def head_bwd(
@@ -53,7 +59,7 @@ def head_bwd(
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        config=config, load=configs.load(
+        config=config, w_rounded=w_rounded, load=configs.load(
             "gradient", transform,
             extras=bias is not None or grad_sum is not None or need_scale,
         ),
@@ -72,7 +78,7 @@ def head_bwd(
     sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
     dx_raw = sweep.run(need_x, dbias, WriteDw(sweep.of_rows(), dw) if need_w else None)
     if dx_raw is not None:
-        sweep.write_dx(dx_raw, w, operands.target_row(), normalize_x, dx)
+        sweep.write_dx(dx_raw, *operands.target_table(), normalize_x, dx)
     return dx, dw, dbias, sweep.scale_gradient() if need_scale else dscale
 
 
@@ -115,12 +121,12 @@ class BackwardSweep:
         operands, source = self.operands, self.source
         dx_raw = None
         if need_x:
-            dx_raw = operands.statistics(len(operands.x), operands.width).zero_()
+            dx_raw = operands.statistics(len(operands.x), operands.width)
         for first, stop, w_chunk in operands.chunks(source.chunk_tiles):
             start, count = first * operands.config.block_c, len(w_chunk)
             g = source.next(first, stop, w_chunk)
             if dx_raw is not None:
-                vendor_gemm.add_mm(dx_raw, g, w_chunk)
+                (vendor_gemm.add_mm if first else vendor_gemm.mm)(dx_raw, g, w_chunk)
             if dbias.numel() > 0:
                 torch.sum(source.dbias[:, :count], 0, out=dbias[start : start + count])
             if take is not None:
@@ -142,23 +148,17 @@ class BackwardSweep:
     def write_dx(
         self,
         dx_raw: Tensor,  # (N, width)
-        table: Tensor,  # (., D) the rows of w that hold targets
-        target_row: Tensor,  # (N,) a row of the table, or -1
+        table: Tensor,  # (., D or more) the rows of w that hold targets
+        target_row: Tensor | None,  # (N,) a row of the table, or -1; None: the row's own
         normalize_x: bool,
         dx: Tensor,  # (N, D)
     ) -> None:
         """Writes dx from its sum over all classes."""
         operands, source = self.operands, self.source
-        n = len(operands.x)
-        if source.row_weight is not None:
-            dx_raw *= source.row_weight[:, None]
-        project_kernel[(triton.cdiv(n, 4),)](
-            dx_raw, operands.x, self.incoming.x_inv, source.dx_factor, target_row, table,
-            self.targets.coefficient, None, dx, None,
-            R=n, table_stride_r=table.stride(0), table_stride_d=table.stride(1),
-            NORMALIZE=normalize_x,
-            FACTOR_STRIDE=0 if source.dx_factor is None else source.dx_factor.dim(),
-            ROUND_TABLE=True, **projection_settings(operands),
+        operands.project(
+            dx_raw, operands.x, self.incoming.x_inv, source.row_weight, source.dx_factor,
+            target_row, table, self.targets.coefficient, None, dx, None,
+            NORMALIZE=normalize_x, ROUND_TABLE=True,
         )  # fmt: skip
 
 
@@ -180,10 +180,13 @@ class Targets(NamedTuple):
             sums=operands.statistics(n, operands.width),
             radial=None if incoming.grad_w_norm is None else operands.statistics(n),
         )
+        y, order = operands.y, None
+        if n > MOST_SCANNED:
+            y, order = torch.sort(y, stable=True)
         target_kernel[(n, triton.cdiv(operands.width, block_d))](
-            operands.x, operands.y, incoming.x_inv, incoming.w_inv, operands.scale,
+            operands.x, y, order, incoming.x_inv, incoming.w_inv, operands.scale,
             incoming.grad_target, incoming.grad_w_norm, *targets,
-            N=n, NORMALIZE_W=operands.normalize_w, BLOCK_N=32, BLOCK_D=block_d,
+            N=n, NORMALIZE_W=operands.normalize_w, GROUPS=LABEL_GROUPS, GROUP=16, BLOCK_D=block_d,
             **operands.row_settings(),
         )  # fmt: skip
         return targets

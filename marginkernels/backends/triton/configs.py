@@ -40,6 +40,8 @@ class Config(NamedTuple):
 
 # saved exponentials are padded to a multiple of this, which a block_c that serves them divides
 TILES_PADDING = 128
+# every block_d divides it
+ROW_PADDING = 64
 # the first tile that serves a load is used, unless a later one has so many fewer rows of padding:
 # on one H200 a tile of 64 rows took 1.13 (gradient) to 1.40 (statistics) times as long per logit
 WORTH_PADDING = 1.25

@@ -3,14 +3,12 @@
 """Makes dw of a chunk of G part by part, and hands each part on while it is in L2."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from . import vendor_gemm
 from .operands import Operands
-from .row_kernels import project_kernel
 from .sources import GradientSource
 
 # a chunk of fp32 dw, which should still be in L2 when it is projected
@@ -71,22 +69,11 @@ class WriteDw(TakeDw):
             out = out[part]
         else:
             out_index = operands.index[part]
-        project_kernel[(triton.cdiv(len(rows), 4),)](
-            raw, rows, gradient.w_inv[part], gradient.source.dw_factor, gradient.slot[part],
+        operands.project(
+            raw, rows, gradient.w_inv[part], None, gradient.source.dw_factor, gradient.slot[part],
             gradient.sums, None, gradient.radial, out, out_index,
-            R=len(rows), table_stride_r=operands.width, table_stride_d=1,
-            NORMALIZE=operands.normalize_w, FACTOR_STRIDE=0, ROUND_TABLE=False,
-            **projection_settings(operands),
+            NORMALIZE=operands.normalize_w, ROUND_TABLE=False,
         )  # fmt: skip
-
-
-def projection_settings(operands: Operands) -> dict[str, Any]:
-    """Returns the settings that the projections of dw and of dx share."""
-    d = operands.w.shape[1]
-    return dict(
-        D=d, EVEN_D=d == operands.width, inverse_limit=operands.inverse_limit, BLOCK_R=4,
-        BLOCK_D=512, **operands.row_settings(),
-    )  # fmt: skip
 
 
 def _dw_rows(operands: Operands) -> int:

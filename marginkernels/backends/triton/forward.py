@@ -57,14 +57,15 @@ def head_fwd(
         x_inv=x_inv if normalize_x else x_inv.fill_(1),
         w_inv=operands.inverse_norms(),
         tiles=x.new_empty(tiles_shape, dtype=compute_dtype if save_tiles else torch.float32),
-        w_rounded=x.new_empty(0, dtype=compute_dtype),
+        w_rounded=x.new_empty((c, x.shape[1]) if keep_rounded else 0, dtype=compute_dtype),
     )
+    unknown = results.w_inv if known_w_inv is None else None
     if known_w_inv is not None:
         results.w_inv.copy_(known_w_inv)
+    if keep_rounded:
+        operands, unknown = operands.keeping(results.w_rounded, unknown), None
     separate_max = want_max and (save_tiles or operands.transform.apply is not None)
-    partials = _take_statistics(
-        operands, results, known_w_inv is None, save_tiles, want_sum, separate_max
-    )
+    partials = _take_statistics(operands, results, unknown, save_tiles, want_sum, separate_max)
     if n:
         _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
     if want_sum and bias is not None:
@@ -75,12 +76,12 @@ def head_fwd(
 def _take_statistics(
     operands: Operands,
     results: ops.Forward,
-    want_norms: bool,
+    unknown: Tensor | None,  # (C,) w_inv, where it is to be written
     save_tiles: bool,
     want_sum: bool,
     separate_max: bool,
 ) -> Tensor:
-    """Takes the statistics of all classes, and the norms of their rows if wanted, by chunks.
+    """Takes the statistics of all classes, and the inverse norms of their rows, by chunks.
 
     Returns the partial statistics, (PLANES, columns, N).
     """
@@ -89,8 +90,7 @@ def _take_statistics(
     columns = operands.columns()
     partials = operands.statistics(PLANES, columns, n)
     w_inv, tiles = operands.to_last_tile(results.w_inv), results.tiles
-    written = results.w_inv if want_norms else None
-    for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(len(w_inv)), written):
+    for first, stop, w_chunk in operands.chunks(operands.chunk_tiles(0), unknown):
         if n:
             statistics_kernel[(operands.row_tiles * columns,)](
                 *operands.factors(w_chunk), operands.y, results.x_inv, w_inv, operands.scale,

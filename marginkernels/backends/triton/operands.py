@@ -19,13 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import numerics
 from . import configs
 from .configs import Config
-from .row_kernels import flag_kernel, prepare_rows_kernel
+from .row_kernels import flag_kernel, prepare_rows_kernel, project_kernel
 from .transforms import Transform
 
 # a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
 MOST_CLASSES = 2**31 - 1024
-# a chunk of w rounded to the compute type
-W_CHUNK_BYTES = 32 << 20
+# what a chunk of classes takes at most, of G and of w where it is rounded: enough for GEMMs to run
+# well, and for launches to be few
+CHUNK_BYTES = 384 << 20
 # every tile of classes divides it
 _CLASSES_PADDING = 256
 # numbers of an operand that a program of four warps, and each of more warps, has in registers
@@ -77,6 +78,7 @@ class Operands:
         load: configs.Load,
         config: Config | None,  # in the place of the table's
         x_inv: Tensor | None = None,  # (N,)
+        w_rounded: Tensor | None = None,  # (C, D) in the compute type, as forward has kept it
     ) -> "Operands":
         """Checks the operands, chooses tiles, and brings x into the form that the kernels read.
 
@@ -92,6 +94,9 @@ class Operands:
         width = triton.cdiv(x.shape[1], config.block_d) * config.block_d
         readable = _is_readable(x, width, compute_dtype)
         rows = x if readable else x.new_empty(len(x), width, dtype=compute_dtype)
+        w_rows = w if index is None and w_rounded is None else w_rounded
+        if w_rows is not None and not _is_readable(w_rows, width, compute_dtype):
+            w_rows = None
         operands = cls(
             config=config,
             target=target,
@@ -100,7 +105,7 @@ class Operands:
             width=width,
             x=rows,
             w=w,
-            rows=w if index is None and _is_readable(w, width, compute_dtype) else None,
+            rows=w_rows,
             y=y.contiguous(),
             scale=scale,
             bias=None if bias is None else _continued(bias, config.block_c),
@@ -140,14 +145,23 @@ class Operands:
         slots = self.target.multiprocessors * self.config.ctas
         return configs.columns(slots, self.row_tiles, self.class_tiles)
 
-    def chunk_tiles(self, classes: int) -> int:
-        """Returns the class tiles in a chunk of at most ``classes``.
+    def chunk_tiles(self, class_bytes: int) -> int:
+        """Returns the class tiles of a chunk, whose classes take so many bytes each.
 
-        A chunk has fewer where w has to be rounded first.
+        More where w has to be rounded first. All chunks have about the same size.
         """
         if self.rows is None:
-            classes = min(classes, W_CHUNK_BYTES // (self.width * self.x.itemsize))
-        return min(max(1, classes // self.config.block_c), self.class_tiles)
+            class_bytes += self.width * self.x.itemsize
+        most = max(1, CHUNK_BYTES // max(1, class_bytes * self.config.block_c))
+        return triton.cdiv(self.class_tiles, max(1, triton.cdiv(self.class_tiles, most)))
+
+    def keeping(self, rows: Tensor, w_inv: Tensor | None) -> "Operands":
+        """Rounds all of w into ``rows`` (C, width), and returns operands that are read from there.
+
+        Writes the inverse norms of the rows into ``w_inv`` (C,), where it is given.
+        """
+        self.prepare(self.w, rows, w_inv, self.index)
+        return dataclasses.replace(self, rows=rows)
 
     def chunks(self, tiles: int, w_inv: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (first tile, stop tile, rows of w as the kernels read them), ``tiles`` at a time.
@@ -185,10 +199,18 @@ class Operands:
         """Returns a tensor with the rows of w that hold targets, and where each stands, or -1."""
         return (self.w, self.target_row()) if self.rows is None else (self.rows, self.y)
 
+    def lasting_target_table(self) -> tuple[Tensor, Tensor | None]:
+        """Returns such a table that a later change of w does not reach; None: the row's own row."""
+        if self.rows is not None and self.rows is not self.w:
+            return self.rows, self.y
+        table = self.w.new_empty(len(self.x), self.width)
+        self.prepare(self.w, table, None, self.target_row())
+        return table, None
+
     def prepare(
         self,
         given: Tensor,  # (., D) of any type and strides
-        rows: Tensor | None,  # (R, width) in the compute type
+        rows: Tensor | None,  # (R, width)
         inverse: Tensor | None,  # (R,)
         index: Tensor | None = None,  # (R,) rows that are taken, -1: one of zeros
     ) -> None:
@@ -204,6 +226,25 @@ class Operands:
         prepare_rows_kernel[(triton.cdiv(count, settings["BLOCK_R"]),)](
             given, index, rows, inverse, R=count, D_UNITS=d // unit, stride_units=stride // unit,
             stride_d=stride_d, inverse_limit=self.inverse_limit, UNIT=unit, **settings,
+        )  # fmt: skip
+
+    def project(
+        self,
+        gradient: Tensor,  # (R, width) fp32
+        rows: Tensor,  # (R, width)
+        *others: Tensor | None,  # see project_kernel
+        **flags: bool,
+    ) -> None:
+        """Turns the gradient along unit rows into that of raw rows, see project_kernel."""
+        table, d = others[4], self.w.shape[1]
+        if table is None:
+            raise ValueError("table: expected a tensor, got None")
+        stride, stride_d = table.stride()
+        unit, settings = math.gcd(d, stride, _UNIT), self.held_row_settings()
+        project_kernel[(triton.cdiv(len(rows), settings["BLOCK_R"]),)](
+            gradient, rows, *others,
+            R=len(rows), D_UNITS=d // unit, table_units=stride // unit, table_stride_d=stride_d,
+            inverse_limit=self.inverse_limit, UNIT=unit, **flags, **settings,
         )  # fmt: skip
 
     def flags(self) -> Tensor:

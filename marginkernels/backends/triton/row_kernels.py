@@ -14,13 +14,13 @@ Fast because: each row of x, w and dw is read or written once per sweep, by one 
 import triton
 import triton.language as tl
 
-from .constants import EXPONENTIALS, LN2, LOG2E, LOGIT_SUM, MAXIMUM, NO_MAXIMUM
+from .constants import EXPONENTIALS, LN2, LOG2E, LOGIT_SUM, MAXIMUM, NO_MAXIMUM, OFFSET_START
 
 
 @triton.jit(do_not_specialize=["R", "D_UNITS", "D_TILES", "stride_units"])
 def prepare_rows_kernel(
     given,  # (., D_UNITS * UNIT) of any type and strides
-    index,  # (R,) rows that are taken, -1: one of zeros; or None: as they come
+    taken,  # (R,) rows that are taken, -1: one of zeros; or None: as they come
     rows,  # (R, D_TILES * TILE_D) in the compute type, or None where ``given`` are such rows
     inverse,  # (R,) or None
     R,
@@ -42,12 +42,12 @@ def prepare_rows_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     place = row.to(tl.int64)
     there = row < R
-    if index is not None:
-        place = tl.load(index + row, mask=there, other=-1)
+    if taken is not None:
+        place = tl.load(taken + row, mask=there, other=-1)
     k = tl.arange(0, BLOCK_D)[None, :]
     at = place[:, None] * (stride_units * UNIT) + k.to(tl.int64) * stride_d
-    taken = (there & (place >= 0))[:, None] & (k < D_UNITS * UNIT)
-    v = tl.load(given + at, mask=taken, other=0.0)
+    kept = (there & (place >= 0))[:, None] & (k < D_UNITS * UNIT)
+    v = tl.load(given + at, mask=kept, other=0.0)
     if rows is not None:
         width = D_TILES * TILE_D
         v = v.to(rows.dtype.element_ty)
@@ -178,13 +178,14 @@ def _log_sum(m, UNIT: tl.constexpr, l):
 @triton.jit(do_not_specialize=["N", "D_TILES"])
 def target_kernel(
     x,  # (N, D_TILES * TILE_D)
-    y,  # (N,) int64, -1: no target here
+    y,  # (N,) int64, -1: no target here; sorted where there is an order
+    order,  # (N,) rows in the order of y, or None: as they come
     x_inv,  # (N,)
     w_inv,  # (C,)
     scale,  # ()
     grad_target,  # (N,)
     grad_w_norm,  # (N,) or None
-    coefficient,  # (N,): weight of w_y in a row's dx
+    coefficient,  # (N,): weight of w_y in a row's dx, 0 without a target
     slot,  # (C,) int32, -1 before: the row whose sums are those of a class
     sums,  # (N, D_TILES * TILE_D) fp32: the targets' part of a class's dw
     radial,  # (N,) or None: the gradient of the class's norm
@@ -192,77 +193,134 @@ def target_kernel(
     D_TILES,
     NORMALIZE_W: tl.constexpr,
     TILE_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,  # rows that are added together
     BLOCK_D: tl.constexpr,
 ):
     """Writes the weight of w_y in a row's dx, and the targets' part of each class's dw.
 
-    This is the target's column of G, in fp32, outside the GEMMs: one program per row and slice of
-    D. The first row of each class adds up the parts of all rows of the class, in their order.
+    This is the target's column of G, in fp32, outside the GEMMs: one program per place in y and
+    slice of D. The first row of each class adds up the parts of all rows of the class, in their
+    order.
     """
-    row = tl.program_id(0)
-    label = tl.load(y + row)
-    q = tl.load(w_inv + label, mask=label >= 0, other=1.0) if NORMALIZE_W else 1.0
-    factor = tl.load(scale) * q
+    BLOCK_N: tl.constexpr = GROUPS * GROUP
+    place = tl.program_id(0)
+    label = tl.load(y + place)
     first_slice = tl.program_id(1) == 0
-    own = tl.load(grad_target + row) * tl.load(x_inv + row) * factor
-    tl.store(coefficient + row, own, mask=first_slice)
+    row = place.to(tl.int64) if order is None else tl.load(order + place)
+    if label < 0:
+        tl.store(coefficient + row, 0.0, mask=first_slice)
+    else:
+        factor = tl.load(scale)
+        if NORMALIZE_W:
+            factor *= tl.load(w_inv + label)
+        own = tl.load(grad_target + row) * tl.load(x_inv + row) * factor
+        tl.store(coefficient + row, own, mask=first_slice)
 
-    earlier = 0
-    for start in range(0, row, BLOCK_N):
-        k = start + tl.arange(0, BLOCK_N)
-        same = (tl.load(y + k, mask=k < row, other=-1) == label) & (k < row)
-        earlier += tl.sum(same.to(tl.int32), 0)
-    if (label >= 0) & (earlier == 0):
-        width = D_TILES * TILE_D
-        col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        radial_total = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(row // BLOCK_N * BLOCK_N, N, BLOCK_N):
-            k = start + tl.arange(0, BLOCK_N)
-            same = tl.load(y + k, mask=k < N, other=-1) == label
-            g = tl.load(grad_target + k, mask=same, other=0.0)
-            g *= tl.load(x_inv + k, mask=same, other=0.0) * factor
-            there = same[:, None] & (col < width)[None, :]
-            x_rows = tl.load(
-                x + k.to(tl.int64)[:, None] * width + col[None, :], mask=there, other=0.0
-            )
-            total += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
+        earlier = 0
+        if order is None:
+            for start in range(0, place, BLOCK_N):
+                k = start + tl.arange(0, BLOCK_N)
+                earlier += tl.max((tl.load(y + k, mask=k < place, other=-1) == label).to(tl.int32))
+        else:
+            earlier = (tl.load(y + place - 1, mask=place > 0, other=-1) == label).to(tl.int32)
+        if earlier == 0:
+            width = D_TILES * TILE_D
+            col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            group = tl.arange(0, GROUPS)
+            member = tl.arange(0, GROUP)
+            total = tl.zeros((BLOCK_D,), tl.float32)
+            radial_total = tl.zeros((GROUP,), tl.float32)
+            start = place // GROUP * GROUP
+            while start < N:
+                block = start + group[:, None] * GROUP + member[None, :]
+                hit = tl.load(y + block, mask=block < N, other=-1) == label
+                left = tl.where(tl.max(hit.to(tl.int32), 1) > 0, group, GROUPS)
+                nearest = tl.min(left)
+                while nearest < GROUPS:
+                    k = start + nearest * GROUP + member
+                    same = tl.load(y + k, mask=k < N, other=-1) == label
+                    rows = k.to(tl.int64) if order is None else tl.load(order + k, mask=same)
+                    g = tl.load(grad_target + rows, mask=same, other=0.0)
+                    g *= tl.load(x_inv + rows, mask=same, other=0.0) * factor
+                    there = same[:, None] & (col < width)[None, :]
+                    x_rows = tl.load(x + rows[:, None] * width + col[None, :], there, other=0.0)
+                    total += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
+                    if radial is not None:
+                        radial_total += tl.load(grad_w_norm + rows, mask=same, other=0.0)
+                    left = tl.where(left > nearest, left, GROUPS)
+                    nearest = tl.min(left)
+                start += BLOCK_N
+                if order is not None:
+                    goes_on = tl.load(y + start, mask=start < N, other=-1) == label
+                    start = tl.where(goes_on, start, N)
+            tl.store(sums + row * width + col, total, mask=col < width)
+            tl.store(slot + label, row.to(tl.int32), mask=first_slice)
             if radial is not None:
-                radial_total += tl.load(grad_w_norm + k, mask=same, other=0.0)
-        tl.store(sums + row.to(tl.int64) * width + col, total, mask=col < width)
-        tl.store(slot + label, row, mask=first_slice)
-        if radial is not None:
-            tl.store(radial + row, tl.sum(radial_total, 0), mask=first_slice)
+                tl.store(radial + row, tl.sum(radial_total, 0), mask=first_slice)
 
 
-@triton.jit(
-    do_not_specialize=["R", "D", "D_TILES", "table_stride_r", "table_stride_d"],
-)
+@triton.jit(do_not_specialize=["N", "D_TILES"])
+def saved_rows_kernel(
+    x,  # (N, D_TILES * TILE_D)
+    x_inv,  # (N,)
+    lse,  # (N,)
+    grad_lse,  # (N,)
+    scale,  # ()
+    row_weight,  # (N,): grad_lse exp(offset - lse)
+    weighted,  # like x: unit rows times that
+    N,
+    D_TILES,
+    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least the width
+):
+    """Writes what turns saved exponentials into G: a weight of each row, and x times it."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    there = row < N
+    offset = tl.maximum(tl.load(scale) - OFFSET_START, 0.0)
+    row_lse = tl.load(lse + row, mask=there, other=0.0)
+    # lse is -inf only in rows without negatives, whose exponentials are all 0
+    exponent = tl.where(row_lse == float("-inf"), 0.0, offset - row_lse)
+    power = exponent * LOG2E
+    # what is lost of a large power, and of log2(e) itself
+    rest = tl.fma(exponent, LOG2E, -power) + exponent * 1.92596303e-8
+    weight = tl.load(grad_lse + row, mask=there, other=0.0) * tl.exp2(power) * tl.exp2(rest)
+    tl.store(row_weight + row, weight, mask=there)
+    width = D_TILES * TILE_D
+    k = tl.arange(0, BLOCK_D)[None, :]
+    at = row.to(tl.int64)[:, None] * width + k
+    inside = there[:, None] & (k < width)
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    v *= tl.load(x_inv + row, mask=there, other=0.0)[:, None]
+    tl.store(weighted + at, (v * weight[:, None]).to(weighted.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "D_UNITS", "D_TILES", "table_units"])
 def project_kernel(
     gradient,  # (R, D_TILES * TILE_D) fp32, along the unit rows
     rows,  # (R, D_TILES * TILE_D), in the compute type
     inverse,  # (R,)
-    factor,  # (R,) or (): of the gradient, or None
-    index,  # (R,) row of the table, -1: none
+    weight,  # (R,) of a gradient that lacks 1 / |row| too, or None
+    factor,  # () of the gradient, or None
+    index,  # (R,) row of the table, -1: none; or None: as they come
     table,  # (., D or more): rows that are added, see ROUND_TABLE
     coefficient,  # (R,) of the row added, or None
     radial,  # by row of the table: gradient of the row's norm, or None
     out,  # (R, D), or more rows with an index
     out_index,  # (R,) rows of out, or None: as they come
     R,
-    D,
+    D_UNITS,
     D_TILES,
-    table_stride_r,
+    table_units,  # its stride, in UNITs
     table_stride_d,
     inverse_limit,  # 1 / norm of a zero row
     NORMALIZE: tl.constexpr,
-    FACTOR_STRIDE: tl.constexpr,
     ROUND_TABLE: tl.constexpr,  # to the compute type
-    EVEN_D: tl.constexpr,  # D = D_TILES * TILE_D
+    UNIT: tl.constexpr,
     TILE_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least the width
 ):
     """Turns the gradient along unit rows into the gradient of raw rows, in its final type.
 
@@ -271,70 +329,50 @@ def project_kernel(
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     there = row < R
-    width = D_TILES * TILE_D
-    base = row.to(tl.int64)[:, None] * width
+    D = D_UNITS * UNIT
+    k = tl.arange(0, BLOCK_D)[None, :]
+    kept = there[:, None] & (k < D)
+    at = row.to(tl.int64)[:, None] * (D_TILES * TILE_D) + k
     inv = tl.load(inverse + row, mask=there, other=1.0)
-    scale = tl.full((BLOCK_R,), 1.0, tl.float32)
+    g = tl.load(gradient + at, mask=kept, other=0.0)
+    v = tl.load(rows + at, mask=kept, other=0.0).to(tl.float32)
+    if weight is not None:
+        g *= tl.load(weight + row, mask=there, other=0.0)[:, None]
+        g *= inv[:, None]
     if factor is not None:
-        scale = tl.load(factor + row * FACTOR_STRIDE, mask=there, other=1.0)
-    picked = tl.load(index + row, mask=there, other=-1).to(tl.int64)
-    weight = tl.where(picked >= 0, 1.0, 0.0)
-    if coefficient is not None:
-        weight = tl.load(coefficient + row, mask=there, other=0.0)
-    picked_row = table + picked[:, None] * table_stride_r
+        g *= tl.load(factor)
 
-    along = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, width, BLOCK_D):
-        if NORMALIZE:
-            k = start + tl.arange(0, BLOCK_D)[None, :]
-            g, v = _gradient_at(
-                gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width,
-                table_stride_d, ROUND_TABLE,
-            )  # fmt: skip
-            along += g * v
-    # of the unit row: the radius of a small row itself could overflow
-    radius = -tl.sum(along, 1) * inv
+    picked = row.to(tl.int64)
+    if index is not None:
+        picked = tl.load(index + row, mask=there, other=-1).to(tl.int64)
+    added = there & (picked >= 0)
+    in_table = picked[:, None] * (table_units * UNIT) + k.to(tl.int64) * table_stride_d
+    t = tl.load(table + in_table, mask=added[:, None] & (k < D), other=0.0)
+    if ROUND_TABLE:
+        t = t.to(rows.dtype.element_ty)
+    t = t.to(tl.float32)
+    if coefficient is not None:
+        t *= tl.load(coefficient + row, mask=added, other=0.0)[:, None]
+    g += t
+
+    radius = tl.zeros((BLOCK_R,), tl.float32)
+    if NORMALIZE:
+        # of the unit row: the radius of a small row itself could overflow
+        radius = -tl.sum(g * v, 1) * inv
     if radial is not None:
-        radius += tl.load(radial + picked, mask=picked >= 0, other=0.0)
-    zero = inv >= inverse_limit
-    out_stride = D.to(tl.int64)
-    if EVEN_D:
-        out_stride = width.to(tl.int64)
+        radius += tl.load(radial + picked, mask=added, other=0.0)
+    g = projected(g, v, inv, radius, inv >= inverse_limit, radial, NORMALIZE)
     out_row = row.to(tl.int64)
     if out_index is not None:
         out_row = tl.load(out_index + row, mask=there, other=0)
-    for start in range(0, width, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)[None, :]
-        g, v = _gradient_at(
-            gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width,
-            table_stride_d, ROUND_TABLE,
-        )  # fmt: skip
-        g = projected(g, v, inv, radius, zero, radial, NORMALIZE)
-        kept = there[:, None] & (k < (width if EVEN_D else D))
-        target = out + out_row[:, None] * out_stride + k
-        tl.store(target, g.to(out.dtype.element_ty), mask=kept)
+    tl.store(out + out_row[:, None] * D + k, g.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def projected(g, v, inv, radius, zero, radial, NORMALIZE: tl.constexpr):
-    """Returns slices of the gradient of raw rows v; radius is its part along the unit rows."""
+    """Returns the gradient of raw rows v; radius is its part along the unit rows."""
     if NORMALIZE or radial is not None:
         g += tl.where(zero, 0.0, radius)[:, None] * (inv[:, None] * v)
     if NORMALIZE:
         g = tl.where(zero[:, None], 0.0, g)
     return g
-
-
-@triton.jit
-def _gradient_at(
-    gradient, rows, base, k, there, scale, picked, picked_row, weight, D, width, table_stride_d,
-    ROUND_TABLE: tl.constexpr,
-):  # fmt: skip
-    """Returns slices (BLOCK_R, BLOCK_D): the gradient with the target's share, and the rows."""
-    inside = there[:, None] & (k < width)
-    g = tl.load(gradient + base + k, mask=inside, other=0.0) * scale[:, None]
-    v = tl.load(rows + base + k, mask=inside, other=0.0)
-    added = (picked >= 0)[:, None] & (k < D)
-    t = tl.load(picked_row + k.to(tl.int64) * table_stride_d, mask=added, other=0.0)
-    t = t.to(v.dtype).to(tl.float32) if ROUND_TABLE else t.to(tl.float32)
-    return g + weight[:, None] * t, v.to(tl.float32)

@@ -5,14 +5,12 @@
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-from ... import numerics
 from .operands import Operands
+from .row_kernels import saved_rows_kernel
 from .tile_kernels import gradient_kernel
-
-# a chunk of G: the GEMM that makes dx of it needs many classes to run well
-G_CHUNK_BYTES = 64 << 20
 
 
 class Incoming(NamedTuple):
@@ -37,16 +35,15 @@ class GradientSource:
 
     chunk_tiles: int  # class tiles of a chunk
     x: Tensor  # (N, width): the other operand of dw
-    row_weight: Tensor | None = None  # (N,) of dx
-    dx_factor: Tensor | None = None  # (N,) or ()
+    row_weight: Tensor | None = None  # (N,) of dx, where it lacks 1 / |x_i| too
+    dx_factor: Tensor | None = None  # ()
     dw_factor: Tensor | None = None  # ()
     dbias: Tensor  # where it is needed: (row tiles, classes of a chunk) sums for the latest chunk
     dscale: Tensor  # where it is needed: (class tiles, row tiles) parts of a sum
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, class_bytes: int) -> None:
         self.operands = operands
-        row_bytes = operands.row_tiles * operands.config.block_n * operands.x.itemsize
-        self.chunk_tiles = operands.chunk_tiles(G_CHUNK_BYTES // row_bytes)
+        self.chunk_tiles = operands.chunk_tiles(class_bytes)
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
@@ -63,13 +60,13 @@ class TileGradient(GradientSource):
     def __init__(
         self, operands: Operands, incoming: Incoming, need_bias: bool, need_scale: bool
     ) -> None:
-        super().__init__(operands)
+        row_tiles, config = operands.row_tiles, operands.config
+        super().__init__(operands, row_tiles * config.block_n * operands.x.itemsize)
         self.x = operands.x
         g_scale = None
         if operands.x.dtype == torch.float16:
             g_scale = _power_of_two(operands, incoming)
             self.dx_factor = self.dw_factor = 1 / g_scale
-        row_tiles, config = operands.row_tiles, operands.config
         g_width = self.chunk_tiles * config.block_c
         self.g = operands.x.new_empty(row_tiles * config.block_n, g_width)
         if need_bias:
@@ -106,16 +103,16 @@ class SavedGradient(GradientSource):
     """
 
     def __init__(self, operands: Operands, incoming: Incoming, tiles: Tensor) -> None:
-        super().__init__(operands)
+        super().__init__(operands, 0)
         self.tiles = tiles
-        offset = (operands.scale - numerics.OFFSET_START).clamp_min(0)
-        # lse is -inf only in rows without negatives, whose exponentials are all 0
-        exponent = torch.where(incoming.lse == -torch.inf, 0.0, offset - incoming.lse)
-        self.row_weight = incoming.grad_lse * exponent.exp()
-        self.dx_factor = incoming.x_inv * operands.scale
-        self.dw_factor = operands.scale
-        units = operands.x * incoming.x_inv[:, None]
-        self.x = (units * self.row_weight[:, None]).to(operands.x.dtype)
+        self.row_weight = torch.empty_like(incoming.lse)
+        self.dx_factor = self.dw_factor = operands.scale
+        self.x = torch.empty_like(operands.x)
+        settings = operands.held_row_settings()
+        saved_rows_kernel[(triton.cdiv(len(operands.x), settings["BLOCK_R"]),)](
+            operands.x, incoming.x_inv, incoming.lse, incoming.grad_lse, operands.scale,
+            self.row_weight, self.x, N=len(operands.x), **settings,
+        )  # fmt: skip
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""

@@ -64,7 +64,7 @@ def head_step(
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        config=config, load=configs.load(
+        config=config, w_rounded=w_rounded, load=configs.load(
             "gradient", transform,
             extras=bias is not None or grad_sum is not None or need_scale,
         ),
@@ -78,11 +78,10 @@ def head_step(
     dbias = operands.statistics(operands.classes if need_bias else 0)
     dscale = operands.statistics(0)
     sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
-    target_w = w[operands.target_row().clamp_min(0)] if need_x else w  # dx is that of the old w
+    target_table = operands.lasting_target_table() if need_x else None  # dx is that of the old w
     dx_raw = sweep.run(need_x, dbias, TakeAndUpdate(sweep.of_rows(), update))
-    if dx_raw is not None:
-        row = torch.arange(len(x), device=x.device)
-        sweep.write_dx(dx_raw, target_w, torch.where(y >= 0, row, -1), normalize_x, dx)
+    if dx_raw is not None and target_table is not None:
+        sweep.write_dx(dx_raw, *target_table, normalize_x, dx)
     return dx, dbias, sweep.scale_gradient() if need_scale else dscale
 
 
