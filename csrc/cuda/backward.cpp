@@ -2,7 +2,7 @@
 // Copyright (c) 2026 The marginkernels authors
 
 // head_bwd and head_step: take G chunk by chunk from a source, and hand it to the GEMMs that make
-// dx and dw. head_bwd stores dw; head_step moves w and its state by it while it is in L2.
+// dx and dw. head_bwd stores dw; head_step moves w and its state by it.
 
 #include "sources.h"
 #include "step.h"
@@ -11,22 +11,27 @@
 namespace marginkernels::cuda {
 namespace {
 
-// A chunk of dw, which should still be in L2 when it is projected.
-constexpr int64_t kDwChunkBytes = 16 * kMiB;
-
 // The target's column of G, see target_kernel.
 struct Targets {
-    Tensor coefficient, slot, sums, label_rows;
+    Tensor coefficient, label_rows, slot, sums;
     OptionalTensor radial;
 
     Targets(const Operands& operands, const Incoming& incoming)
         : coefficient(operands.statistics({operands.n})),
-          slot(at::full({operands.c}, -1, operands.y.options().dtype(at::kInt))),
-          sums(operands.statistics({operands.n, operands.width})),
-          label_rows(operands.label_rows()) {
+          label_rows(operands.statistics({operands.n, operands.width})),
+          slot(operands.empty({operands.c}, at::kInt)),
+          sums(operands.statistics({operands.n, operands.width})) {
         if (incoming.grad_w_norm.has_value()) radial = operands.statistics({operands.n});
+        Tensor sorted, order;
         TargetCall call = {};
+        if (operands.n > kMostScannedRows) {
+            std::tie(sorted, order) =
+                at::sort(operands.y, std::optional<bool>(true), /*dim=*/0, /*descending=*/false);
+            call.sorted = sorted.const_data_ptr<int64_t>();
+            call.order = order.const_data_ptr<int64_t>();
+        }
         call.x = operands.x.const_data_ptr();
+        call.w = operands.stored_w();
         call.y = operands.y.const_data_ptr<int64_t>();
         call.x_inv = incoming.x_inv.const_data_ptr();
         call.w_inv = incoming.w_inv.const_data_ptr();
@@ -34,6 +39,7 @@ struct Targets {
         call.grad_target = incoming.grad_target.const_data_ptr();
         call.grad_w_norm = pointer(incoming.grad_w_norm);
         call.coefficient = coefficient.mutable_data_ptr();
+        call.label_rows = label_rows.mutable_data_ptr();
         call.slot = slot.mutable_data_ptr<int>();
         call.sums = sums.mutable_data_ptr();
         call.radial = radial.has_value() ? radial->mutable_data_ptr() : nullptr;
@@ -68,33 +74,46 @@ struct Gradients {
 // The sweep over all chunks of G.
 class Sweep {
   public:
-    Sweep(Operands& operands, const Incoming& incoming, const Tensor& tiles, const Tensor& dbias)
+    // `in_place` (c, width), where it is defined, takes dw before its projection.
+    Sweep(Operands& operands, const Incoming& incoming, const Tensor& tiles, const Tensor& dbias,
+          bool need_w, const Tensor& in_place)
         : operands_(operands),
           incoming_(incoming),
-          source_(gradient_source(operands, incoming, tiles, dbias)),
+          in_place_(in_place),
+          need_w_(need_w),
+          source_(gradient_source(operands, incoming, tiles, dbias,
+                                  need_w && !in_place.defined() ? dw_bytes() : 0)),
           targets_(operands, incoming) {}
 
-    // Writes dx and dscale where they are not empty. Calls take(raw rows) for dw part by part,
-    // while a part is in L2, and only after the part's chunk of w has given its share to dx.
+    // Writes dx and dscale where they are not empty. Calls take(raw rows) for dw chunk by chunk,
+    // only after the chunk of w has given its share to dx.
     template <class Take>
-    void run(const Gradients& gradients, bool normalize_x, bool need_w, Take&& take) {
+    void run(const Gradients& gradients, bool normalize_x, Take&& take) {
         Tensor dx_sums, buffer;
-        if (gradients.dx.numel() > 0)
-            dx_sums = operands_.statistics({operands_.n, operands_.width}).zero_();
-        operands_.for_each_chunk(source_->chunk_classes, [&](int64_t first, const Tensor& w_chunk) {
+        const bool need_x = gradients.dx.numel() > 0;
+        if (need_x) dx_sums = operands_.statistics({operands_.n, operands_.width});
+        if (need_x && operands_.c == 0) dx_sums.zero_();
+        const auto step = [&](int64_t first, const Tensor& w_chunk) {
             const Tensor g = source_->next(first, w_chunk);
-            if (dx_sums.defined()) add_mm(dx_sums, g.t(), w_chunk);
-            if (need_w) take_parts(first, w_chunk, g, buffer, take);
-        });
-        if (dx_sums.defined()) write_dx(dx_sums, normalize_x, gradients.dx);
+            if (need_x) (first == 0 ? mm : add_mm)(dx_sums, g.t(), w_chunk);
+            if (need_w_) take(raw_rows(first, w_chunk, g, buffer));
+        };
+        operands_.for_each_chunk(source_->chunk_classes, {}, step);
+        if (need_x) write_dx(dx_sums, normalize_x, gradients.dx);
         for (const Tensor& part : source_->dscales) gradients.dscale.add_(part);
     }
 
   private:
     Operands& operands_;
     const Incoming& incoming_;
+    const Tensor in_place_;
+    const bool need_w_;
     std::unique_ptr<GradientSource> source_;
     Targets targets_;
+
+    int64_t dw_bytes() const {  // of a class
+        return operands_.width * static_cast<int64_t>(incoming_.lse.element_size());
+    }
 
     RawGradient raw_gradient(const Tensor& sums, const Tensor& inverse) const {
         RawGradient raw = {};
@@ -105,27 +124,23 @@ class Sweep {
         return raw;
     }
 
-    template <class Take>
-    void take_parts(int64_t first_of_chunk, const Tensor& w_chunk, const Tensor& g, Tensor& buffer,
-                    Take&& take) {
-        const int64_t row_bytes =
-            operands_.width * static_cast<int64_t>(incoming_.lse.element_size());
-        const int64_t most = std::max<int64_t>(kDwChunkBytes / std::max<int64_t>(row_bytes, 1), 64);
-        if (!buffer.defined())
-            buffer = operands_.statistics({std::min(most, w_chunk.size(0)), operands_.width});
-        for (int64_t start = 0; start < w_chunk.size(0); start += most) {
-            const int64_t count = std::min(most, w_chunk.size(0) - start);
-            const int64_t first = first_of_chunk + start;
-            const Tensor sums = buffer.narrow(0, 0, count);
-            mm(sums, g.narrow(0, start, count), source_->x);
-            RawGradient raw = raw_gradient(sums, incoming_.w_inv.narrow(0, first, count));
-            raw.factor = pointer(source_->dw_factor);
-            raw.slot = targets_.slot.const_data_ptr<int>() + first;
-            raw.table = targets_.sums.const_data_ptr();
-            raw.radial = pointer(targets_.radial);
-            raw.normalize = operands_.normalize_w;
-            take(RawRows{first, w_chunk.narrow(0, start, count), sums, raw});
-        }
+    RawRows raw_rows(int64_t first, const Tensor& w_chunk, const Tensor& g, Tensor& buffer) const {
+        const int64_t count = w_chunk.size(0);
+        if (!in_place_.defined() && !buffer.defined())  // the first chunk is the longest
+            buffer = operands_.statistics({count, operands_.width});
+        const Tensor sums =
+            in_place_.defined() ? in_place_.narrow(0, first, count) : buffer.narrow(0, 0, count);
+        mm(sums, g, source_->x);
+        RawGradient raw = raw_gradient(sums, incoming_.w_inv.narrow(0, first, count));
+        raw.factor = pointer(source_->dw_factor);
+        raw.slot = targets_.slot.const_data_ptr<int>() + first;
+        raw.y = operands_.y.const_data_ptr<int64_t>();
+        raw.targets = static_cast<int>(operands_.n);
+        raw.first = first;
+        raw.table = targets_.sums.const_data_ptr();
+        raw.radial = pointer(targets_.radial);
+        raw.normalize = operands_.normalize_w;
+        return {first, w_chunk, sums, raw};
     }
 
     void write_dx(const Tensor& sums, bool normalize_x, const Tensor& dx) const {
@@ -142,6 +157,7 @@ class Sweep {
         call.count = operands_.n;
         call.d = static_cast<int>(operands_.d);
         call.out_type = type_of(dx.scalar_type(), "dx");
+        call.vectors = has_vectors(dx);
         launch_project(call, operands_.type, operands_.stream);
     }
 };
@@ -156,7 +172,14 @@ void write_dw(const Operands& operands, const RawRows& part, const Tensor& dw) {
     call.count = part.count();
     call.d = static_cast<int>(operands.d);
     call.out_type = type_of(dw.scalar_type(), "dw");
+    call.vectors = has_vectors(out);
     launch_project(call, operands.type, operands.stream);
+}
+
+// Whether the GEMM's sums fit in the place of their result.
+bool holds_sums(const Operands& operands, const Tensor& dw, const Incoming& incoming) {
+    return dw.numel() > 0 && !operands.index.has_value() && operands.width == operands.d &&
+           dw.scalar_type() == incoming.lse.scalar_type() && dw.is_contiguous();
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) {
@@ -184,11 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool need_bias, bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    const OptionalTensor& /*w_rounded*/) {
+    const OptionalTensor& w_rounded) {
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
-                       row_parameter, constants},
+                       row_parameter, constants, w_rounded},
                       need_bias || need_scale);
+    operands.read_x({});
     const Incoming incoming = {lse.contiguous(),
                                x_inv.contiguous(),
                                w_inv.contiguous(),
@@ -201,9 +225,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Gradients gradients(operands, x, incoming, need_x);
     const Tensor dw = at::empty(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
     if (index.has_value()) dw.zero_();  // rows outside the index get no gradient
-    Sweep(operands, incoming, tiles, gradients.dbias)
-        .run(gradients, normalize_x, dw.numel() > 0,
-             [&](const RawRows& part) { write_dw(operands, part, dw); });
+    Sweep(operands, incoming, tiles, gradients.dbias, dw.numel() > 0,
+          holds_sums(operands, dw, incoming) ? dw : Tensor())
+        .run(gradients, normalize_x, [&](const RawRows& part) { write_dw(operands, part, dw); });
     return {gradients.dx, dw, gradients.dbias, gradients.dscale};
 }
 
@@ -229,12 +253,13 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& /*w_rounded*/) {
+    c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& w_rounded) {
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
-                       row_parameter, constants},
+                       row_parameter, constants, w_rounded},
                       need_bias || need_scale);
     Step step(operands, w, w_inv, state, numbers, random, rule, project, first_class);
+    operands.read_x({});
     const Incoming incoming = {lse.contiguous(),
                                x_inv.contiguous(),
                                step.w_inv(),
@@ -245,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
                                need_bias,
                                need_scale};
     const Gradients gradients(operands, x, incoming, need_x);
-    Sweep(operands, incoming, tiles, gradients.dbias)
-        .run(gradients, normalize_x, true,
+    Sweep(operands, incoming, tiles, gradients.dbias, true, Tensor())
+        .run(gradients, normalize_x,
              [&](const RawRows& part) { step.update(part.first, part.raw, part.sums); });
     step.finish();
     return {gradients.dx, gradients.dbias, gradients.dscale};

@@ -4,9 +4,12 @@
 // Asks the CUDA runtime for the schedule and the build report. The host that runs kernels as fibers
 // answers as an sm_80 would.
 
+#include <map>
+#include <mutex>
 #include <string>
+#include <utility>
 
-#include "kernels.h"
+#include "launch.h"
 
 namespace marginkernels::cuda {
 
@@ -47,6 +50,21 @@ int stages_per_block() {
     const int shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, current_device());
     const int wanted = BigTile::kBlocksPerSm * (kMostStages * BigTile::kStageBytes + kReserved);
     return shared >= wanted ? kMostStages : kFewestStages;
+}
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
+    const std::lock_guard<std::mutex> lock(mutex);
+    int& most = allowed[{kernel, current_device()}];
+    if (bytes <= most) return cudaSuccess;
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
+    if (error == cudaSuccess) most = bytes;
+    return error;
 }
 
 // Stands for all kernels where the runtime is asked whether there is code for a device.

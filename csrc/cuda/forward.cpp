@@ -13,6 +13,8 @@ namespace {
 constexpr int kDenseBlocksPerSm = 8;
 // The fewest classes that such a block is worth.
 constexpr int kDenseClasses = 64;
+// Rounded rows of w.
+constexpr int64_t kWChunkBytes = 256 * kMiB;
 
 // The results of the op; marginkernels/ops.py says what they are.
 struct Results {
@@ -42,19 +44,23 @@ struct Results {
 // Takes statistics by the tile program.
 class TileStatistics {
   public:
-    TileStatistics(Operands& operands, const Results& results)
+    TileStatistics(Operands& operands, const Results& results, int64_t chunk_classes)
         : operands_(operands),
           results_(results),
           flags_(operands.flags()),
-          columns_(operands.columns(operands.class_tiles())) {
+          columns_(operands.columns(std::min(chunk_classes, operands.classes) / kTileClasses)) {
         q_ = operands.normalize_w ? results.w_inv : at::ones_like(results.w_inv);
         rate_ = operands.statistics({operands.rows});
         const bool transformed = operands.transform != Transform::kIdentity;
         log2_units = !operands.bias.has_value();
-        launch_statistics_rows(floats(results.x_inv), floats(operands.scale),
-                               rate_.mutable_data_ptr<float>(), static_cast<int>(operands.n),
-                               static_cast<int>(operands.rows), log2_units && !transformed,
-                               !transformed, operands.stream);
+        StatisticsRowsCall call = {};
+        call.targets = operands.target_tiles(flags_);
+        call.x_inv = floats(results.x_inv);
+        call.scale = floats(operands.scale);
+        call.rate = rate_.mutable_data_ptr<float>();
+        call.per_unit = log2_units && !transformed ? kLog2E : 1.0F;
+        call.with_scale = !transformed;
+        launch_statistics_rows(call, static_cast<int>(operands.row_tiles()), operands.stream);
         const int64_t warps = operands.small ? SmallTile::kClassWarps : BigTile::kClassWarps;
         partials = operands.statistics({kPlanes, columns_ * warps, operands.n});
         const bool separate_max = transformed || (results.saves_tiles() && results.want_max);
@@ -135,11 +141,10 @@ class GemmStatistics {
 
 // Merges the partial statistics of every row, and adds the targets' cosines and norms.
 template <class Source>
-void finish_rows(const Operands& operands, const Results& results, const Source& source,
-                 const Tensor& label_rows) {
+void finish_rows(const Operands& operands, const Results& results, const Source& source) {
     FinishRowsCall call = {};
     call.x = operands.x.const_data_ptr();
-    call.w_y = label_rows.const_data_ptr();
+    call.w = operands.stored_w();
     call.y = operands.y.const_data_ptr<int64_t>();
     call.x_inv = results.x_inv.const_data_ptr();
     call.w_inv = results.w_inv.const_data_ptr();
@@ -171,16 +176,12 @@ void copy_norms(const Operands& operands, const Tensor& known, const Tensor& w_i
 template <class Source>
 void take_statistics(Operands& operands, Source&& source, const Results& results,
                      bool norms_are_known, int64_t chunk_classes) {
-    const Tensor label_rows = operands.label_rows();
-    const Tensor& w_inv = results.w_inv;
-    operands.for_each_chunk(chunk_classes, [&](int64_t first, const Tensor& w_chunk) {
-        const int64_t stop = std::min(first + chunk_classes, w_inv.size(0));
-        if (!norms_are_known)
-            operands.inverse_norms(w_chunk, w_chunk.size(0), w_inv.narrow(0, first, stop - first));
+    const OptionalTensor norms = norms_are_known ? OptionalTensor() : OptionalTensor(results.w_inv);
+    operands.for_each_chunk(chunk_classes, norms, [&](int64_t first, const Tensor& w_chunk) {
         if (operands.n > 0) source.add(first, w_chunk);
     });
     if (operands.c == 0) source.partials.zero_();  // no negatives
-    finish_rows(operands, results, source, label_rows);
+    finish_rows(operands, results, source);
 }
 
 }  // namespace
@@ -198,10 +199,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
     bool keep_rounded) {
-    TORCH_CHECK_VALUE(!keep_rounded, "keep_rounded: expected False, got True");
     const OpGuard guard(x);
-    Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
-                       row_parameter, constants},
+    Operands operands({x,
+                       w,
+                       y,
+                       scale,
+                       bias,
+                       index,
+                       normalize_w,
+                       compute_dtype,
+                       transform,
+                       row_parameter,
+                       constants,
+                       {},
+                       keep_rounded},
                       save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
@@ -210,17 +221,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         "bfloat16, got ",
         compute_dtype);
     const Results results(operands, save_tiles, want_sum, want_max);
-    if (normalize_x) {
-        operands.inverse_norms(operands.x, operands.n, results.x_inv);
-    } else {
-        results.x_inv.fill_(1);
-    }
+    operands.read_x(normalize_x ? OptionalTensor(results.x_inv) : OptionalTensor());
+    if (!normalize_x) results.x_inv.fill_(1);
     const bool norms_are_known = known_w_inv.has_value();
     if (norms_are_known) copy_norms(operands, *known_w_inv, results.w_inv);
     if (operands.tiled) {
-        const int64_t chunk = operands.chunk_classes(std::numeric_limits<int64_t>::max(), 1);
-        take_statistics(operands, TileStatistics(operands, results), results, norms_are_known,
-                        chunk);
+        const int64_t chunk = operands.chunk_classes(kWChunkBytes, 0);
+        take_statistics(operands, TileStatistics(operands, results, chunk), results,
+                        norms_are_known, chunk);
     } else {
         const int64_t row_bytes = operands.n * operands.x.element_size();
         const int64_t chunk = operands.chunk_classes(kProductChunkBytes, row_bytes);
@@ -235,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
             results.x_inv,
             results.w_inv.narrow(0, 0, operands.c),
             results.tiles,
-            operands.empty({0}, compute_dtype)};
+            operands.w_rounded};
 }
 
 }  // namespace marginkernels::cuda

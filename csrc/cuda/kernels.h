@@ -68,7 +68,7 @@ struct TileCall {
     const void* x;               // (row tiles * rows of a tile, width), zeros from N on
     const void* w;               // (., width): the classes of this launch
     const int64_t* y;            // (N,), -1: no target here
-    const uint8_t* flags;        // (row tiles, class tiles): a target lies in the tile
+    const uint8_t* flags;        // (row tiles, flag_stride): a target lies in the tile
     const float* q;              // (class tiles * kTileClasses,) 1 / |w_j|, or 1
     const float* bias;           // (class tiles * kTileClasses,) or null
     const float* scale;          // ()
@@ -76,7 +76,7 @@ struct TileCall {
     const float* constants;      // (K,) or null: of the transform
     int n, c;
     int steps;  // width / kTileFeatures
-    int row_tiles, class_tiles;
+    int row_tiles, flag_stride;
     int first_tile, stop_tile;  // the class tiles of this launch
     int columns;                // blocks per row tile
     int stages;
@@ -124,38 +124,56 @@ void launch_gradient(const GradientCall&, const TileVariant&, Stream);
 
 // rows.cu:
 
-// Writes 1 / |row| of `rows` (count, width) into `inverse` (padded,) of A.
-void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
-                 double inverse_limit, Type, Stream);
-
-struct GatherCall {
-    const void* table;     // (., d)
-    const int64_t* index;  // (count,) rows of the table
-    void* out;             // (count, width), zeros from d on
-    int64_t count;
-    int width, d;
-    bool vectors;  // rows of the table can be read four numbers at a time
+// Rows as a tensor stores them.
+struct StoredRows {
+    const void* data;
+    const int64_t* index;  // which rows, or null: from the first one on
+    int64_t stride;        // from row to row
+    int d;
+    Type type;
+    bool vectors;  // four numbers can be read at once
 };
-void launch_gather(const GatherCall&, Type table, Type out, Stream);
 
-// Sets flags (row tiles, class tiles), zeros before, where a tile holds a target.
-void launch_flag(const int64_t* y, uint8_t* flags, int n, int tile_rows, int class_tiles, Stream);
+struct RoundCall {
+    StoredRows from;
+    void* out;      // (out_rows, width), zeros from d on and in rows from `count` on, or null
+    void* inverse;  // (inverse_rows,) A: 1 / |row| as rounded, or null
+    int64_t count, out_rows, inverse_rows;
+    int width;
+    double inverse_limit;
+};
+void launch_round(const RoundCall&, Type, Stream);
 
-void launch_statistics_rows(const float* x_inv, const float* scale, float* rate, int n, int padded,
-                            bool log2_units, bool with_scale, Stream);
+// Which class tiles hold a target of a row tile.
+struct TargetTiles {
+    const int64_t* y;  // (N,)
+    uint8_t* flags;    // (row tiles, stride), written
+    int n, tile_rows;
+    int stride;  // the class tiles, up to a multiple of 16
+};
+
+struct StatisticsRowsCall {
+    TargetTiles targets;
+    const float *x_inv, *scale;  // (N,), ()
+    float* rate;                 // (padded rows,)
+    float per_unit;
+    bool with_scale;
+};
+void launch_statistics_rows(const StatisticsRowsCall&, int row_tiles, Stream);
 
 struct GradientRowsCall {
+    TargetTiles targets;
     const float *x_inv, *scale, *lse, *grad_lse;  // (N,), (), (N,), (N,)
     const float *grad_sum, *g_scale;              // (N,) or null, () or null
-    float* planes;                                // (kGradientPlanes, padded)
+    float* planes;                                // (kGradientPlanes, padded rows)
     float inverse_limit;
-    int n, padded;
     bool general;
 };
-void launch_gradient_rows(const GradientRowsCall&, Stream);
+void launch_gradient_rows(const GradientRowsCall&, int row_tiles, Stream);
 
 struct FinishRowsCall {
-    const void *x, *w_y;                 // (N, width), (N, width) A: the labels' rows, rounded
+    const void* x;  // (N, width)
+    StoredRows w;
     const int64_t* y;                    // (N,)
     const void* x_inv;                   // (N,) A
     const void* w_inv;                   // (C,) A
@@ -169,12 +187,15 @@ struct FinishRowsCall {
 void launch_finish_rows(const FinishRowsCall&, Type, Stream);
 
 struct TargetCall {
-    const void* x;                                    // (N, width)
+    const void* x;  // (N, width)
+    StoredRows w;
     const int64_t* y;                                 // (N,)
+    const int64_t *sorted, *order;                    // (N,) labels and rows by label, or null
     const void *x_inv, *w_inv, *scale, *grad_target;  // (N,), (C,), (), (N,) A
     const void* grad_w_norm;                          // (N,) A, or null
     void* coefficient;                                // (N,) A: weight of w_y in a row's dx
-    int* slot;     // (C,), -1 before: the row whose sums are those of a class
+    void* label_rows;  // (N, width) A: w_y, rounded; zeros without a target
+    int* slot;     // (C,): the row whose sums are those of a class, of classes with a target only
     void* sums;    // (N, width) A: the targets' part of a class's dw
     void* radial;  // (N,) A: the gradient of the class's norm, or null
     int n, width;
@@ -184,10 +205,13 @@ void launch_target(const TargetCall&, Type, Stream);
 
 // A gradient along unit rows as the GEMMs leave it, and what has to be added.
 struct RawGradient {
-    const void* sums;         // (count, width) A
-    const void* inverse;      // (count,) A: 1 / norm of the rows
-    const void* factor;       // of the sums: (count,) or () A, or null
-    const int* slot;          // (count,) row of the table that is added, -1: none; null: its own
+    const void* sums;     // (count, width) A
+    const void* inverse;  // (count,) A: 1 / norm of the rows
+    const void* factor;   // of the sums: (count,) or () A, or null
+    const int* slot;      // (count,) row of the table that is added, or null: its own
+    const int64_t* y;     // (targets,): a slot counts where its row has the class as label
+    int targets;
+    int64_t first;            // class
     const void* table;        // (., width) A
     const void* coefficient;  // (count,) A: of the row added, or null for 1
     const void* radial;       // by row of the table: gradient of the row's norm, A, or null
@@ -201,11 +225,15 @@ struct ProjectCall {
     RawGradient raw;
     const void* rows;      // (count, width)
     const int64_t* index;  // (count,) where rows of the result go, or null
-    void* out;             // (., d) of type `out_type`
+    void* out;             // (., d) of type `out_type`; may be the sums, where width is d
     int64_t count;
     int d;
     Type out_type;
+    bool vectors;  // four numbers of the result can be written at once
 };
+
+// project.cu:
+
 void launch_project(const ProjectCall&, Type, Stream);
 
 // update.cu:

@@ -14,8 +14,6 @@ namespace {
 
 // Rows and classes, up to the end of the last tile, are ints in the kernels.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;
-// A chunk of w rounded to the compute type.
-constexpr int64_t kWChunkBytes = 32 * kMiB;
 // Row kernels read this many numbers at once, see Four.
 constexpr int64_t kDenseWidthUnit = 4;
 
@@ -33,8 +31,18 @@ bool is_readable(const Tensor& rows, int64_t width, at::ScalarType type) {
            reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
 }
 
-void copy_rows(const Tensor& to, const Tensor& rows) {
-    to.narrow(0, 0, rows.size(0)).narrow(1, 0, rows.size(1)).copy_(rows);
+// Rows of any stride, or a copy of them.
+Tensor with_neighbours(const Tensor& rows) {
+    return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+StoredRows stored(const Tensor& rows, const int64_t* index, const char* name) {
+    return {rows.const_data_ptr(),
+            index,
+            rows.stride(0),
+            static_cast<int>(rows.size(1)),
+            type_of(rows.scalar_type(), name),
+            has_vectors(rows)};
 }
 
 // 1 / norm of a zero row.
@@ -58,7 +66,27 @@ Type type_of(at::ScalarType type, const char* name) {
 
 bool has_vectors(const Tensor& rows) {
     const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-    return rows.size(1) % 4 == 0 && address % 16 == 0;
+    return rows.size(1) % 4 == 0 && rows.stride(0) % 4 == 0 && address % 16 == 0;
+}
+
+int64_t chunk_of(int64_t classes, int64_t bytes, int64_t bytes_per_class) {
+    const int64_t most = std::max<int64_t>(bytes / std::max<int64_t>(bytes_per_class, 1), 1);
+    const int64_t chunks = std::max<int64_t>(ceil_div(classes, most), 1);
+    return std::max<int64_t>(round_up(ceil_div(classes, chunks), kTileClasses), kTileClasses);
+}
+
+int64_t columns_of(int64_t slots, int64_t row_tiles, int64_t class_tiles) {
+    constexpr int64_t kMostWaves = 24;
+    row_tiles = std::max<int64_t>(row_tiles, 1), class_tiles = std::max<int64_t>(class_tiles, 1);
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+        const int64_t columns = std::clamp<int64_t>(waves * slots / row_tiles, 1, class_tiles);
+        // in quarters of what a block takes for a tile, one of which it takes to start
+        const int64_t of_block = 4 * ceil_div(class_tiles, columns) + 1;
+        const int64_t time = ceil_div(row_tiles * columns, slots) * of_block;
+        if (time < least) best = columns, least = time;
+    }
+    return best;
 }
 
 Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
@@ -79,20 +107,20 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
 
     tiled = type == Type::kBFloat16 || type == Type::kFloat16;
     needs_small_tiles |= p.bias.has_value() || transform != Transform::kIdentity;
-    small = needs_small_tiles || n <= SmallTile::kRows;
+    // a small tile takes longer for a logit: that is worth a quarter fewer rows
+    const bool pads_less = 4 * round_up(n, BigTile::kRows) > 5 * round_up(n, SmallTile::kRows);
+    small = needs_small_tiles || n <= SmallTile::kRows || pads_less;
     tile_rows = !tiled ? 1 : small ? SmallTile::kRows : BigTile::kRows;
     rows = round_up(n, tile_rows);
     classes = tiled ? round_up(c, kTileClasses) : c;
     width = round_up(d, tiled ? kTileFeatures : kDenseWidthUnit);
 
-    x = p.x;
-    if (rows != n || !is_readable(x, width, compute)) {
-        x = at::zeros({rows, width}, p.x.options().dtype(compute));
-        copy_rows(x, p.x);
-    }
+    stored_x_ = with_neighbours(p.x);
+    x = rows == n && is_readable(stored_x_, width, compute)
+            ? stored_x_
+            : at::empty({rows, width}, p.x.options().dtype(compute));
     if (p.index.has_value()) index = p.index->contiguous();
-    w_ = index.has_value() ? p.w.contiguous() : p.w;
-    w_is_readable_ = !index.has_value() && is_readable(w_, width, compute);
+    read_w(p);
     y = p.y.contiguous(), scale = p.scale;
     if (p.bias.has_value()) bias = padded(*p.bias, classes, 0);
     if (p.row_parameter.has_value()) row_parameter = padded(*p.row_parameter, rows, 0);
@@ -107,57 +135,77 @@ Tensor Operands::statistics(at::IntArrayRef sizes) const {
     return empty(sizes, type == Type::kFloat64 ? at::kDouble : at::kFloat);
 }
 
+void Operands::read_w(const SharedArguments& p) {
+    const bool is_kept = p.w_rounded.has_value() && p.w_rounded->numel() > 0;
+    TORCH_CHECK_VALUE(!is_kept || p.w_rounded->sizes() == at::IntArrayRef({c, d}),
+                      "w_rounded: expected (", c, ", ", d, "), got ", p.w_rounded->sizes());
+    TORCH_CHECK_VALUE(!p.keep_rounded || (tiled && width == d),
+                      "keep_rounded: expected a 16-bit compute_dtype and D in multiples of ",
+                      kTileFeatures, ", got ", compute, " and ", d);
+    w_rounded = empty(p.keep_rounded ? at::IntArrayRef({c, d}) : at::IntArrayRef({0}), compute);
+    w_is_gathered_ = index.has_value() && !is_kept;
+    w_ = with_neighbours(is_kept ? *p.w_rounded : p.w);
+    w_is_readable_ = !w_is_gathered_ && !p.keep_rounded && is_readable(w_, width, compute);
+}
+
+void Operands::read_x(const OptionalTensor& inverse) {
+    round(stored(stored_x_, nullptr, "x"), n, x.is_same(stored_x_) ? Tensor() : x, inverse);
+}
+
 int64_t Operands::chunk_classes(int64_t bytes, int64_t bytes_per_class) const {
-    int64_t most = bytes / std::max<int64_t>(bytes_per_class, 1);
-    if (!w_is_readable_) {
-        const int64_t row_bytes = std::max<int64_t>(width * x.element_size(), 1);
-        most = std::min(most, kWChunkBytes / row_bytes);
-    }
-    return std::max<int64_t>(most / kTileClasses, 1) * kTileClasses;
+    const int64_t of_w = rounds_w() ? width * x.element_size() : 0;
+    return chunk_of(c, bytes, bytes_per_class + of_w);
 }
 
-Tensor Operands::readable_classes(int64_t first, int64_t stop) {
+Tensor Operands::readable_classes(int64_t first, int64_t stop, const OptionalTensor& inverse) {
     const int64_t count = stop - first;
-    if (w_is_readable_) return w_.narrow(0, first, count);
-    // the first chunk is the longest
-    if (!w_buffer_.defined()) w_buffer_ = at::zeros({count, width}, x.options());
-    const Tensor buffer = w_buffer_.narrow(0, 0, count);
-    if (index.has_value()) {
-        gather(first, buffer);
+    OptionalTensor norms;  // the last chunk has those of padding too
+    if (inverse.has_value())
+        norms = inverse->narrow(0, first, (stop == c ? inverse->size(0) : stop) - first);
+    StoredRows rows = stored_w();
+    if (rows.index) {
+        rows.index += first;
     } else {
-        copy_rows(buffer, w_.narrow(0, first, count));
+        rows.data = static_cast<const char*>(rows.data) + first * rows.stride * w_.element_size();
     }
-    return buffer;
+    if (!w_is_readable_) {
+        const bool keeps = w_rounded.numel() > 0;
+        // the first chunk is the longest
+        if (!keeps && !w_buffer_.defined()) w_buffer_ = at::empty({count, width}, x.options());
+        const Tensor buffer =
+            keeps ? w_rounded.narrow(0, first, count) : w_buffer_.narrow(0, 0, count);
+        round(rows, count, buffer, norms);
+        return buffer;
+    }
+    round(rows, count, Tensor(), norms);
+    return w_.narrow(0, first, count);
 }
 
-void Operands::gather(int64_t first, const Tensor& out) const {
-    GatherCall call = {};
-    call.table = w_.const_data_ptr();
-    call.index = index_from(first);
-    call.out = out.mutable_data_ptr();
-    call.count = out.size(0);
+void Operands::round(const StoredRows& from, int64_t count, const Tensor& out,
+                     const OptionalTensor& inverse) const {
+    if (!out.defined() && !inverse.has_value()) return;
+    RoundCall call = {};
+    call.from = from;
+    call.count = count;
+    if (out.defined()) {
+        call.out = out.mutable_data_ptr();
+        call.out_rows = out.size(0);
+    }
+    if (inverse.has_value()) {
+        call.inverse = inverse->mutable_data_ptr();
+        call.inverse_rows = inverse->size(0);
+    }
     call.width = static_cast<int>(width);
-    call.d = static_cast<int>(d);
-    call.vectors = has_vectors(w_);
-    launch_gather(call, type_of(w_.scalar_type(), "w"), type, stream);
+    call.inverse_limit = inverse_limit;
+    launch_round(call, type, stream);
+}
+
+StoredRows Operands::stored_w() const {
+    return stored(w_, w_is_gathered_ ? index_from(0) : nullptr, "w");
 }
 
 const int64_t* Operands::index_from(int64_t first) const {
     return index.has_value() ? index->const_data_ptr<int64_t>() + first : nullptr;
-}
-
-void Operands::inverse_norms(const Tensor& of_rows, int64_t count, const Tensor& inverse) const {
-    launch_norm(of_rows.const_data_ptr(), inverse.mutable_data_ptr(), count, inverse.size(0),
-                static_cast<int>(width), inverse_limit, type, stream);
-}
-
-Tensor Operands::label_rows() const {
-    const Tensor picked = statistics({n, width}).zero_();
-    if (c == 0) return picked;
-    Tensor labels = y.clamp_min(0);
-    if (index.has_value()) labels = index->index_select(0, labels);
-    copy_rows(picked, w_.index_select(0, labels).to(compute));
-    return picked;
 }
 
 Tensor Operands::padded(const Tensor& t, int64_t size, double value) const {
@@ -166,10 +214,12 @@ Tensor Operands::padded(const Tensor& t, int64_t size, double value) const {
 }
 
 Tensor Operands::flags() const {
-    const Tensor table = at::zeros({row_tiles(), class_tiles()}, x.options().dtype(at::kByte));
-    launch_flag(y.const_data_ptr<int64_t>(), table.mutable_data_ptr<uint8_t>(), static_cast<int>(n),
-                static_cast<int>(tile_rows), static_cast<int>(class_tiles()), stream);
-    return table;
+    return empty({row_tiles(), round_up(class_tiles(), 16)}, at::kByte);
+}
+
+TargetTiles Operands::target_tiles(const Tensor& flags) const {
+    return {y.const_data_ptr<int64_t>(), flags.mutable_data_ptr<uint8_t>(), static_cast<int>(n),
+            static_cast<int>(tile_rows), static_cast<int>(flags.size(1))};
 }
 
 TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q,
@@ -188,7 +238,7 @@ TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor&
     call.c = static_cast<int>(c);
     call.steps = static_cast<int>(width / kTileFeatures);
     call.row_tiles = static_cast<int>(row_tiles());
-    call.class_tiles = static_cast<int>(class_tiles());
+    call.flag_stride = static_cast<int>(flags.size(1));
     call.first_tile = static_cast<int>(first / kTileClasses);
     call.stop_tile = static_cast<int>(ceil_div(first + w_chunk.size(0), kTileClasses));
     call.columns = static_cast<int>(columns);
@@ -196,9 +246,9 @@ TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor&
     return call;
 }
 
-int64_t Operands::columns(int64_t most) const {
+int64_t Operands::columns(int64_t tiles) const {
     const int64_t slots = int64_t{multiprocessors()} * BigTile::kBlocksPerSm;
-    return std::max<int64_t>(1, std::min(slots / std::max<int64_t>(row_tiles(), 1), most));
+    return columns_of(slots, row_tiles(), tiles);
 }
 
 DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,

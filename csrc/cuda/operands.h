@@ -4,7 +4,9 @@
 // Holds the operands of both sweeps as the kernels read them, and hands out w chunk by chunk.
 //
 // Nothing here reads a number from the device, and launches depend on shapes alone: all ops can be
-// captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator.
+// captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator. A launch costs
+// the host as long as a small kernel runs, and a GEMM needs tens of thousands of classes to run
+// well: chunks are as large as memory allows.
 
 #pragma once
 
@@ -18,15 +20,21 @@
 
 namespace marginkernels::cuda {
 
-// The unit of workspace sizes. On the host it is small, so that tests meet several chunks.
+// The unit of workspace sizes. On the host both are small, so that tests meet several chunks.
+// Above so many rows those of a class are found by a sort, which is several launches.
 #if defined(MK_ON_HOST)
-constexpr int64_t kMiB = 1 << 12;
+constexpr int64_t kMiB = 1 << 8;
+constexpr int64_t kMostScannedRows = 32;
 #else
 constexpr int64_t kMiB = 1 << 20;
+constexpr int64_t kMostScannedRows = 2048;
 #endif
 
-// The dot products of a chunk of classes, which should still be in L2 when they are read.
+// The dot products of a chunk of classes in fp32 or fp64, which should still be in L2 when they are
+// read.
 constexpr int64_t kProductChunkBytes = 16 * kMiB;
+// What the backward sweep has of a chunk: G, dw before its projection, rounded rows of w.
+constexpr int64_t kBackwardChunkBytes = 640 * kMiB;
 
 // The arguments that all ops are called with.
 struct SharedArguments {
@@ -38,6 +46,8 @@ struct SharedArguments {
     at::ScalarType compute;
     c10::string_view transform;
     OptionalTensor row_parameter, constants;  // (N,), (K,)
+    OptionalTensor w_rounded = {};            // (classes, D) the rows of the classes, or none
+    bool keep_rounded = false;                // whether w_rounded is to be made
 };
 
 inline int64_t ceil_div(int64_t value, int64_t divisor) {
@@ -62,6 +72,14 @@ Type type_of(at::ScalarType type, const char* name);
 
 // Whether four numbers of each row can be read at once, wherever the row lies.
 bool has_vectors(const Tensor& rows);
+
+// Returns how many classes, in whole tiles, each chunk but the last one has: as many as `bytes`
+// hold, and not more than evens chunks out.
+int64_t chunk_of(int64_t classes, int64_t bytes, int64_t bytes_per_class);
+
+// Returns how many blocks share the class tiles of a row tile, such that the last wave of blocks,
+// `slots` of which run at once, is nearly full.
+int64_t columns_of(int64_t slots, int64_t row_tiles, int64_t class_tiles);
 
 // The operands of one pass over the classes.
 //
@@ -88,31 +106,36 @@ class Operands {
     Tensor y, scale;                          // (N,), ()
     OptionalTensor bias, index;               // (classes,), (c,)
     OptionalTensor row_parameter, constants;  // (rows,), (K,)
+    Tensor w_rounded;  // (c, D), filled chunk by chunk where it is to be kept, else (0,)
 
     int64_t row_tiles() const { return rows / tile_rows; }
     int64_t class_tiles() const { return classes / kTileClasses; }
+    // Whether a chunk of w has to be written before kernels can read it.
+    bool rounds_w() const { return !w_is_readable_; }
 
     // Allocates on the device. Statistics are fp32, or fp64 where that is the compute type.
     Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const;
     Tensor statistics(at::IntArrayRef sizes) const;
 
-    // Returns how many classes, in whole tiles, a chunk of at most `bytes` holds.
+    // Rounds x, and writes 1 / |row| into `inverse` (N,) where it is given. Comes before all that
+    // reads x.
+    void read_x(const OptionalTensor& inverse);
+
+    // Returns how many classes a chunk has, of which each takes so many bytes beside its rounded
+    // row.
     int64_t chunk_classes(int64_t bytes, int64_t bytes_per_class) const;
 
     // Calls f(first class, rows (., width) of w in the compute type) for one chunk after the other.
     // Where there is an index, or w has another type, width or layout, one buffer holds the chunk.
+    // Writes 1 / |row| into `inverse` (classes,) where it is given.
     template <class F>
-    void for_each_chunk(int64_t most, F&& f) {
+    void for_each_chunk(int64_t most, const OptionalTensor& inverse, F&& f) {
         for (int64_t first = 0; first < c; first += most)
-            f(first, readable_classes(first, std::min(first + most, c)));
+            f(first, readable_classes(first, std::min(first + most, c), inverse));
     }
 
-    // Writes 1 / |row| into `inverse`, which may be longer than there are rows.
-    void inverse_norms(const Tensor& rows, int64_t count, const Tensor& inverse) const;
-
-    // Returns a copy of the rows of w that the labels name, rounded, (N, width) in the type of
-    // statistics.
-    Tensor label_rows() const;
+    // Returns the rows of w as they are stored.
+    StoredRows stored_w() const;
 
     // Returns where the index has the rows of a chunk, or null.
     const int64_t* index_from(int64_t first) const;
@@ -120,26 +143,30 @@ class Operands {
     // Continues (C,) or (N,) to `size` numbers.
     Tensor padded(const Tensor& t, int64_t size, double value) const;
 
-    // Returns the blocks per row tile, at most `most`, which together fill the device once.
-    int64_t columns(int64_t most) const;
+    // Returns the blocks per row tile for a launch over so many class tiles.
+    int64_t columns(int64_t tiles) const;
 
     // Returns the arguments of a tile kernel for a chunk.
     TileCall tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q, const Tensor& flags,
                        int64_t columns) const;
     TileVariant variant() const { return {type, small, transform}; }
-    Tensor flags() const;  // (row tiles, class tiles)
+    // Returns memory for the flags of tiles with a target, and how a kernel writes them.
+    Tensor flags() const;
+    TargetTiles target_tiles(const Tensor& flags) const;
 
     // Returns the arguments of a kernel over a GEMM's result for a chunk.
     DenseCall dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
                          const Tensor& w_inv) const;
 
   private:
-    Tensor w_, w_buffer_;
-    bool w_is_readable_;
+    Tensor stored_x_, w_, w_buffer_;
+    bool w_is_gathered_, w_is_readable_;
 
-    Tensor readable_classes(int64_t first, int64_t stop);
-    // Rounds the rows of a chunk that the index names into `out` (., width).
-    void gather(int64_t first, const Tensor& out) const;
+    void read_w(const SharedArguments&);
+    Tensor readable_classes(int64_t first, int64_t stop, const OptionalTensor& inverse);
+    // Rounds `count` rows into `out` (., width), and writes their norms, where they are defined.
+    void round(const StoredRows& from, int64_t count, const Tensor& out,
+               const OptionalTensor& inverse) const;
 };
 
 // While it lives, the op's device is the current one, and neither autocast nor autograd sees the

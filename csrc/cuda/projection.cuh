@@ -18,8 +18,12 @@ class RowGradient {
         inverse = static_cast<const A*>(raw.inverse)[row];
         sums_ = static_cast<const A*>(raw.sums) + row * raw.width;
         factor_ = raw.factor ? static_cast<const A*>(raw.factor)[row * raw.factor_stride] : A(1);
-        const int64_t picked = raw.slot ? raw.slot[row] : row;
-        is_added_ = picked >= 0;
+        int64_t picked = row;
+        is_added_ = true;
+        if (raw.slot) {  // of a class without a target it is any number
+            picked = raw.slot[row];
+            is_added_ = picked >= 0 && picked < raw.targets && raw.y[picked] == raw.first + row;
+        }
         added_ = static_cast<const A*>(raw.table) + picked * raw.width;
         weight_ = raw.coefficient ? static_cast<const A*>(raw.coefficient)[row] : A(1);
         radial_ = raw.radial && is_added_ ? static_cast<const A*>(raw.radial)[picked] : A(0);

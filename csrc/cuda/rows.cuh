@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Kernels that are linear in N, in C D or in N D: norms, factors of rows, the merge of statistics.
+// Kernels that are linear in N, in C D or in N D: rounding with norms, factors of rows, the merge
+// of statistics.
 //
 // Never materialised: normalised rows, one-hot labels. Fast because: a warp reads a row once, its
 // lanes next to each other. Sums have a fixed order and no atomics.
@@ -12,76 +13,77 @@
 
 namespace marginkernels::cuda {
 
-// Writes 1 / |row|, at most `inverse_limit`. Padding gets that too.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    norm_kernel(const T* rows,             // (count, width)
-                statistics_t<T>* inverse,  // (padded,)
-                int64_t count, int64_t padded, int width, statistics_t<T> inverse_limit) {
+// Rounds rows to the compute type, and takes 1 / |row| of what it has rounded, at most
+// `inverse_limit`: padding gets that too. All loads of a lane start before its first store.
+template <class From, class T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) round_kernel(const RoundCall call) {
     using A = statistics_t<T>;
+    constexpr int kAtOnce = 4, kStep = kWarp * 4;
     const int64_t row = row_of_warp();
+    const int first = threadIdx.x % kWarp * 4;
+    const From* const from = row < call.count ? stored_row<From>(call.from, row) : nullptr;
+    T* const to =
+        call.out && row < call.out_rows ? static_cast<T*>(call.out) + row * call.width : nullptr;
     A squares = 0;
-    if (row < count)
-        for (int k = threadIdx.x % kWarp * 4; k < width; k += kWarp * 4) {
-            const auto four = load_four(rows + row * width + k);
+    for (int start = first; start < call.width; start += kAtOnce * kStep) {
+        Four<statistics_t<From>> loaded[kAtOnce] = {};
 #pragma unroll
-            for (const A v : four.v) squares += v * v;
+        for (int i = 0; i < kAtOnce; ++i)
+            if (from)
+                loaded[i] =
+                    load_up_to_four(from, start + i * kStep, call.from.d, call.from.vectors);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            Four<T> rounded;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                ptx::round_to(rounded.v[e], loaded[i].v[e]);
+                const A value = ptx::to_float(rounded.v[e]);
+                squares += value * value;
+            }
+            const int k = start + i * kStep;
+            if (to && k < call.width) *reinterpret_cast<Four<T>*>(to + k) = rounded;
         }
+    }
+    if (call.inverse == nullptr) return;
     squares = sum_over_warp(squares);
-    if (threadIdx.x % kWarp == 0 && row < padded)
-        inverse[row] = inverse_norm(squares, inverse_limit);
+    if (threadIdx.x % kWarp == 0 && row < call.inverse_rows)
+        static_cast<A*>(call.inverse)[row] = inverse_norm(squares, A(call.inverse_limit));
 }
 
-// Writes the rows of a table that the index names, rounded, a warp per row.
-template <class From, class T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    gather_kernel(const GatherCall call) {
-    const int64_t row = row_of_warp();
-    if (row >= call.count) return;
-    const From* const from = static_cast<const From*>(call.table) + call.index[row] * call.d;
-    T* const to = static_cast<T*>(call.out) + row * call.width;
-    for (int k = threadIdx.x % kWarp * 4; k < call.width; k += kWarp * 4) {
-        const auto four = load_up_to_four(from, k, call.d, call.vectors);
-        Four<T> rounded;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) ptx::round_to(rounded.v[e], four.v[e]);
-        *reinterpret_cast<Four<T>*>(to + k) = rounded;
+// Marks the class tiles that hold a target of the block's row tile: only those pay for a mask.
+__device__ __forceinline__ void flag_targets(const TargetTiles& targets) {
+    uint8_t* const flags = targets.flags + static_cast<int64_t>(blockIdx.x) * targets.stride;
+    for (int k = threadIdx.x * 16; k < targets.stride; k += kRowThreads * 16)
+        *reinterpret_cast<Four<uint32_t>*>(flags + k) = {};
+    __syncthreads();
+    for (int i = threadIdx.x; i < targets.tile_rows; i += kRowThreads) {
+        const int row = static_cast<int>(blockIdx.x) * targets.tile_rows + i;
+        // rows that share a tile store the same value
+        if (row < targets.n && targets.y[row] >= 0) flags[targets.y[row] / kTileClasses] = 1;
     }
 }
 
-// Marks the tiles that hold a target: only those pay for a mask.
+// Prepares a row tile, a block each: its flags, and the factor that the statistics' epilogue
+// multiplies a row's dot products with. It is scale / |x_i| in units of ln 2, or plain before a
+// bias, or without the scale before a transform. It is positive in padding rows too, since an
+// excluded logit is -inf times this factor.
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    flag_kernel(const int64_t* y,  // (N,)
-                uint8_t* flags,    // (row tiles, class tiles), zeros
-                int n, int tile_rows, int class_tiles) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-    // rows that share a tile store the same value
-    if (row < n && y[row] >= 0) flags[row / tile_rows * class_tiles + y[row] / kTileClasses] = 1;
-}
-
-// Writes the factor that the statistics' epilogue multiplies a row's dot products with. It is
-// scale / |x_i| in units of ln 2, or plain before a bias, or without the scale before a transform.
-// It is positive in padding rows too, since an excluded logit is -inf times this factor.
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    statistics_rows_kernel(const float* x_inv,  // (N,)
-                           const float* scale,  // ()
-                           float* rate,         // (padded,)
-                           int n, int padded, float per_unit, bool with_scale) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-    if (row >= padded) return;
-    const float r = row < n ? x_inv[row] : 1.0F;
-    rate[row] = (with_scale ? r * *scale : r) * per_unit;
+    statistics_rows_kernel(const StatisticsRowsCall call) {
+    flag_targets(call.targets);
+    for (int i = threadIdx.x; i < call.targets.tile_rows; i += kRowThreads) {
+        const int row = static_cast<int>(blockIdx.x) * call.targets.tile_rows + i;
+        const float r = row < call.targets.n ? call.x_inv[row] : 1.0F;
+        call.rate[row] = (call.with_scale ? r * *call.scale : r) * call.per_unit;
+    }
 }
 
 // Writes the planes of numbers per row that the gradient's epilogue reads. In the plain case rate
 // takes in the scale, shift is in units of ln 2, and a and u take in fold: the epilogue then needs
 // no more than the dot product and the class's factor. The general case has each of them as it is,
 // because the transform, the bias and the sums need them apart.
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
-    gradient_rows_kernel(const GradientRowsCall call) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-    if (row >= call.padded) return;
-    const bool there = row < call.n;
+__device__ __forceinline__ void write_planes(const GradientRowsCall& call, int row) {
+    const bool there = row < call.targets.n;
     const float inverse = there ? call.x_inv[row] : 1.0F;
     const float scale = *call.scale;
     // zero rows would claim all of fp16's range, for a gradient that is 0
@@ -100,12 +102,20 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         rate *= scale * kLog2E;
     }
     float* const plane = call.planes + row;
-    const int64_t stride = call.padded;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * call.targets.tile_rows;
     plane[kRate * stride] = rate;
     plane[kShift * stride] = shift;
     plane[kA * stride] = a;
     plane[kU * stride] = u;
     plane[kFold * stride] = fold;
+}
+
+// Prepares a row tile, a block each: its flags and its planes.
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    gradient_rows_kernel(const GradientRowsCall call) {
+    flag_targets(call.targets);
+    for (int i = threadIdx.x; i < call.targets.tile_rows; i += kRowThreads)
+        write_planes(call, static_cast<int>(blockIdx.x) * call.targets.tile_rows + i);
 }
 
 // Returns m unit + log(l) of a normal l > 0, rounded once where it is large: an error of lse is a
@@ -159,9 +169,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     A dot = 0;
     if (label >= 0) {
         const T* const x = static_cast<const T*>(call.x) + row * call.width;
-        const A* const w = static_cast<const A*>(call.w_y) + row * call.width;
         for (int k = lane * 4; k < call.width; k += kWarp * 4) {
-            const auto a = load_four(x + k), b = load_four(w + k);
+            const auto a = load_four(x + k), b = load_rounded<T>(call.w, label, k);
 #pragma unroll
             for (int e = 0; e < 4; ++e) dot += a.v[e] * b.v[e];
         }

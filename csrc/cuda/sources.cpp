@@ -8,9 +8,6 @@
 namespace marginkernels::cuda {
 namespace {
 
-// A chunk of G: the GEMM that makes dx of it needs many classes to run well.
-constexpr int64_t kGChunkBytes = 64 * kMiB;
-
 // Returns an upper bound () of |f'|, on the device.
 Tensor steepest_slope(const Operands& operands) {
     Tensor bound = at::ones({}, operands.scale.options());
@@ -44,7 +41,8 @@ Tensor power_of_two(const Operands& operands, const Incoming& incoming) {
 // G: there the buffer holds G times a power of two, which is chosen on the device.
 class TileGradient final : public GradientSource {
   public:
-    TileGradient(Operands& operands, const Incoming& incoming, const Tensor& dbias)
+    TileGradient(Operands& operands, const Incoming& incoming, const Tensor& dbias,
+                 int64_t other_bytes)
         : operands_(operands), flags_(operands.flags()), dbias_(dbias) {
         x = operands.x.narrow(0, 0, operands.n);
         need_scale_ = incoming.need_scale;
@@ -54,12 +52,13 @@ class TileGradient final : public GradientSource {
             g_scale_ = power_of_two(operands, incoming);
             dx_factor = dw_factor = g_scale_->reciprocal();
         }
-        q_ = operands.normalize_w ? operands.padded(incoming.w_inv, operands.classes, 1)
+        q_ = operands.normalize_w ? continued(incoming.w_inv, operands.classes)
                                   : at::ones({operands.classes}, incoming.w_inv.options());
         stride_ = round_up(operands.n, 16);
         const int64_t class_bytes = stride_ * operands.x.element_size();
         chunk_classes =
-            std::min(operands.chunk_classes(kGChunkBytes, class_bytes), operands.classes);
+            std::min(operands.chunk_classes(kBackwardChunkBytes, class_bytes + other_bytes),
+                     operands.classes);
         g_ = at::empty({chunk_classes, stride_}, operands.x.options());
         rows_ = row_planes(incoming);
         columns_ = operands.columns(chunk_classes / kTileClasses);
@@ -96,10 +95,19 @@ class TileGradient final : public GradientSource {
     int64_t stride_, columns_;
     bool need_scale_, general_;
 
+    // Continues (C,) to `size` numbers, which may be any: classes from C on are excluded. The norms
+    // that the forward sweep returns have room behind them.
+    Tensor continued(const Tensor& t, int64_t size) const {
+        const int64_t stored = static_cast<int64_t>(t.storage().nbytes() / t.element_size());
+        if (t.storage_offset() + size <= stored) return t.as_strided({size}, {1});
+        return operands_.padded(t, size, 1);
+    }
+
     // Returns the planes of gradient_rows_kernel.
     Tensor row_planes(const Incoming& incoming) const {
         const Tensor planes = operands_.statistics({kGradientPlanes, operands_.rows});
         GradientRowsCall call = {};
+        call.targets = operands_.target_tiles(flags_);
         call.x_inv = floats(incoming.x_inv);
         call.scale = floats(operands_.scale);
         call.lse = floats(incoming.lse);
@@ -108,10 +116,8 @@ class TileGradient final : public GradientSource {
         call.g_scale = floats(g_scale_);
         call.planes = planes.mutable_data_ptr<float>();
         call.inverse_limit = static_cast<float>(operands_.inverse_limit);
-        call.n = static_cast<int>(operands_.n);
-        call.padded = static_cast<int>(operands_.rows);
         call.general = general_;
-        launch_gradient_rows(call, operands_.stream);
+        launch_gradient_rows(call, static_cast<int>(operands_.row_tiles()), operands_.stream);
         return planes;
     }
 };
@@ -119,12 +125,14 @@ class TileGradient final : public GradientSource {
 // Recomputes G chunk by chunk over the vendor's GEMM, in one buffer.
 class GemmGradient final : public GradientSource {
   public:
-    GemmGradient(Operands& operands, const Incoming& incoming, const Tensor& dbias)
+    GemmGradient(Operands& operands, const Incoming& incoming, const Tensor& dbias,
+                 int64_t other_bytes)
         : operands_(operands), incoming_(incoming), dbias_(dbias) {
         x = operands.x;
         const int64_t class_bytes = operands.n * operands.x.element_size();
-        chunk_classes =
-            std::min(operands.chunk_classes(kProductChunkBytes, class_bytes), operands.c);
+        chunk_classes = std::min(
+            {operands.chunk_classes(kProductChunkBytes, class_bytes),
+             operands.chunk_classes(kBackwardChunkBytes, class_bytes + other_bytes), operands.c});
         g_ = operands.statistics({chunk_classes, operands.n});
     }
 
@@ -160,7 +168,8 @@ class GemmGradient final : public GradientSource {
 // small sums.
 class SavedGradient final : public GradientSource {
   public:
-    SavedGradient(Operands& operands, const Incoming& incoming, const Tensor& tiles)
+    SavedGradient(Operands& operands, const Incoming& incoming, const Tensor& tiles,
+                  int64_t other_bytes)
         : tiles_(tiles.narrow(1, 0, operands.n)) {
         const Tensor offset = (operands.scale - mk::kOffsetStart).clamp_min(0);
         // lse is -inf only in rows without negatives, whose exponentials are all 0
@@ -171,8 +180,7 @@ class SavedGradient final : public GradientSource {
         const Tensor rows = operands.x.narrow(0, 0, operands.n);
         const Tensor units = rows * incoming.x_inv.unsqueeze(1);
         x = (units * row_weight.unsqueeze(1)).to(rows.scalar_type());
-        chunk_classes =
-            operands.chunk_classes(kGChunkBytes, operands.n * operands.x.element_size());
+        chunk_classes = operands.chunk_classes(kBackwardChunkBytes, other_bytes);
     }
 
     Tensor next(int64_t first, const Tensor& w_chunk) override {
@@ -186,10 +194,13 @@ class SavedGradient final : public GradientSource {
 }  // namespace
 
 std::unique_ptr<GradientSource> gradient_source(Operands& operands, const Incoming& incoming,
-                                                const Tensor& tiles, const Tensor& dbias) {
-    if (tiles.numel() > 0) return std::make_unique<SavedGradient>(operands, incoming, tiles);
-    if (operands.tiled) return std::make_unique<TileGradient>(operands, incoming, dbias);
-    return std::make_unique<GemmGradient>(operands, incoming, dbias);
+                                                const Tensor& tiles, const Tensor& dbias,
+                                                int64_t other_bytes) {
+    if (tiles.numel() > 0)
+        return std::make_unique<SavedGradient>(operands, incoming, tiles, other_bytes);
+    if (operands.tiled)
+        return std::make_unique<TileGradient>(operands, incoming, dbias, other_bytes);
+    return std::make_unique<GemmGradient>(operands, incoming, dbias, other_bytes);
 }
 
 }  // namespace marginkernels::cuda

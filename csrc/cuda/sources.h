@@ -36,8 +36,10 @@ class GradientSource {
 };
 
 // Returns the source for these operands. `tiles` are what the forward sweep saved, `dbias` (c,) or
-// (0,) takes the bias's gradient. All arguments have to outlive the source.
+// (0,) takes the bias's gradient, and a chunk has `other_bytes` for each class beside G. All
+// arguments have to outlive the source.
 std::unique_ptr<GradientSource> gradient_source(Operands& operands, const Incoming& incoming,
-                                                const Tensor& tiles, const Tensor& dbias);
+                                                const Tensor& tiles, const Tensor& dbias,
+                                                int64_t other_bytes);
 
 }  // namespace marginkernels::cuda

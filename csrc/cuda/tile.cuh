@@ -210,7 +210,7 @@ __device__ __forceinline__ void for_each_tile(const TileCall& call, const Positi
 // Whether the tile needs a mask: it holds a target of these rows, or ends beyond the last class.
 __device__ __forceinline__ bool is_flagged(const TileCall& call, int tile) {
     const int64_t row_tile = row_tile_of_block(call);
-    return call.flags[row_tile * call.class_tiles + tile] != 0 ||
+    return call.flags[row_tile * call.flag_stride + tile] != 0 ||
            (tile + 1) * kTileClasses > call.c;
 }
 

@@ -16,20 +16,6 @@
 
 namespace marginkernels::cuda {
 
-// Calls f(i, k) for each four numbers k to k + 3 of a row that are the lane's, its i-th ones. With
-// kFours = 0 rows are of any width, and i is 0.
-template <int kFours, class F>
-__device__ __forceinline__ void for_each_four(int width, F&& f) {
-    const int first = threadIdx.x % kWarp * 4;
-    if constexpr (kFours == 0) {
-        for (int k = first; k < width; k += kWarp * 4) f(0, k);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kFours; ++i)
-            if (first + i * kWarp * 4 < width) f(i, first + i * kWarp * 4);
-    }
-}
-
 // A row of numbers in registers, or where kFours = 0 in memory.
 template <class A, int kFours>
 struct HeldRow {

@@ -56,6 +56,49 @@ __device__ __forceinline__ Four<statistics_t<T>> load_up_to_four(const T* row, i
     return to;
 }
 
+template <class T>
+__device__ __forceinline__ const T* stored_row(const StoredRows& rows, int64_t row) {
+    return static_cast<const T*>(rows.data) + (rows.index ? rows.index[row] : row) * rows.stride;
+}
+
+// Loads numbers k to k + 3 of a stored row of any type, rounded to T.
+template <class T>
+__device__ __forceinline__ Four<statistics_t<T>> load_rounded(const StoredRows& rows, int64_t row,
+                                                              int k) {
+    Four<statistics_t<T>> to;
+    const auto load = [&](auto stored) {
+        const auto from = stored_row<decltype(stored)>(rows, row);
+        const auto four = load_up_to_four(from, k, rows.d, rows.vectors);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            T rounded;
+            ptx::round_to(rounded, four.v[e]);
+            to.v[e] = ptx::to_float(rounded);
+        }
+    };
+    switch (rows.type) {
+        case Type::kFloat32: load(float()); break;
+        case Type::kFloat64: load(double()); break;
+        case Type::kBFloat16: load(bf16()); break;
+        case Type::kFloat16: load(fp16()); break;
+    }
+    return to;
+}
+
+// Calls f(i, k) for each four numbers k to k + 3 of a row that are the lane's, its i-th ones. With
+// kFours = 0 rows are of any width, and i is 0.
+template <int kFours, class F>
+__device__ __forceinline__ void for_each_four(int width, F&& f) {
+    const int first = threadIdx.x % kWarp * 4;
+    if constexpr (kFours == 0) {
+        for (int k = first; k < width; k += kWarp * 4) f(0, k);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kFours; ++i)
+            if (first + i * kWarp * 4 < width) f(i, first + i * kWarp * 4);
+    }
+}
+
 // Stores numbers k to k + 3 of a row that has d.
 template <class T>
 __device__ __forceinline__ void store_up_to_four(T* row, int k, int d, bool vectors,

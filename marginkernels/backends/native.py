@@ -20,6 +20,8 @@ from ..version import __version__
 from .base import Backend
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# of a step of the CUDA kernels' main loop, see csrc/cuda/kernels.h
+_TILE_FEATURES = 32
 # the build writes its versions here; see setup.py
 _RECORD = Path(__file__).parents[1] / "_C.json"
 
@@ -87,6 +89,10 @@ class NativeBackend(Backend):
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
         """Returns a row for each class, with rows of x padded to whole vectors."""
         return c, -(-n // TILE_PADDING) * TILE_PADDING
+
+    def keeps_rounded(self, device: torch.device, d: int) -> bool:
+        """Says whether rows of w have the width that the CUDA kernels read."""
+        return device.type == "cuda" and d % _TILE_FEATURES == 0
 
 
 def _cuda_obstacles(extension: ModuleType, device: torch.device) -> list[str]:

@@ -136,6 +136,10 @@ class CudaHostBackend(backends.Backend):
         """Returns the shape that the native backend has."""
         return backends.get("native").tiles_shape(n, c)
 
+    def keeps_rounded(self, device: torch.device, d: int) -> bool:
+        """Says what the native backend says of a GPU."""
+        return backends.get("native").keeps_rounded(torch.device("cuda"), d)
+
 
 @contextlib.contextmanager
 def executed() -> Iterator[None]:

@@ -164,7 +164,7 @@ def _simulated_step() -> list[str]:
     return [
         _counters(STEP.n, STEP.c, STEP.d, launch, stats)
         for launch, stats in simulate.twice(call)[2]
-        if "update_kernel" in launch.symbol or "gather_kernel" in launch.symbol
+        if "update_kernel" in launch.symbol or "round_kernel" in launch.symbol
     ]
 
 
