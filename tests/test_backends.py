@@ -11,6 +11,7 @@ import torch
 
 from marginkernels import ArcFace, backend_notes, backend_report, backends
 from marginkernels.backends import triton
+from marginkernels.backends.triton import vendor_gemm
 from marginkernels.backends.native import NativeBackend
 from marginkernels.backends.reference import ReferenceBackend
 from marginkernels.backends.triton import TritonBackend
@@ -180,3 +181,27 @@ def test_a_backend_is_added_by_registering_an_object():
 def test_a_name_is_registered_once(name):
     with pytest.raises(ValueError, match=f"backend: expected a name other than .*, got '{name}'"):
         backends.register(type("Again", (Borrowed,), dict(name=name))())
+
+
+def test_settings_that_forbid_fp32_products_are_off_during_one(monkeypatch):
+    tuned, seen = [True], []
+    matmul, tunable = torch.backends.cuda.matmul, torch.cuda.tunable
+    monkeypatch.setattr(tunable, "is_enabled", lambda: tuned[-1])
+    monkeypatch.setattr(tunable, "enable", tuned.append)
+    monkeypatch.setattr(vendor_gemm, "_fp32_from_half", lambda a: True)
+    matmul.allow_fp16_accumulation = True
+
+    class Products:
+        class mm:  # noqa: N801, its name in torch.ops.aten
+            @staticmethod
+            def dtype_out(*args, out):
+                seen.append((tuned[-1], matmul.allow_fp16_accumulation))
+                raise ValueError("planted")
+
+    monkeypatch.setattr(torch.ops, "aten", Products)
+    try:
+        with pytest.raises(ValueError, match="planted"):
+            vendor_gemm.mm(*(torch.ones(2, 2, dtype=BF16) for _ in range(3)))
+        assert seen == [(False, False)] and tuned[-1] and matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False

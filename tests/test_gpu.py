@@ -172,6 +172,24 @@ def test_a_head_that_draws_from_a_seed_is_not_captured(gpu_backend):
     assert torch.isfinite(step(head, x, y)[0])
 
 
+def test_settings_that_forbid_fp32_products_change_nothing(gpu_backend):
+    head, x, y = make(gpu_backend, compute_dtype=torch.float16)
+    expected = step(head, x, y)
+    matmul, tunable = torch.backends.cuda.matmul, torch.cuda.tunable
+    tuning = tunable.tuning_is_enabled()
+    matmul.allow_fp16_accumulation = True
+    tunable.tuning_enable(False)
+    tunable.enable(True)
+    try:
+        got = step(head, x, y)
+        assert tunable.is_enabled() and matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False
+        tunable.enable(False)
+        tunable.tuning_enable(tuning)
+    assert_same(got, expected)
+
+
 @pytest.mark.parametrize("save_tiles", [False, True])
 def test_peak_memory_of_a_step_is_its_gradients_and_what_the_documentation_says(
     gpu_backend, save_tiles
