@@ -124,11 +124,9 @@ def test_the_traffic_that_launchers_ask_for_agrees_with_the_formulas():
 
 
 def test_the_formulas_know_the_launcher():
-    dw = pytest.importorskip("marginkernels.backends.triton.dw")
-    operands = importlib.import_module("marginkernels.backends.triton.operands")
+    operands = pytest.importorskip("marginkernels.backends.triton.operands")
     configs = importlib.import_module("marginkernels.backends.triton.configs")
     assert scaling.CHUNK_BYTES == operands.CHUNK_BYTES
-    assert scaling.DW_CHUNK_BYTES == dw.DW_CHUNK_BYTES
     assert scaling.ROUNDED_BYTES == sweep._ROUNDED_BYTES
     assert scaling.ROW_PADDING == configs.ROW_PADDING
 

@@ -180,8 +180,7 @@ def test_chunks_of_w_and_of_g_stay_in_the_budget(monkeypatch):
     problem = random_problem(
         20, 700, 40, dtypes=(F32, F32, BF16), margin=ArcFace(0.3), scale=32.0, label_smoothing=0.1
     )
-    monkeypatch.setattr(operands, "CHUNK_BYTES", 128 * 64 * 4)
-    monkeypatch.setattr("marginkernels.backends.triton.dw.DW_CHUNK_BYTES", 64 * 64 * 4)
+    monkeypatch.setattr(operands, "CHUNK_BYTES", 128 * 64 * 8)
     with simulated("ttsem", races="off"):
         problem.check("triton")
 

@@ -86,7 +86,6 @@ def test_the_bits_of_the_rounding_do_not_depend_on_chunks(monkeypatch):
     from marginkernels.backends.triton import operands
 
     monkeypatch.setattr(operands, "CHUNK_BYTES", 1)
-    monkeypatch.setattr("marginkernels.backends.triton.dw.DW_CHUNK_BYTES", 1)
     with simulated("ttsem"):
         assert_the_bits_of_the_rounding(37)
 
@@ -133,7 +132,7 @@ def swept(p: Problem, w, index, known=None, extra=1.0):
 
 @pytest.mark.parametrize("w_dtype, d", [(BF16, 64), (F32, 50)])
 def test_rows_by_index_are_swept_as_if_they_were_gathered(w_dtype, d, monkeypatch, poisoned):
-    monkeypatch.setattr("marginkernels.backends.triton.dw.DW_CHUNK_BYTES", 1)
+    monkeypatch.setattr("marginkernels.backends.triton.operands.CHUNK_BYTES", 1)
     case = Case(w_dtype=w_dtype, compute_dtype=BF16, c=40, d=d, sampled=True)
     p = problem(case, "cpu")
     with simulated("ttsem"):

@@ -26,7 +26,7 @@ from marginkernels.backends.triton.backward import head_bwd
 from marginkernels.backends.triton.forward import head_fwd
 from marginkernels.backends.triton.step import head_step
 
-PASS, MATRIX, CACHE = "passes", "matrix products", "raw dw, in L2"
+PASS, MATRIX, RAW = "passes", "matrix products", "dw before its projection"
 TARGET = configs.Target("sm_90", 132)
 
 
@@ -137,14 +137,14 @@ class Recorder(TorchDispatchMode):
         if unknown := rows_of_classes.difference(reads, writes, gathers, (RAW_GRADIENT,)):
             raise RuntimeError(f"{name}: KERNELS does not say what it does with {unknown}")
         self.add(name, kind, [operands[k] for k in reads], [operands[k] for k in writes])
-        self.add(name, CACHE, [operands.get(RAW_GRADIENT)], [])
+        self.add(name, RAW, [operands.get(RAW_GRADIENT)], [])
 
     def mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """Records a GEMM for dw, or the first one for dx; takes the place of vendor_gemm.mm."""
         if len(out) == self.setting.n:
             self.add_mm(out, a, b)
         else:
-            self.add("dw", CACHE, [], [out])
+            self.add("dw", RAW, [], [out])
 
     def add_mm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """Records a GEMM for dx; takes the place of vendor_gemm.add_mm."""
@@ -219,7 +219,7 @@ def main() -> None:
             read, written = (1e-9 * sum(column) for column in list(zip(*own, strict=True))[2:])
             launches = f"{len(own):5} times"
             print(f"  {name:<20}{kind:<18}{launches}  reads {read:6.2f}  writes {written:6.2f}")
-        for kind in (PASS, MATRIX, CACHE):
+        for kind in (PASS, MATRIX, RAW):
             print(f"  all {kind:<34}{1e-9 * total(accesses, kind):31.2f}")
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 PATH = Path(__file__).parents[2] / "docs" / "scaling.md"
 IDENTITIES, GPUS = (10**6, 10**7, 10**8), (8, 64, 512)
 
-# a chunk of the Triton backend, and its part of dw, have at most so many bytes
-CHUNK_BYTES, DW_CHUNK_BYTES = 384 << 20, 16 << 20
+# the buffers of the Triton backend for a chunk of classes have at most so many bytes
+CHUNK_BYTES = 512 << 20
 # forward keeps a rounded w of at most so many bytes, with rows of a multiple of so many numbers
 ROUNDED_BYTES, ROW_PADDING = 256 << 20, 64
 
@@ -111,12 +111,14 @@ def working(s: Setup) -> int:
 
     both = s.batch * s.features * s.itemsize + 4 * s.held + 64 * s.batch + kept
     forward = 16 * s.batch * s.gpus + chunk(0) * passing
-    classes = chunk(s.batch * s.itemsize)
+    # G, and dw where it is not fp32 itself or is not written at all
+    in_place = s.weight_bytes == 4 and not s.fused and s.features % ROW_PADDING == 0
+    class_bytes = s.batch * s.itemsize + (0 if in_place else 4 * s.features)
+    classes = chunk(class_bytes)
     backward = (
         s.batch * s.features * (4 + 4 + s.itemsize)  # dx twice, and the targets' part of dw
         + 4 * s.held
-        + classes * (s.batch * s.itemsize + passing)
-        + min(DW_CHUNK_BYTES, 4 * classes * s.features)
+        + classes * (class_bytes + passing)
         + (s.batch * s.features * s.weight_bytes if s.fused and not kept else 0)  # w as it was
     )
     return both + max(forward, backward)
@@ -149,7 +151,7 @@ momentum are fp32. Nothing here has been timed on a GPU.
 
 **Memory of each GPU.** With an optimizer of `torch.optim` weights, gradient and momentum last: 12 C
 D / W bytes (AdamW: 16). A step takes 8 bytes more for each class. The rest does not depend on the
-number of classes: buffers of at most 384 MiB together, for every row of the batch its features, its
+number of classes: buffers of at most 512 MiB together, for every row of the batch its features, its
 gradient and a few numbers, and 16 N W bytes in the forward merge. Where fp32 weights are rounded,
 and that takes at most 256 MiB, forward keeps them for backward. The last column is one fp32 matrix
 of logits; the usual head holds several.
@@ -190,8 +192,8 @@ memory nor communication.
 it says fp32. `python -m tools.traffic` runs the launchers of the Triton backend without executing a
 kernel, and adds up what each kernel, GEMM and operation of PyTorch reads and writes of the classes'
 rows; a test compares it with the formulas behind this table. Matrix products read w three times.
-The raw gradient of 8,192 classes at a time goes from a GEMM through L2 to the kernel that uses it,
-and is in neither column.
+The gradient before its projection, 4 bytes per weight that are written once and read once, is in
+neither column.
 
 """
 

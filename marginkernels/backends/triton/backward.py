@@ -9,13 +9,12 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, vendor_gemm
 from .configs import Config
-from .dw import RowGradient, TakeChunk, WriteDw
-from .operands import Operands
+from .dw import RowGradient, TakeChunk, WriteDw, is_raw
+from .operands import Operands, ceil_div
 from .row_kernels import target_kernel
 from .sources import GradientSource, Incoming, SavedGradient, TileGradient
 
@@ -75,7 +74,8 @@ def head_bwd(
     incoming = Incoming(
         lse, x_inv, w_inv, grad_lse, grad_target, grad_w_norm, grad_sum
     ).contiguous()
-    sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
+    dw_bytes = 4 * operands.width if need_w and not is_raw(operands, dw) else 0
+    sweep = BackwardSweep.of(operands, incoming, tiles, dw_bytes, need_bias, need_scale)
     dx_raw = sweep.run(need_x, dbias, WriteDw(sweep.of_rows(), dw) if need_w else None)
     if dx_raw is not None:
         sweep.write_dx(dx_raw, *operands.target_table(), normalize_x, dx)
@@ -97,15 +97,16 @@ class BackwardSweep:
         operands: Operands,
         incoming: Incoming,
         tiles: Tensor,  # (N, classes of all tiles), or (0,)
+        dw_bytes: int,  # of a class, in a buffer
         need_bias: bool,
         need_scale: bool,
     ) -> "BackwardSweep":
         """Chooses where G comes from, and computes the targets' column."""
         source: GradientSource
         if tiles.numel() > 0:
-            source = SavedGradient(operands, incoming, tiles)
+            source = SavedGradient(operands, incoming, tiles, dw_bytes)
         else:
-            source = TileGradient(operands, incoming, need_bias, need_scale)
+            source = TileGradient(operands, incoming, dw_bytes, need_bias, need_scale)
         return cls(operands, incoming, source, Targets.of(operands, incoming))
 
     def run(
@@ -122,6 +123,8 @@ class BackwardSweep:
         dx_raw = None
         if need_x:
             dx_raw = operands.statistics(len(operands.x), operands.width)
+            if operands.classes == 0:
+                dx_raw.zero_()
         for first, stop, w_chunk in operands.chunks(source.chunk_tiles):
             start, count = first * operands.config.block_c, len(w_chunk)
             g = source.next(first, stop, w_chunk)
@@ -183,7 +186,7 @@ class Targets(NamedTuple):
         y, order = operands.y, None
         if n > MOST_SCANNED:
             y, order = torch.sort(y, stable=True)
-        target_kernel[(n, triton.cdiv(operands.width, block_d))](
+        target_kernel[(n, ceil_div(operands.width, block_d))](
             operands.x, y, order, incoming.x_inv, incoming.w_inv, operands.scale,
             incoming.grad_target, incoming.grad_w_norm, *targets,
             N=n, NORMALIZE_W=operands.normalize_w, GROUPS=LABEL_GROUPS, GROUP=16, BLOCK_D=block_d,

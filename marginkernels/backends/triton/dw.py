@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Makes dw of a chunk of G part by part, and hands each part on while it is in L2."""
+"""Makes dw of a chunk of G, and hands it on to what projects it or updates w with it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import vendor_gemm
 from .operands import Operands
 from .sources import GradientSource
-
-# a chunk of fp32 dw, which should still be in L2 when it is projected
-DW_CHUNK_BYTES = 16 << 20
 
 # takes a chunk: the place of its first class in the sweep, its rows of w, and G (N, classes)
 TakeChunk = Callable[[int, Tensor, Tensor], None]
@@ -30,24 +28,25 @@ class RowGradient(NamedTuple):
 
 
 class TakeDw:
-    """Makes dw of a chunk part by part, so that what takes it finds it in L2."""
+    """Makes dw of a chunk, in fp32 and before its projection, and takes it."""
 
     def __init__(self, gradient: RowGradient) -> None:
         self.gradient = gradient
-        self.buffer: Tensor | None = None  # (rows of a part, width)
+        self.buffer: Tensor | None = None  # (classes of a chunk, width)
 
     def __call__(self, first: int, w_chunk: Tensor, g: Tensor) -> None:
         """Takes a chunk, see :data:`TakeChunk`."""
-        operands = self.gradient.operands
+        part = slice(first, first + len(w_chunk))
+        raw = self.place(part)
+        vendor_gemm.mm(raw, g.t(), self.gradient.source.x)
+        self.take(part, w_chunk, raw)
+
+    def place(self, part: slice) -> Tensor:
+        """Returns where the GEMM writes dw of some classes, (classes, width) fp32."""
+        operands, count = self.gradient.operands, part.stop - part.start
         if self.buffer is None:
-            count = min(_dw_rows(operands), len(w_chunk))
             self.buffer = operands.statistics(count, operands.width)
-        for start in range(0, len(w_chunk), len(self.buffer)):
-            part = slice(start, start + len(self.buffer))
-            rows = w_chunk[part]
-            raw = self.buffer[: len(rows)]
-            vendor_gemm.mm(raw, g[:, part].t(), self.gradient.source.x)
-            self.take(slice(first + start, first + start + len(rows)), rows, raw)
+        return self.buffer[:count]
 
     def take(self, part: slice, rows: Tensor, raw: Tensor) -> None:
         """Takes dw before its projection: the places of classes in the sweep, rows, the GEMM."""
@@ -60,6 +59,10 @@ class WriteDw(TakeDw):
     def __init__(self, gradient: RowGradient, dw: Tensor) -> None:
         super().__init__(gradient)
         self.dw = dw  # (C, D), or more rows with an index
+
+    def place(self, part: slice) -> Tensor:
+        """Returns the rows of dw itself, where they can hold the GEMM's result."""
+        return self.dw[part] if is_raw(self.gradient.operands, self.dw) else super().place(part)
 
     def take(self, part: slice, rows: Tensor, raw: Tensor) -> None:
         """Projects dw of some classes."""
@@ -76,7 +79,6 @@ class WriteDw(TakeDw):
         )  # fmt: skip
 
 
-def _dw_rows(operands: Operands) -> int:
-    """Returns the rows of dw that are made at once."""
-    # a multiple of 64 rows keeps every part at a multiple of 16 bytes
-    return max(64, DW_CHUNK_BYTES // (operands.width * 4) // 64 * 64)
+def is_raw(operands: Operands, dw: Tensor) -> bool:
+    """Says whether dw can hold itself before its projection, which is then done in place."""
+    return dw.dtype == torch.float32 and operands.index is None and dw.shape[1] == operands.width

@@ -3,14 +3,13 @@
 """Computes head_fwd: decides which kernel runs on which chunk of the classes."""
 
 import torch
-import triton
 from torch import Tensor
 
 from ... import ops
 from . import configs
 from .configs import Config
 from .constants import LOGIT_MAXIMUM, MAXIMUM, PLANES
-from .operands import Operands
+from .operands import Operands, ceil_div
 from .row_kernels import finish_rows_kernel
 from .tile_kernels import statistics_kernel
 
@@ -117,7 +116,7 @@ def _finish_rows(
     """Merges the partial statistics of every row, and adds the targets' cosines and norms."""
     n = len(operands.x)
     w, w_row = operands.target_table()
-    finish_rows_kernel[(triton.cdiv(n, 4),)](
+    finish_rows_kernel[(ceil_div(n, 4),)](
         operands.x, w, operands.y, w_row, results.x_inv, results.w_inv, partials,
         results.lse, results.target_cosine, results.w_norm,
         results.logit_sum if want_sum else None, results.logit_max if want_max else None,

@@ -7,12 +7,12 @@ captured in a CUDA graph.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,9 +24,9 @@ from .transforms import Transform
 
 # a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
 MOST_CLASSES = 2**31 - 1024
-# what a chunk of classes takes at most, of G and of w where it is rounded: enough for GEMMs to run
-# well, and for launches to be few
-CHUNK_BYTES = 384 << 20
+# what a chunk of classes takes at most, of G, of w where it is rounded, and of dw where it is not
+# fp32: enough for GEMMs to run well, and for launches to be few
+CHUNK_BYTES = 512 << 20
 # every tile of classes divides it
 _CLASSES_PADDING = 256
 # numbers of an operand that a program of four warps, and each of more warps, has in registers
@@ -34,6 +34,11 @@ _HELD = 2048
 _OF_A_WARP = 512
 # D is this times a whole number, or a divisor of this times one: what makes accesses wide
 _UNIT = 16
+
+
+def ceil_div(number: int, by: int) -> int:
+    """Divides and rounds up. Triton's own takes 2 us, which a launch could do without."""
+    return -(-number // by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Operands:
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
         config = config or configs.choose(target.name, kind, load, len(x))
-        width = triton.cdiv(x.shape[1], config.block_d) * config.block_d
+        width = ceil_div(x.shape[1], config.block_d) * config.block_d
         readable = _is_readable(x, width, compute_dtype)
         rows = x if readable else x.new_empty(len(x), width, dtype=compute_dtype)
         w_rows = w if index is None and w_rounded is None else w_rounded
@@ -116,22 +121,22 @@ class Operands:
         operands.prepare(x, None if readable else rows, x_inv)
         return operands
 
-    @property
+    @functools.cached_property
     def classes(self) -> int:
         """Counts the classes that are swept."""
         return len(self.w if self.index is None else self.index)
 
-    @property
+    @functools.cached_property
     def row_tiles(self) -> int:
         """Counts the row tiles."""
-        return triton.cdiv(len(self.x), self.config.block_n)
+        return ceil_div(len(self.x), self.config.block_n)
 
-    @property
+    @functools.cached_property
     def class_tiles(self) -> int:
         """Counts the class tiles."""
-        return triton.cdiv(self.classes, self.config.block_c)
+        return ceil_div(self.classes, self.config.block_c)
 
-    @property
+    @functools.cached_property
     def d_tiles(self) -> int:
         """Counts the steps of the tile program's main loop."""
         return self.width // self.config.block_d
@@ -153,7 +158,7 @@ class Operands:
         if self.rows is None:
             class_bytes += self.width * self.x.itemsize
         most = max(1, CHUNK_BYTES // max(1, class_bytes * self.config.block_c))
-        return triton.cdiv(self.class_tiles, max(1, triton.cdiv(self.class_tiles, most)))
+        return ceil_div(self.class_tiles, max(1, ceil_div(self.class_tiles, most)))
 
     def keeping(self, rows: Tensor, w_inv: Tensor | None) -> "Operands":
         """Rounds all of w into ``rows`` (C, width), and returns operands that are read from there.
@@ -222,8 +227,8 @@ class Operands:
         if count == 0 or (rows is None and inverse is None):
             return
         stride, stride_d = given.stride()
-        unit, settings = math.gcd(d, stride, _UNIT), self.held_row_settings()
-        prepare_rows_kernel[(triton.cdiv(count, settings["BLOCK_R"]),)](
+        unit, settings = math.gcd(d, stride, _UNIT), self.held_rows
+        prepare_rows_kernel[(ceil_div(count, settings["BLOCK_R"]),)](
             given, index, rows, inverse, R=count, D_UNITS=d // unit, stride_units=stride // unit,
             stride_d=stride_d, inverse_limit=self.inverse_limit, UNIT=unit, **settings,
         )  # fmt: skip
@@ -240,8 +245,8 @@ class Operands:
         if table is None:
             raise ValueError("table: expected a tensor, got None")
         stride, stride_d = table.stride()
-        unit, settings = math.gcd(d, stride, _UNIT), self.held_row_settings()
-        project_kernel[(triton.cdiv(len(rows), settings["BLOCK_R"]),)](
+        unit, settings = math.gcd(d, stride, _UNIT), self.held_rows
+        project_kernel[(ceil_div(len(rows), settings["BLOCK_R"]),)](
             gradient, rows, *others,
             R=len(rows), D_UNITS=d // unit, table_units=stride // unit, table_stride_d=stride_d,
             inverse_limit=self.inverse_limit, UNIT=unit, **flags, **settings,
@@ -250,7 +255,7 @@ class Operands:
     def flags(self) -> Tensor:
         """Returns (row tiles, class tiles) int8, 1 where a target lies."""
         flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
-        flag_kernel[(self.row_tiles * triton.cdiv(self.class_tiles, 128),)](
+        flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, 128),)](
             self.y, flags, N=len(self.y), class_tiles=self.class_tiles,
             BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
             num_warps=4, enable_fp_fusion=True,
@@ -297,9 +302,10 @@ class Operands:
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def held_row_settings(self) -> dict[str, Any]:
+    @functools.cached_property
+    def held_rows(self) -> dict[str, Any]:
         """Returns the settings of kernels whose programs hold whole rows in registers."""
-        block_d = triton.next_power_of_2(self.width)
+        block_d = 1 << (self.width - 1).bit_length()
         return self.row_settings() | dict(
             BLOCK_R=max(1, _HELD // block_d), BLOCK_D=block_d,
             num_warps=max(4, min(16, block_d // _OF_A_WARP)),

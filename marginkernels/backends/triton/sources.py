@@ -5,10 +5,9 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .operands import Operands
+from .operands import Operands, ceil_div
 from .row_kernels import saved_rows_kernel
 from .tile_kernels import gradient_kernel
 
@@ -58,10 +57,16 @@ class TileGradient(GradientSource):
     """
 
     def __init__(
-        self, operands: Operands, incoming: Incoming, need_bias: bool, need_scale: bool
+        self,
+        operands: Operands,
+        incoming: Incoming,
+        dw_bytes: int,  # of a class, in a buffer
+        need_bias: bool,
+        need_scale: bool,
     ) -> None:
         row_tiles, config = operands.row_tiles, operands.config
-        super().__init__(operands, row_tiles * config.block_n * operands.x.itemsize)
+        g_bytes = row_tiles * config.block_n * operands.x.itemsize
+        super().__init__(operands, g_bytes + dw_bytes)
         self.x = operands.x
         g_scale = None
         if operands.x.dtype == torch.float16:
@@ -102,14 +107,16 @@ class SavedGradient(GradientSource):
     small sums.
     """
 
-    def __init__(self, operands: Operands, incoming: Incoming, tiles: Tensor) -> None:
-        super().__init__(operands, 0)
+    def __init__(
+        self, operands: Operands, incoming: Incoming, tiles: Tensor, dw_bytes: int
+    ) -> None:
+        super().__init__(operands, dw_bytes)
         self.tiles = tiles
         self.row_weight = torch.empty_like(incoming.lse)
         self.dx_factor = self.dw_factor = operands.scale
         self.x = torch.empty_like(operands.x)
-        settings = operands.held_row_settings()
-        saved_rows_kernel[(triton.cdiv(len(operands.x), settings["BLOCK_R"]),)](
+        settings = operands.held_rows
+        saved_rows_kernel[(ceil_div(len(operands.x), settings["BLOCK_R"]),)](
             operands.x, incoming.x_inv, incoming.lse, incoming.grad_lse, operands.scale,
             self.row_weight, self.x, N=len(operands.x), **settings,
         )  # fmt: skip

@@ -77,7 +77,8 @@ def head_step(
     dx = x.new_empty(x.shape if need_x else 0)
     dbias = operands.statistics(operands.classes if need_bias else 0)
     dscale = operands.statistics(0)
-    sweep = BackwardSweep.of(operands, incoming, tiles, need_bias, need_scale)
+    dw_bytes = 4 * operands.width
+    sweep = BackwardSweep.of(operands, incoming, tiles, dw_bytes, need_bias, need_scale)
     target_table = operands.lasting_target_table() if need_x else None  # dx is that of the old w
     dx_raw = sweep.run(need_x, dbias, TakeAndUpdate(sweep.of_rows(), update))
     if dx_raw is not None and target_table is not None:
