@@ -8,7 +8,7 @@
 
 The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
 to tile kernels without matrix instructions or asynchronous copies, and to narrow accesses of the
-kernel that updates w. It needs no GPU. The exit status is 1 if anything fails.
+kernels that walk along rows. It needs no GPU. The exit status is 1 if anything fails.
 """
 
 import multiprocessing
@@ -33,6 +33,8 @@ from .machine_code import Facts
 
 PLAIN_LOADS = dict(statistics_kernel=configs.Load.STATISTICS, gradient_kernel=configs.Load.GRADIENT)
 TILE_KERNELS = tuple(PLAIN_LOADS)
+# they read whole rows, 16 bytes at a time where D is a multiple of 8
+WIDE_KERNELS = ("prepare_rows_kernel", "project_kernel", "target_kernel")
 ROWS, CLASSES = 30, 100  # any numbers will do, because sizes are not compiled in
 
 # options that are compiled in or out: as many as possible at once, because they take registers
@@ -119,7 +121,7 @@ def cases(everything: bool) -> list[Case]:
             if (kernels := served(variant, config))
         ] + updates
     return [
-        Case(target, "half", config, "plain", (kernel,))
+        Case(target, "half", config, "plain", (kernel, *WIDE_KERNELS))
         for (target, kernel), config in chosen.items()
     ] + updates
 
@@ -237,6 +239,8 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
             problems.append("no asynchronous copy")
         if found.registers < 32:
             problems.append(f"{found.registers} registers: the kernel is empty")
+    if kernel in WIDE_KERNELS and case.variant == "plain" and found.wide_loads == 0:
+        problems.append("no load of 16 bytes")
     if kernel == "update_kernel":
         # what is stored was loaded, and the gradient; a norm and a row's state are single numbers
         if not 0 < found.wide_stores < found.wide_loads:
