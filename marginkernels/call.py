@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Checks the arguments of one call, and describes them to other ranks."""
 
+import math
 import numbers
 from typing import NamedTuple
 
@@ -89,7 +90,9 @@ def check(
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
-    backend = backends.select(settings.backend, x.device, compute_dtype)
+    # a constant for torch.compile, where sizes may not be
+    work = math.inf if torch.compiler.is_compiling() else x.shape[0] * w.numel()
+    backend = backends.select(settings.backend, x.device, compute_dtype, work)
     if update is not None and not backends.get(backend).updates:
         raise RuntimeError(
             f"backend: expected one that serves marginkernels.optim, got {backend!r}, which has no "

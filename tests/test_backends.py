@@ -3,6 +3,7 @@
 """Tests the choice of a backend for a device, and its report, with drivers and versions made up."""
 
 import importlib.metadata
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -11,10 +12,9 @@ import torch
 
 from marginkernels import ArcFace, backend_notes, backend_report, backends
 from marginkernels.backends import triton
-from marginkernels.backends.triton import vendor_gemm
 from marginkernels.backends.native import NativeBackend
 from marginkernels.backends.reference import ReferenceBackend
-from marginkernels.backends.triton import TritonBackend
+from marginkernels.backends.triton import TritonBackend, vendor_gemm
 from tests.support.backends import StandIn
 from tests.support.problems import random_problem
 
@@ -39,7 +39,7 @@ def without_native():
 def machine(monkeypatch):
     """Makes up the version of Triton, and the compute capability of each GPU."""
 
-    def make(version, *capabilities, hip=None):
+    def make(version, *capabilities, hip=None, architecture=""):
         def capability(device=None):
             index = getattr(device, "index", device)
             return capabilities[index or 0]
@@ -48,6 +48,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+        properties = SimpleNamespace(gcnArchName=architecture)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.version, "hip", hip)
 
     return make
@@ -77,9 +79,14 @@ def test_triton_versions_and_capabilities(version, capability, obstacle, note, m
     assert note in "".join(notes) and len(notes) == bool(note)
 
 
-def test_amd_gpus_are_unmeasured(machine):
-    machine((3, 6, 0), (9, 4), hip="7.0")
+def test_amd_gpus_other_than_the_one_compiled_for_are_refused(machine):
+    pytest.importorskip("triton")
+    machine((3, 6, 0), (9, 4), hip="7.0", architecture="gfx942:sramecc+:xnack-")
+    assert backends.reasons("triton", "cuda") == []
     assert "unmeasured" in TritonBackend().notes()[0]
+    machine((3, 6, 0), (9, 0), hip="7.0", architecture="gfx90a:sramecc+:xnack-")
+    (why_not,) = backends.reasons("triton", "cuda")
+    assert "gfx942" in why_not and "found gfx90a" in why_not
 
 
 @pytest.mark.parametrize(
@@ -131,6 +138,21 @@ def test_auto_goes_by_the_tensors_device_and_asks_once(machine, without_native):
         assert chosen == ["triton", "reference"]
         assert [backends.select("auto", device, F32) for device in (FIRST, SECOND)] == chosen
     assert asked == [FIRST, SECOND]
+
+
+def test_auto_takes_native_on_gpus_and_for_work_where_it_is_faster(machine, monkeypatch):
+    pytest.importorskip("triton")
+    machine((3, 9, 0), (9, 0), (10, 0))
+    monkeypatch.setattr(backends, "NATIVE_UP_TO", {(9, 0): 1000})
+    with backends.registered(StandIn("native")):
+        works = (10, 1000, 1001, math.inf)
+        assert [backends.select("auto", FIRST, BF16, work) for work in works] == [
+            "native", "native", "triton", "triton",
+        ]  # fmt: skip
+        assert backends.select("auto", SECOND, BF16, 10) == "triton"
+        assert backends.select("triton", FIRST, BF16, 10) == "triton"
+    with backends.registered(StandIn("native", "none here")):
+        assert backends.select("auto", FIRST, BF16, 10) == "triton"
 
 
 def test_auto_says_once_that_only_the_reference_runs(without_native):

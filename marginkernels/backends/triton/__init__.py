@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from . import configs
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
+AMD = "gfx942"  # the only architecture of AMD that the kernels were compiled for, and judged
 # Triton before 3.7.1 has no fence.proxy.async between a cp.async and the wgmma or tcgen05.mma that
 # reads what it copied (https://github.com/triton-lang/triton/pull/9610)
 FENCED_TRITON = (3, 7, 1)
@@ -53,7 +55,9 @@ class TritonBackend(Backend):
             reasons.append(f"runs on cuda devices, not on {device.type}")
         elif not torch.cuda.is_available():
             reasons.append("torch finds no GPU")
-        elif not torch.version.hip:
+        elif torch.version.hip:
+            reasons += _amd_obstacles(torch.cuda.get_device_properties(device).gcnArchName)
+        else:
             reasons += _capability_obstacles(version, torch.cuda.get_device_capability(device))
         if compute_dtype == torch.float64:
             reasons.append("computes in float32, float16 or bfloat16, not in float64")
@@ -79,7 +83,7 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available():
             return []
         if torch.version.hip:
-            return ["its configurations for AMD GPUs are those for gfx942, and unmeasured"]
+            return [f"its configurations for {AMD} are unmeasured"]
         version, has = installed_version(), torch.cuda.get_device_capability()
         if version is None or version >= FENCED_TRITON or has[0] not in _FENCED_CAPABILITIES:
             return []
@@ -88,6 +92,14 @@ class TritonBackend(Backend):
             f"capability {_dotted(has)}; wrong results were seen with 3.7.0 on 10.0 alone, and "
             "3.7.1 mends it"
         ]
+
+
+def _amd_obstacles(architecture: str) -> list[str]:
+    """Lists why these kernels cannot run on an AMD GPU, as ``gcnArchName`` describes it."""
+    found = architecture.partition(":")[0]  # features may follow
+    if found == AMD:
+        return []
+    return [f"its tiles were chosen for {AMD} of AMD's GPUs and tried on no other, found {found}"]
 
 
 def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int]) -> list[str]:
@@ -126,17 +138,27 @@ def _dotted(version: tuple[int, ...]) -> str:
 def _on_device(module: str, name: str) -> Callable:
     """Returns an op of a module of this folder, run on the device of its first argument."""
 
-    def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
+    @functools.cache
+    def loaded() -> tuple[ModuleType, ModuleType]:
         from . import tuning
 
-        kernels = importlib.import_module(f".{module}", __name__)
+        return importlib.import_module(f".{module}", __name__), tuning
+
+    def run(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
+        kernels, tuning = loaded()
         op = getattr(kernels, name)
-        # kernels go to the current device; an autocast around the call must not narrow the GEMMs
+        if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
+            # timing repeats the call
+            timed = kernels.without_writing(args) if name == "head_step" else args
+            settings["config"] = tuning.fastest(op, x, *timed, **settings)
+        return op(x, *args, **settings)
+
+    def call(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
+        # kernels go to the current device; an autocast around the call must not narrow the GEMMs.
+        # Both contexts together take the host as long as a launch: only where they change something
+        if x.device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
+            return run(x, *args, **settings)
         with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
-            if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
-                # timing repeats the call
-                timed = kernels.without_writing(args) if name == "head_step" else args
-                settings["config"] = tuning.fastest(op, x, *timed, **settings)
-            return op(x, *args, **settings)
+            return run(x, *args, **settings)
 
     return call
