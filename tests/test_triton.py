@@ -289,28 +289,43 @@ def test_offsets_beyond_32_bits():
 
 
 @needs_triton
-def test_tuning_keeps_the_fastest_of_the_table(tmp_path, monkeypatch):
-    """Replaces the clock: the second configuration is the fastest, is found once, and then read."""
+def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
+    """Replaces the clock: a tile beyond the table is the fastest, is found once, and then read."""
     from marginkernels.backends.triton import tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "found", {})
-    calls, table = [], configs.TABLE["sm_80"]["half"]
+    calls, tried = [], tuning.candidates("sm_80", "half", 100, False)
+    assert {config[:6] for config in tried} > {c[:6] for c in configs.TABLE["sm_80"]["half"]}
 
     def op(x, w, *, config=None, compute_dtype):
         calls.append(config)
 
     def clock(function):
         function()
-        return 1.0 if calls[-1] == table[1] else 2.0
+        return 1.0 if calls[-1] == tried[-1] else 2.0
 
     monkeypatch.setattr("triton.testing.do_bench", clock)
     x, w = torch.zeros(100, 8), torch.zeros(1000, 8)
-    assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
-    assert tuning.fastest(op, x[:70], w[:900], compute_dtype=BF16) == table[1]
+    assert tuning.fastest(op, x, w, compute_dtype=BF16) == tried[-1] and calls == tried
+    assert tuning.fastest(op, x[:70], w[:900], compute_dtype=BF16) == tried[-1]
     monkeypatch.setattr(tuning, "found", {})
-    assert tuning.fastest(op, x, w, compute_dtype=BF16) == table[1] and calls == table
-    assert tuning.fastest(op, x, w[:100], compute_dtype=BF16) and len(calls) == 2 * len(table)
+    assert tuning.fastest(op, x, w, compute_dtype=BF16) == tried[-1] and calls == tried
+    assert tuning.fastest(op, x, w[:100], compute_dtype=BF16) and len(calls) == 2 * len(tried)
+
+
+@needs_triton
+def test_tuning_tries_tensor_descriptors_and_no_tile_that_cannot_run():
+    from marginkernels.backends.triton import tuning
+
+    tried = tuning.candidates("sm_90", "half", 1000, False)
+    assert any(config.descriptors for config in tried) and len(set(tried)) == len(tried)
+    assert any(config.block_c == 256 for config in tried)
+    assert all(config.block_c <= 128 for config in tuning.candidates("sm_90", "half", 1000, True))
+    assert all(config.block_n == 64 for config in tuning.candidates("sm_90", "half", 60, False))
+    assert not any(config.descriptors for config in tuning.candidates("sm_86", "half", 999, False))
+    for tile in ((256, 256, 64, 8, 2, 1), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 3, 2)):
+        assert not tuning.fits(Config(*tile), "sm_90", "half")
 
 
 def test_reasons_name_everything_that_is_missing(monkeypatch):

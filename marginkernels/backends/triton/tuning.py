@@ -2,8 +2,9 @@
 # Copyright (c) 2026 The marginkernels authors
 """Finds, with MARGINKERNELS_AUTOTUNE=1, the fastest configuration on the user's own device.
 
-Each configuration of the table is timed once per op and class of shapes, on the operands of the
-call. A file keeps the fastest one by device and version of Triton.
+The configurations of the table and others are timed once per op and class of shapes, on the
+operands of the call: for forward the tiles of the statistics, for backward those of the gradient. A
+file keeps the fastest one by device and version of Triton.
 """
 
 import json
@@ -20,6 +21,40 @@ from . import configs
 from .configs import Config
 
 found: dict[str, Config] = {}
+
+# tiles beyond the table: rows, classes, features per step, warps, stages, programs together
+TILES = {
+    "half": [
+        (128, 128, 64, 4, 3, 2),
+        (128, 128, 64, 8, 3, 2),
+        (128, 128, 64, 8, 4, 1),
+        (128, 256, 64, 8, 3, 1),
+        (256, 128, 64, 8, 3, 1),
+        (128, 128, 32, 4, 3, 2),
+        (128, 128, 32, 4, 5, 2),
+        (128, 256, 32, 8, 3, 1),
+        (256, 128, 32, 8, 3, 1),
+        (128, 64, 32, 4, 2, 3),
+        (128, 64, 64, 4, 3, 3),
+        (64, 128, 32, 4, 4, 2),
+        (64, 128, 64, 4, 3, 3),
+        (64, 256, 64, 4, 2, 2),
+    ],
+    "tf32": [(128, 128, 32, 4, 3, 2), (128, 128, 32, 8, 3, 1), (64, 128, 32, 4, 3, 2)],
+    "fp32": [(128, 64, 16, 8, 3, 1), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)],
+}
+# bytes of a multiprocessor
+SHARED_MEMORY = {
+    "sm_80": 164 << 10,
+    "sm_86": 100 << 10,
+    "sm_90": 228 << 10,
+    "sm_100": 228 << 10,
+    "sm_120": 100 << 10,
+    "gfx942": 64 << 10,
+}
+REGISTERS = 65536  # of a multiprocessor
+REGISTERS_BESIDE = 40  # the least that a thread needs beside its logits
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 
 
 def cache_file() -> Path:
@@ -42,15 +77,49 @@ def fastest(
             return None
         target = configs.target(x.device).name
         kind = configs.kind(settings["compute_dtype"], target)
-        times = {
-            config: triton.testing.do_bench(
-                lambda config=config: op(x, w, *operands, **settings, config=config)
-            )
-            for config in configs.TABLE[target][kind]
-        }
-        found[key] = min(times, key=lambda config: times[config])
+        timed = candidates(target, kind, len(x), settings.get("save_tiles", False))
+        found[key] = min(
+            timed, key=lambda config: _time(lambda: op(x, w, *operands, **settings, config=config))
+        )
         _write(key, found[key])
     return found[key]
+
+
+def candidates(target: str, kind: str, rows: int, saves_tiles: bool) -> list[Config]:
+    """Lists the table's configurations, and the tiles beyond that may run on this target."""
+    beyond = [Config(*tile) for tile in TILES[kind]]
+    tried = configs.TABLE[target][kind] + [tile for tile in beyond if fits(tile, target, kind)]
+    if target in DESCRIPTOR_TARGETS:
+        tried += [config._replace(descriptors=True) for config in tried]
+    # what a configuration serves is of no account when it is measured
+    unique = dict.fromkeys(config._replace(serves=configs.Load.ANY) for config in tried)
+    return [
+        config
+        for config in unique
+        if config.block_n <= max(64, triton.next_power_of_2(rows))
+        and not (saves_tiles and configs.TILES_PADDING % config.block_c)
+    ]
+
+
+def fits(config: Config, target: str, kind: str) -> bool:
+    """Returns whether a multiprocessor may have registers and shared memory for the programs."""
+    threads = 32 * config.num_warps
+    registers = config.block_n * config.block_c // threads + REGISTERS_BESIDE
+    size = 2 if kind == "half" else 4
+    stage = (config.block_n + config.block_c) * config.block_d * size
+    shared = config.num_stages * stage + (1 << 10)
+    return (
+        registers <= min(255, REGISTERS // (threads * config.ctas))
+        and config.ctas * shared <= SHARED_MEMORY[target]
+    )
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Returns the time of a call, infinite where the device has no room for it."""
+    try:
+        return triton.testing.do_bench(call)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def _shape_class(op: Callable, x: Tensor, w: Tensor, settings: dict) -> str:
@@ -66,14 +135,14 @@ def _shape_class(op: Callable, x: Tensor, w: Tensor, settings: dict) -> str:
 def _read() -> dict[str, Config]:
     try:
         return {
-            key: Config(*values) for key, values in json.loads(cache_file().read_text()).items()
+            key: Config(**fields) for key, fields in json.loads(cache_file().read_text()).items()
         }
     except (OSError, ValueError, TypeError):  # none yet, or another version's
         return {}
 
 
 def _write(key: str, config: Config) -> None:
-    entries = {**_read(), key: config}
+    entries = {key: config._asdict() for key, config in {**_read(), key: config}.items()}
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
