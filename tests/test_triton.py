@@ -141,7 +141,7 @@ def test_ptx_with_tensor_descriptors_matches_fp64(monkeypatch, poisoned):
         70, 300, 72, dtypes=(BF16, BF16, None), bias=True, margin=ArcFace(0.3), scale=16.0,
         label_smoothing=0.1,
     )  # fmt: skip
-    config = Config(64, 128, 64, 4, 3, 2, descriptors=True)
+    config = Config(64, 128, 64, 4, 3, 2, descriptors=True, flatten=True)
     monkeypatch.setattr(configs, "choose", lambda *_: config)
     with simulated("ptxsim", "sm_90"):
         problem.check("triton", save_tiles=False)
@@ -279,7 +279,8 @@ def test_offsets_beyond_32_bits():
         torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
         tiles, 0, 0, TRANSFORM=None, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False,
         SEPARATE_MAX=False,
-        PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3,
+        PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3, DESCRIPTORS=False,
+        FLATTEN=False,
         ctas=range(tiles - 1, tiles), **common,
     )  # fmt: skip
     logits = x.double() @ (w[-128:].double() * q[-128:, None].double()).T

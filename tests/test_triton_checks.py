@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from marginkernels import ArcFace
+from marginkernels.backends import triton
 from marginkernels.backends.triton import configs
 from marginkernels.backends.triton.configs import Config
 from tests.support.problems import random_problem
@@ -66,7 +67,7 @@ def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
     "descriptors, instruction, error",
     [
         (False, r"wgmma\.wait_group\.sync\.aligned \d+;", AsyncMmaError),
-        (True, r"fence\.proxy\.async\S*;", MissingFenceError),
+        (False, r"fence\.proxy\.async\S*;", MissingFenceError),
         (True, r"mbarrier\.try_wait.*\n.*bra\.uni waitLoop;", AsyncCopyError),
     ],
     ids=["wait of wgmma", "fence", "wait of a bulk copy"],
@@ -74,7 +75,10 @@ def test_ptxsim_finds_a_planted_race(tmp_path, monkeypatch):
 @needs_triton
 def test_ptxsim_finds_what_is_missing(descriptors, instruction, error, monkeypatch):
     """Takes instructions out of the PTX of the gradient for sm_90."""
-    from_ptx, config = Module.from_ptx, Config(64, 64, 64, 4, 3, 1, descriptors=descriptors)
+    if error is MissingFenceError and triton.installed_version() < triton.FENCED_TRITON:
+        pytest.skip("this Triton leaves the fence out")
+    config = Config(64, 64, 64, 4, 3, 1, descriptors=descriptors, flatten=descriptors)
+    from_ptx = Module.from_ptx
 
     def mutant(ptx: str, *device: object) -> Module:
         if ".entry gradient_kernel" in ptx:

@@ -51,6 +51,7 @@ class Facts:
     threads: int
     mma: int  # instructions in the whole kernel
     async_copies: int
+    tensor_copies: int = 0  # of those, by tensor descriptors
     loop: int = 0  # instructions of the main loop
     loop_mma: int = 0
     loop_flops: int = 0  # of all warps, in one turn of the main loop
@@ -136,6 +137,7 @@ def nvidia_facts(sass: str, registers: int, shared: int, threads: int, mma: str)
         threads=threads,
         mma=count(text, mma),
         async_copies=sum(bool(ASYNC_COPY.search(line)) for line in text),
+        tensor_copies=count(text, "UTMALDG"),
         loop=len(loop),
         loop_mma=count([instruction.text for instruction in loop], mma),
         loop_flops=sum(_flops(i.text, threads // 32) for i in loop),

@@ -7,8 +7,9 @@
     python -m tools.gates.triton --table docs/triton_kernels.md
 
 The gate objects to spills, to more registers or shared memory than the planned occupancy allows,
-to tile kernels without matrix instructions or asynchronous copies, and to narrow accesses of the
-kernels that walk along rows. It needs no GPU. The exit status is 1 if anything fails.
+to tile kernels without matrix instructions or asynchronous copies (by tensor descriptors where the
+table says so), and to narrow accesses of the kernels that walk along rows. It needs no GPU. The
+exit status is 1 if anything fails.
 """
 
 import multiprocessing
@@ -237,6 +238,8 @@ def problems_of(case: Case, kernel: str, found: Facts) -> list[str]:
             problems.append("no matrix instruction")
         if case.target != "gfx942" and found.async_copies == 0:
             problems.append("no asynchronous copy")
+        if case.config.descriptors != (found.async_copies == found.tensor_copies > 0):
+            problems.append(f"{found.tensor_copies} copies by tensor descriptors")
         if found.registers < 32:
             problems.append(f"{found.registers} registers: the kernel is empty")
     if kernel in WIDE_KERNELS and case.variant == "plain" and found.wide_loads == 0:

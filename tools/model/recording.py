@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from marginkernels import ArcFace, MarginSoftmaxHead, backends, margin_cross_entropy, optim, step
 from marginkernels.backends.triton import configs, vendor_gemm
@@ -139,7 +140,8 @@ class Recorder(TorchDispatchMode):
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         """Records a launch of Triton's; takes the place of JITFunction.run."""
         name = kernel.__name__
-        operands = dict(zip(kernel.arg_names, args, strict=False)) | kw
+        matrices = (arg.base if isinstance(arg, TensorDescriptor) else arg for arg in args)
+        operands = dict(zip(kernel.arg_names, matrices, strict=False)) | kw
         asked = traffic.KERNELS[name]
         read = sum(self.rows_of_classes(operands.get(k)) for k in asked.reads)
         written = sum(self.rows_of_classes(operands.get(k)) for k in asked.writes)

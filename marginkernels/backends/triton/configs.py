@@ -36,6 +36,9 @@ class Config(NamedTuple):
     ctas: int  # programs that fit on a multiprocessor together
     serves: Load = Load.ANY  # what fits into its registers
     descriptors: bool = False  # copies by tensor descriptors (TMA), on sm_90 and later
+    # the main loop and what follows it are one loop: copies for the next tile start while the
+    # logits of this one are worked on, which takes registers
+    flatten: bool = False
 
 
 # saved exponentials are padded to a multiple of this, which a block_c that serves them divides
@@ -46,8 +49,6 @@ ROW_PADDING = 64
 # on one H200 a tile of 64 rows took 1.13 (gradient) to 1.40 (statistics) times as long per logit
 WORTH_PADDING = 1.25
 
-# what takes more registers than 4 warps have for 128 x 128 logits on sm_90
-_EIGHT_WARPS = Load.STATISTICS_SAVED | Load.GRADIENT_EXTRAS | Load.GRADIENT_TRANSFORM
 _FP32 = [
     Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
     Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
@@ -76,11 +77,14 @@ TABLE: dict[str, dict[str, list[Config]]] = {
     },
     "sm_90": {
         "half": [
-            # measured on one H200, bf16, D = 512, C = 1,000,000, by Triton 3.6, of ten tiles: at
-            # N = 1024 statistics 584 TFLOP/s, with (128, 256, 64, 8, 3) 543, (256, 128, 64, 8, 3)
-            # 530, (128, 128, 64, 8, 3) 397; gradient 420, 390, 366, 423. The same order at N = 256
-            Config(128, 128, 64, 4, 3, 2, Load.ANY & ~_EIGHT_WARPS),
-            Config(128, 128, 64, 8, 3, 1, _EIGHT_WARPS),
+            # measured on one H200 by Triton 3.6, bf16, D = 512, C = 262,144, in TFLOP/s at N = 1024
+            # and 256: statistics 656 and 589, without descriptors 574 and 518, with (128, 256, 64,
+            # 8, 3) 589 and 556; gradient 543 and 466, without 432 and 388
+            Config(128, 128, 64, 4, 3, 2, Load.PLAIN, descriptors=True, flatten=True),
+            # without descriptors, C = 1,000,000: statistics 584 and 555, with (128, 256, 64, 8, 3)
+            # 543 and 536, with (128, 128, 64, 8, 3) 397 and 390; gradient 420, 390, and 423
+            Config(128, 128, 64, 4, 3, 2, Load.STATISTICS_EXTRAS | Load.STATISTICS_TRANSFORM),
+            Config(128, 128, 64, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
             Config(64, 128, 64, 4, 3, 2),
         ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],

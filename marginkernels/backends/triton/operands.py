@@ -145,10 +145,14 @@ class Operands:
         """Allocates fp32 numbers on the device."""
         return self.x.new_empty(size, dtype=torch.float32)
 
+    @property
+    def programs(self) -> int:
+        """Counts the programs of a tile kernel that run at the same time."""
+        return self.target.multiprocessors * self.config.ctas
+
     def columns(self) -> int:
         """Returns the programs per row tile of the statistics."""
-        slots = self.target.multiprocessors * self.config.ctas
-        return configs.columns(slots, self.row_tiles, self.class_tiles)
+        return configs.columns(self.programs, self.row_tiles, self.class_tiles)
 
     def chunk_tiles(self, class_bytes: int) -> int:
         """Returns the class tiles of a chunk, whose classes take so many bytes each.
@@ -278,19 +282,16 @@ class Operands:
             w_inv = self.inverse_norms().copy_(w_inv)
         return w_inv.as_strided((size,), (1,))
 
-    def described(self, matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
-        """Returns a matrix as the tile kernels take it, which copy rows x columns at a time."""
-        if not self.config.descriptors:
-            return matrix
-        return TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-    def factors(self, w_chunk: Tensor) -> tuple[Tensor | TensorDescriptor, ...]:
+    def factors(self, w_chunk: Tensor) -> list[Tensor] | list[TensorDescriptor]:
         """Returns x and w as the tile kernels take them."""
-        config = self.config
-        return (
-            self.described(self.x, config.block_n, config.block_d),
-            self.described(w_chunk, config.block_c, config.block_d),
-        )
+        config, factors = self.config, [self.x, w_chunk]
+        if not config.descriptors:
+            return factors
+        blocks = config.block_n, config.block_c
+        return [
+            TensorDescriptor.from_tensor(rows, [block, config.block_d])
+            for rows, block in zip(factors, blocks, strict=True)
+        ]
 
     def tile_settings(self) -> dict[str, Any]:
         """Returns the settings that both tile kernels are compiled for."""
@@ -298,7 +299,7 @@ class Operands:
         return dict(
             inverse_limit=self.inverse_limit, D_TILES=self.d_tiles, PRECISION=self.precision,
             BLOCK_N=config.block_n, BLOCK_C=config.block_c, BLOCK_D=config.block_d,
-            DESCRIPTORS=config.descriptors,
+            DESCRIPTORS=config.descriptors, FLATTEN=config.flatten,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

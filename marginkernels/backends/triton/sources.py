@@ -83,15 +83,16 @@ class TileGradient(GradientSource):
             operands.y, incoming.x_inv, operands.to_last_tile(incoming.w_inv), operands.scale,
             operands.bias, *operands.transform.operands, operands.flags(), incoming.lse,
             incoming.grad_lse, incoming.grad_sum, g_scale,
-            operands.described(self.g, config.block_n, config.block_c), *sums,
+            self.g, *sums,
         )  # fmt: skip
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
         operands = self.operands
-        gradient_kernel[(operands.row_tiles * (stop - first),)](
+        tiles = operands.row_tiles * (stop - first)
+        gradient_kernel[(min(tiles, operands.programs),)](
             *operands.factors(w_chunk), *self.arguments,
-            N=len(operands.x), C=operands.classes, first_tile=first,
+            N=len(operands.x), C=operands.classes, first_tile=first, stop_tile=stop,
             class_tiles=operands.class_tiles, g_tiles=self.chunk_tiles,
             TRANSFORM=operands.transform.apply, NORMALIZE_W=operands.normalize_w,
             **operands.tile_settings(),
