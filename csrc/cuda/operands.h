@@ -34,7 +34,7 @@ constexpr int64_t kMostScannedRows = 2048;
 // read.
 constexpr int64_t kProductChunkBytes = 16 * kMiB;
 // What the backward sweep has of a chunk: G, dw before its projection, rounded rows of w.
-constexpr int64_t kBackwardChunkBytes = 640 * kMiB;
+constexpr int64_t kBackwardChunkBytes = 512 * kMiB;
 
 // The arguments that all ops are called with.
 struct SharedArguments {
