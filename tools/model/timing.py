@@ -22,6 +22,8 @@ FILL = 0.9e-6  # from a tile's first copy to its first matrix instruction, and t
 # of what a GEMM writes to memory: the rest goes on under the next tile
 GEMM_WRITE = 0.8
 LANES = 32
+# of a copy's bandwidth, where five arrays are walked at once
+STREAMING = {"SGD": 0.86, "update_kernel": 0.86}
 ROUND_TRIP = 1e-6  # to memory, with the others' traffic
 
 
@@ -46,7 +48,7 @@ def seconds(launch: Launch, gpu: Gpu, code: Code | None) -> float:
 def row_kernel(launch: Launch, gpu: Gpu, code: Code | None) -> float:
     """Returns the time of a kernel that walks along rows, or of an operation of PyTorch."""
     moved = launch.read + launch.written
-    memory = moved / gpu.bandwidth
+    memory = moved / (gpu.bandwidth * STREAMING.get(launch.name, 1.0))
     # a row that is read twice comes from L2 the second time
     cache = (moved + 2 * launch.cached) / gpu.l2_bandwidth
     issue = waits = 0.0
