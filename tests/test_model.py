@@ -47,7 +47,7 @@ def test_gemms_have_the_flops_of_the_definition():
     assert flops["dx GEMM"] == 2 * n * c * d
 
 
-@pytest.mark.parametrize("gpu", ["H100", "H200"])
+@pytest.mark.parametrize("gpu", GPUS)
 def test_every_kernel_of_a_step_has_counts_for_every_gpu(gpu):
     for backend in ("triton", "native"):
         for optimizer in ("", "fused"):

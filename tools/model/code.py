@@ -21,6 +21,10 @@ from ..gates import triton as gate
 from ..gates.machine_code import Facts
 
 FILE = Path(__file__).with_name("code.json")
+# waits of a program, read off the source: loads whose addresses were loaded, sums along a row, and
+# turns of a loop over labels
+WAITS = {"project_kernel": 3, "update_kernel": 3, "finish_rows_kernel": 3, "target_kernel": 4}
+LABELS_AT_ONCE = 1024  # of target_kernel
 BATCHES = (256, 1024)  # rows, which choose the tile
 TILE_SIZES = ("BLOCK_N", "BLOCK_C", "BLOCK_D", "num_warps", "num_stages")
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
@@ -48,6 +52,8 @@ class Code(NamedTuple):
     epilogue: float = 0.0  # instructions of a thread per logit, after the main loop
     exponentials: float = 0.0  # per logit: MUFU, in the whole kernel
     row: float = 0.0  # instructions of all warps per row of D = 512, of a row kernel
+    waits: float = 1.0  # of a program for memory, one after the other; of a row kernel
+    waits_per_label: float = 0.0  # and for each row of the batch, where it looks through all labels
     source: str = ""  # a hash of the kernel's source
 
 
@@ -74,7 +80,12 @@ def of_launch(launch: aot.Launch, arch: str) -> Code:
         return _of_tile(code, found, text, launch.arguments)
     rows = launch.arguments.get("BLOCK_R", 1)
     body = len([line for line in text if not re.match(r"NOP|BRA", line)])
-    return code._replace(row=body * found.threads / 32 / rows)
+    per_label = 1 / LABELS_AT_ONCE if launch.kernel == "target_kernel" else 0.0
+    return code._replace(
+        row=body * found.threads / 32 / rows,
+        waits=WAITS.get(launch.kernel, 1),
+        waits_per_label=per_label,
+    )
 
 
 def _of_tile(code: Code, found: Facts, text: list[str], sizes: dict[str, Any]) -> Code:

@@ -88,9 +88,9 @@ class Step(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Writes launches down."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, gpu: Gpu):
         super().__init__()
-        self.shape = shape
+        self.shape, self.gpu = shape, gpu
         self.launches: Counter[Launch] = Counter()
         self.around: Counter[Launch] = Counter()
         self.depth = 0  # of ops of a backend
@@ -145,7 +145,11 @@ class Recorder(TorchDispatchMode):
         asked = traffic.KERNELS[name]
         read = sum(self.rows_of_classes(operands.get(k)) for k in asked.reads)
         written = sum(self.rows_of_classes(operands.get(k)) for k in asked.writes)
-        cached = self.rows_of_classes(operands.get(traffic.RAW_GRADIENT))
+        if operands.get("taken") is not None:  # rows of an index
+            read = written
+        raw = self.rows_of_classes(operands.get(traffic.RAW_GRADIENT))
+        cached = raw if raw <= self.gpu.l2_size else 0
+        read += raw - cached
         rows = next(operands[size] for size in ("R", "N") if size in operands)
         launch = Launch(
             name, PASS, read, written, cached, rows=rows, programs=grid[0], host="triton"
@@ -167,15 +171,17 @@ class Recorder(TorchDispatchMode):
         )
 
     def gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Records a GEMM. dx stays in registers or L2, as x does; a part of dw meets L2 only."""
-        name = "dx GEMM" if len(out) == self.shape.n else "dw GEMM"
+        """Records a GEMM: for dx, which stays in L2, as x does, or for dw."""
         flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        large = [t for t in (a, b) if self.shape.n * self.shape.d < t.numel()]
-        cached = self.rows_of_classes(out)
-        read = sum(t.nbytes for t in large)
-        self.add(Launch(name, GEMM, read, 0, cached, flops))
-        if name == "dx GEMM":  # a sum over many classes is split, and then added up
+        read = sum(t.nbytes for t in (a, b) if t.numel() > self.shape.n * self.shape.d)
+        if len(out) == self.shape.n:
+            self.add(Launch("dx GEMM", GEMM, read, flops=flops))
+            # a sum over many classes is split, and then added up
             self.add(Launch("split-K sum", PASS, cached=SPLITS * out.nbytes))
+        elif out.nbytes <= self.gpu.l2_size:
+            self.add(Launch("dw GEMM", GEMM, read, cached=out.nbytes, flops=flops))
+        else:
+            self.add(Launch("dw GEMM", GEMM, read, out.nbytes, flops=flops))
 
     def rows_of_classes(self, t: Any) -> int:
         """Returns the bytes of a tensor with the rows of classes, 0 of anything else."""
@@ -187,7 +193,7 @@ class Recorder(TorchDispatchMode):
 @contextlib.contextmanager
 def recorded(shape: Shape, gpu: Gpu) -> Iterator[Recorder]:
     """Yields a recorder; inside this context nothing is executed, as if on ``gpu``."""
-    recorder = Recorder(shape)
+    recorder = Recorder(shape, gpu)
 
     def run(kernel: JITFunction, *args: Any, **settings: Any) -> None:
         recorder.launch(kernel, *args, **settings)

@@ -73,7 +73,7 @@ def constants() -> list[str]:
         f"ramp of a kernel | {timing.RAMP * 1e6:.1f}",
         f"ramp of a GEMM | {timing.GEMM_RAMP * 1e6:.1f}",
         f"gap between kernels in a graph | {GAP * 1e6:.2f}",
-        f"wait for memory | {timing.ROUND_TRIP * 1e6:.1f}",
+        f"wait for memory | {timing.WAIT * 1e6:.1f}",
         f"first copies of a tile that runs alone | {timing.FILL * 1e6:.1f}",
         f"host, a launch of Triton | {HOST.triton:.0f}",
         f"host, an operation of PyTorch | {HOST.torch:.0f}",

@@ -4,7 +4,7 @@
 
 Each estimate is a sum of what does not overlap over a maximum of what does:
 
-    row kernel   max(memory, L2, instructions, round trips to memory) + ramp
+    row kernel   max(memory, L2, instructions, waits for memory) + ramp
     GEMM         max(tensor cores, memory) + part of what it writes + L2 + ramp
     tile kernel  for each tile of a multiprocessor: max(tensor cores, L2) + G written, and where
                  one program runs alone: the first copies + the epilogue; all that at least as long
@@ -24,14 +24,7 @@ GEMM_WRITE = 0.8
 LANES = 32
 # of a copy's bandwidth, where five arrays are walked at once
 STREAMING = {"SGD": 0.86, "update_kernel": 0.86}
-ROUND_TRIP = 1e-6  # to memory, with the others' traffic
-
-
-def round_trips(launch: Launch) -> float:
-    """Returns how often a program of a row kernel waits for memory, one wait after the other."""
-    if launch.name == "target_kernel":  # for 32 labels at a time
-        return 2 * launch.rows / 32
-    return {"project_kernel": 5, "update_kernel": 3}.get(launch.name, 1)
+WAIT = 1e-6  # for memory, with the others' traffic
 
 
 def seconds(launch: Launch, gpu: Gpu, code: Code | None) -> float:
@@ -55,7 +48,7 @@ def row_kernel(launch: Launch, gpu: Gpu, code: Code | None) -> float:
     if code is not None:
         issue = launch.rows * code.row / gpu.issue
         waves = max(1.0, launch.programs / (code.programs * gpu.multiprocessors))
-        waits = waves * round_trips(launch) * ROUND_TRIP
+        waits = waves * WAIT * (code.waits + code.waits_per_label * launch.rows)
     return max(memory, cache, issue, waits) + RAMP
 
 
