@@ -3,6 +3,8 @@
 """Tests steps on GPUs: streams, several devices, captured graphs, waits, memory and bad labels."""
 
 import contextlib
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from marginkernels import (
 from marginkernels.backends import reasons
 
 N, C, D = 200, 3000, 64
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 pytestmark = pytest.mark.gpu
 
@@ -143,6 +146,13 @@ def test_a_graphed_head_learns_what_the_head_learns(gpu_backend):
             optimizer.step()
         weights.append([head.weight.detach(), head.margin.t])
     assert_same(*weights)
+
+
+def test_the_example_of_a_graph_learns_the_same(capsys):
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    runpy.run_path(str(EXAMPLES / "cuda_graph.py"), run_name="__main__")
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-4
 
 
 def test_each_replay_draws_another_sample(gpu_backend):
