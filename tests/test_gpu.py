@@ -204,7 +204,7 @@ def test_settings_that_forbid_fp32_products_change_nothing(gpu_backend):
 def test_peak_memory_of_a_step_is_its_gradients_and_what_the_documentation_says(
     gpu_backend, save_tiles
 ):
-    classes = 400_000
+    classes = 3_000_000
     head, x, y = make(gpu_backend, classes=classes, save_tiles=save_tiles)
     step(head, x, y)
     torch.cuda.synchronize()
