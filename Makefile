@@ -83,7 +83,7 @@ build/sanitize/emulated: EMULATE := -DMK_EMULATE -Wno-psabi
 build/sanitize/%: $(COMPILED) $(wildcard tests/native/*.h) tests/native/driver.cpp
 	mkdir -p build/sanitize
 	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATE) \
-	    -pthread $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) $(lastword $^) -o $@
+	    -pthread $(filter-out %ops.cpp,$(wildcard csrc/cpu/*.cpp)) $(lastword $^) -o $@
 
 # not by pip, which would compile everything again
 build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package

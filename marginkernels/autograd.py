@@ -113,11 +113,10 @@ class HeadFunction(torch.autograd.Function):
         constants, index, token = rest
         s, needs = ctx.settings, ctx.needs_input_grad[:4]
         need_x, need_w, need_bias, need_scale = needs
-        zeros = torch.zeros_like(lse)
         operands = (
             x, w, y, scale, bias, index, lse, x_inv, w_inv, tiles,
-            zeros if grad_lse is None else grad_lse,
-            zeros if grad_target_cosine is None else grad_target_cosine / scale,
+            torch.zeros_like(lse) if grad_lse is None else grad_lse,
+            torch.zeros_like(lse) if grad_target_cosine is None else grad_target_cosine / scale,
             grad_w_norm,
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
             grad_sum if s.want_sum else None,
@@ -147,7 +146,7 @@ def _checked(lse: Tensor, w_inv: Tensor, check_w: str) -> Tensor:
     """Returns lse, which raises or becomes NaN where a row of w is too long to be summed up."""
     norm_max = 1.01 * numerics.GREATEST_NORM  # w_inv is rounded
     if check_w == "raise":
-        return ops.checked(lse, 1 / w_inv, 0, norm_max, ops.BAD_W)
+        return ops.checked(lse, w_inv.reciprocal(), 0, norm_max, ops.BAD_W)
     if check_w == "mark":  # for the other ranks to see
         return torch.where((1 / w_inv <= norm_max).all(), lse, torch.nan)
     return lse

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from . import arguments, backends, numerics, ops, validation
 from .distributed.shard import ClassShard
 from .margins import MarginHooks, name_of
-from .norms import row_norm
 from .sampling import Sampling
 from .scales import AdaptiveScale, observer_of
 from .settings import Settings, shared
@@ -41,7 +40,6 @@ class Call(NamedTuple):
     w: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
     label: Tensor  # (n,), y after the check of all values
-    x_norm: Tensor  # (n,), norms of this rank's rows
     sample_weight: Tensor | None  # (n,)
     row_margin: Tensor | None  # (n,)
     margin: MarginHooks
@@ -54,6 +52,7 @@ class Call(NamedTuple):
     compute_dtype: torch.dtype
     stats_dtype: torch.dtype
     backend: str
+    fuses_rows: bool  # whether ops of the backend do the work on N numbers
     tile_obstacles: list[str]
     num_classes: int  # of all ranks
 
@@ -107,10 +106,12 @@ def check(
     if settings.normalize != "both":  # gradients of logits and norms may cancel
         x = x.to(stats_dtype)
     call = Call(
-        settings=settings, x=x, w=w, bias=bias, label=y, x_norm=row_norm(x, compute_dtype),
+        settings=settings, x=x, w=w, bias=bias, label=y,
         sample_weight=sample_weight, row_margin=row_margin, margin=hooks, scale=value,
         observer=observer, learns_scale=learns_scale, sampling=sampling, update=update,
         x_dtype=x_dtype, compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
+        # a compiler fuses what it sees, and compiles no graph for each number
+        fuses_rows=backends.get(backend).fuses_rows and not torch.compiler.is_compiling(),
         tile_obstacles=obstacles, num_classes=num_classes,
     )  # fmt: skip
     return call._replace(label=validation.check_values(call))

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import loss
-from .call import Call, Operands, agreed, check
-from .distributed.exchange import Exchange, opened
+from . import loss, rotated_loss
+from .batch import Batch
+from .call import Operands, agreed, check
+from .distributed.exchange import opened
 from .distributed.shard import ClassShard
 from .loss import HeadStats
-from .margins import Rows
-from .norms import row_norm
 from .options import Options
 from .sampling import Sampling
 from .settings import Settings
-from .sweep import Batch, Sweep
+from .sweep import Sweep
 from .update import Update
 
 
@@ -148,31 +147,14 @@ def margin_cross_entropy(
         bool(return_stats),
     )  # fmt: skip
 
-    batch = _gathered(exchange, call)
+    batch = Batch(exchange, call, loss.drawn(call) if exchange.is_split else None)
     sweep = Sweep(exchange, call, batch)
     s = sweep.scale()
     result = sweep.result(s)
 
-    target = loss.target_of(call, batch, result)
-    seen = loss.statistics(target, result, s) if return_stats else None
-    t = loss.margined(call, target)
-    row_loss = loss.row_losses(call, batch, target, result, target.logit(s, t))
-    value = loss.reduced(row_loss, batch, reduction)
-    return value if seen is None else (value, HeadStats(*seen, row_loss.detach()))
-
-
-def _gathered(exchange: Exchange, call: Call) -> Batch:
-    """Gathers the rows of all ranks."""
-    noise = loss.drawn(call) if exchange.is_split else None  # by the rank that has the rows
-    x = exchange.features(call.x, sent_as=call.x_dtype)
-    class_id = exchange.rows(call.label, fill=call.settings.ignore_index)
-    x_norm = exchange.of_own_rows(call.x_norm, row_norm, x, call.compute_dtype)
-    sample_weight, row_margin, noise = (
-        None if given is None else exchange.rows(given)
-        for given in (call.sample_weight, call.row_margin, noise)
-    )
-    labelled = class_id != call.settings.ignore_index
-    kept = labelled & (class_id >= 0) & (class_id < call.num_classes)  # a GPU checks no labels
-    rows = Rows(torch.where(kept, class_id, 0), x_norm, None, row_margin, kept, noise)
-    local_class = exchange.held(torch.where(kept, class_id, -1))
-    return Batch(x, rows, labelled, kept, local_class, sample_weight)
+    rotation = rotated_loss.rotation_of(call)
+    if rotation is None:
+        value, seen = loss.loss(call, batch, result, s, return_stats)
+    else:
+        value, seen = rotated_loss.loss(call, batch, result, s, rotation, return_stats)
+    return value if seen is None else (value, seen)

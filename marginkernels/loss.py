@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch import Batch
 from .call import Call
 from .generators import process_rank
 from .margins import Rows, name_of
 from .results import SweepResult
-from .sweep import Batch
 
 
 class HeadStats(NamedTuple):
@@ -24,6 +24,19 @@ class HeadStats(NamedTuple):
     target_cosine: Tensor  # cosine to the target class, without margin
     correct: Tensor  # bool: the un-margined target logit exceeds every other
     row_loss: Tensor  # loss of the row, before weights and reduction
+
+
+def loss(
+    call: Call, batch: Batch, result: SweepResult, scale: Tensor, return_stats: bool
+) -> tuple[Tensor, HeadStats | None]:
+    """Returns the loss, and the statistics if they are wanted."""
+    target = target_of(call, batch, result)
+    seen = statistics(target, result, scale) if return_stats else None
+    t = margined(call, target)
+    labelled = batch.labelled()
+    row_loss = row_losses(call, labelled, target, result, target.logit(scale, t))
+    value = reduced(row_loss, labelled, batch.sample_weight, call.settings.reduction)
+    return value, None if seen is None else HeadStats(*seen, row_loss.detach())
 
 
 class Target(NamedTuple):
@@ -44,7 +57,7 @@ def target_of(call: Call, batch: Batch, result: SweepResult) -> Target:
     """Returns the target of each row, from the result of the sweep."""
     found = result.w_norm.detach() > 0
     w_norm = torch.where(found, result.w_norm, 1.0)
-    rows = batch.rows._replace(w_norm=w_norm)
+    rows = batch.rows(w_norm)
     cosine, norms = result.target_cosine, None
     if call.settings.normalize != "both":
         norms = rows.x_norm
@@ -71,7 +84,7 @@ def margined(call: Call, target: Target) -> Tensor:
     """Calls the margin on the cosines (N,), and checks and casts what it returns."""
     c, rows = target.cosine, target.rows
     if rows.noise is None:  # in one process they are drawn once the sweep has accepted the batch
-        rows = rows._replace(noise=drawn(call))
+        rows.noise = drawn(call)
     t = call.margin(c, rows)
     if not isinstance(t, Tensor) or t.shape != c.shape:
         came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
@@ -83,7 +96,7 @@ def margined(call: Call, target: Target) -> Tensor:
 
 
 def row_losses(
-    call: Call, batch: Batch, target: Target, result: SweepResult, z_y: Tensor
+    call: Call, labelled: Tensor, target: Target, result: SweepResult, z_y: Tensor
 ) -> Tensor:
     """Computes the loss of each row, (N,), from its target's logit and the sums over the others."""
     s = call.settings
@@ -100,7 +113,7 @@ def row_losses(
     if regularizer is not None:
         loss = loss + regularizer
     # a label that no rank holds must not pass for a loss; its row has no gradient
-    return torch.where(target.found, loss, torch.where(batch.labelled, torch.nan, 0.0))
+    return torch.where(target.found, loss, torch.where(labelled, torch.nan, 0.0))
 
 
 def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
@@ -108,11 +121,13 @@ def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
     return (-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny) ** gamma
 
 
-def reduced(row_loss: Tensor, batch: Batch, reduction: str) -> Tensor:
+def reduced(
+    row_loss: Tensor, labelled: Tensor, sample_weight: Tensor | None, reduction: str
+) -> Tensor:
     """Weights the losses of the labelled rows, and returns their mean or sum where asked for."""
-    weight = batch.labelled.to(row_loss.dtype)
-    if batch.sample_weight is not None:
-        weight = weight * batch.sample_weight.to(row_loss.dtype)
+    weight = labelled.to(row_loss.dtype)
+    if sample_weight is not None:
+        weight = weight * sample_weight.to(row_loss.dtype)
     weighted = row_loss * weight
     if reduction == "none":
         return weighted

@@ -33,6 +33,14 @@ LEAST_SINE = 1e-4
 TILE_PADDING = 16
 
 
+def filled(number: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns a number as a tensor (), without a copy from the host."""
+    if torch.compiler.is_compiling():
+        # torch.tensor(number) and torch.full would compile a graph for each value
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def least_norm(compute_dtype: torch.dtype) -> float:
     """Returns the norm below which a row is a zero row in ``compute_dtype``."""
     return LEAST_NORM_FLOAT16 if compute_dtype == torch.float16 else LEAST_NORM

@@ -2,9 +2,9 @@
 # Copyright (c) 2026 The marginkernels authors
 """Defines the dispatcher ops: schemas, fake implementations and handles.
 
-One schema serves every backend, as ``marginkernels::head_fwd_<backend>``, ``head_bwd_<backend>``
-and ``head_step_<backend>``. A backend registers kernels for them (:func:`implement_head` in Python,
-``TORCH_LIBRARY_IMPL`` in C++); nothing here imports one.
+One schema serves every backend, as ``marginkernels::head_fwd_<backend>`` and so on. A
+backend registers kernels for them (:func:`implement_head` in Python, ``TORCH_LIBRARY_IMPL`` in
+C++); nothing here imports one.
 
 The ops are sweeps over the classes; the (N, C) logits
 
@@ -311,6 +311,10 @@ def _checked(result: Tensor, value: Tensor, low: float, high: float, what: str) 
 def _checked_labels(
     y: Tensor, num_classes: int, ignore_index: int | None, name: str = "y"
 ) -> Tensor:
+    if y.numel() > 0:
+        least, greatest = (bound.item() for bound in y.aminmax())
+        if least >= 0 and greatest < num_classes:  # no row is ignored
+            return y.clone()
     wrong = (y < 0) | (y >= num_classes)
     expected = f"{name}: expected labels in [0, {num_classes})"
     if ignore_index is not None:

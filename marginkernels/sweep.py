@@ -2,17 +2,16 @@
 # Copyright (c) 2026 The marginkernels authors
 """Makes one pass over the classes held here: the sample, the transform, the tiles, the Function."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, numerics, ops
 from .autograd import HeadFunction
+from .batch import Batch
 from .call import Call
 from .distributed.exchange import Exchange
-from .margins import Rows, name_of
+from .margins import name_of
 from .norms import row_norm
 from .results import SweepResult
 from .sampling import sampled
@@ -21,17 +20,6 @@ from .transforms import IDENTITY, Transform
 _AUTO_TILES_BYTES = 256 << 20
 # the rounded w that forward keeps for backward is at most this large
 _ROUNDED_BYTES = 256 << 20
-
-
-class Batch(NamedTuple):
-    """Holds the N rows of all ranks, as every rank sees them."""
-
-    x: Tensor  # (N, D)
-    rows: Rows  # with the class of each row, 0 for rows without
-    labelled: Tensor  # (N,) bool, whether the label is not ignore_index
-    kept: Tensor  # (N,) bool, whether the label is also that of a class, as in ``rows``
-    local_class: Tensor  # (N,) the class as a row of this rank's w; -1 where w does not hold it
-    sample_weight: Tensor | None  # (N,)
 
 
 class Sweep:
@@ -78,7 +66,7 @@ class Sweep:
         if observer is not None and not observer.delayed:
             with torch.no_grad():
                 result = self._swept(self._tensor(scale), IDENTITY)
-            observer.observe(result.lse, result.target_cosine, self.batch.kept)
+            observer.observe(result.lse, result.target_cosine, self.batch.kept())
             scale = observer()
         return self._tensor(scale)
 
@@ -101,7 +89,7 @@ class Sweep:
         observer = call.observer
         if observer is not None and observer.delayed:
             lse, cosine = result.lse.detach(), result.target_cosine.detach()
-            observer.observe(lse, cosine, self.batch.kept)
+            observer.observe(lse, cosine, self.batch.kept())
         return result
 
     def _learns(self) -> bool:
@@ -156,16 +144,16 @@ class Sweep:
     def _tensor(self, scale: float | Tensor) -> Tensor:
         dtype, device = self.call.stats_dtype, self.batch.x.device
         if not isinstance(scale, Tensor):
-            # times one: torch.tensor(scale) and torch.full would compile a graph for each value
-            scale = torch.ones((), dtype=dtype, device=device) * scale
+            return numerics.filled(scale, dtype, device)
         return scale.to(device, dtype)
 
     def _transform(self) -> Transform:
         """Asks the margin for its transform, and checks and casts the operands."""
-        margin, rows, dtype = self.call.margin, self.batch.rows, self.call.stats_dtype
+        margin, dtype = self.call.margin, self.call.stats_dtype
         if not margin.transforms_negatives:
             return IDENTITY
-        c = rows.x_norm.new_empty(0)
+        rows = self.batch.rows()
+        c = self.batch.x.new_empty(0, dtype=dtype)
         if margin.needs_target_cosine:
             c = self.exchange.total(self._target_cosine())
         name, row_parameter, constants = margin.negatives(c, rows)
@@ -188,7 +176,7 @@ class Sweep:
         """
         dtype, w_y = self.call.compute_dtype, self.w[self.batch.local_class.clamp_min(0)]
         dot = (ops.rounded(self.batch.x, dtype) * ops.rounded(w_y, dtype)).sum(1)
-        norms = self.batch.rows.x_norm * row_norm(w_y, dtype)
+        norms = self.batch.x_norm() * row_norm(w_y, dtype)
         return torch.where(self.position >= 0, dot / norms, 0)
 
 

@@ -202,11 +202,12 @@ def check_numbers(dtype: torch.dtype, **values: float | Tensor) -> None:
 
 def check_values(call: "Call") -> Tensor:
     """Returns a copy of the labels that waits for the checks of all values."""
-    statistics = torch.finfo(call.x_norm.dtype)  # values have to be finite there too
+    statistics = torch.finfo(call.stats_dtype)  # values have to be finite there too
     label = call.label
     if device_checks.checks_values(label.device):
         label = ops.checked_labels(label, call.num_classes, call.settings.ignore_index)
-    label = _checked(label, call.x_norm, 0, numerics.GREATEST_NORM, ops.BAD_X)
+        norm = torch.linalg.vector_norm(ops.rounded(call.x.detach(), call.compute_dtype), dim=1)
+        label = ops.checked(label, norm, 0, numerics.GREATEST_NORM, ops.BAD_X)
     if isinstance(call.scale, Tensor):
         what = "scale: expected a finite number > 0"
         label = _checked(label, call.scale, statistics.tiny, statistics.max, what)

@@ -193,7 +193,7 @@ class InPlace(torch.nn.Module):
 def test_a_margin_may_overwrite_the_cosines(normalize, backend, device):
     problem = random_problem(12, 40, 8, device=device, normalize=normalize, scale=2.0)
     results = []
-    for margin in (CosFace(0.3), InPlace()):
+    for margin in (CosFace(torch.tensor(0.3)), InPlace()):  # in PyTorch, both
         x, w = (t.clone().requires_grad_() for t in (problem.x, problem.w))
         settings = dict(problem.settings, margin=margin, backend=backend, return_stats=True)
         loss, stats = margin_cross_entropy(x, w, problem.y, **settings)

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../loss.h"
 #include "../numerics.h"
 #include "../transforms.h"
 #include "../update.h"
@@ -300,6 +301,15 @@ constexpr int kDenseRows = 128;  // of a block of dense_statistics_kernel
 
 void launch_dense_statistics(const DenseStatisticsCall&, Transform, Type, Stream);
 void launch_dense_gradient(const DenseGradientCall&, Transform, Type, Stream);
+
+// loss.cu:
+
+void launch_loss(const mk::LossCall<float>&, Stream);
+void launch_loss(const mk::LossCall<double>&, Stream);
+
+// Writes the place of each label (n,) among `count` classes from `first` on, or -1.
+void launch_held(const int64_t* labels, int64_t* held, int64_t n, int64_t first, int64_t count,
+                 int64_t ignore_index, Stream);
 
 // device.cu:
 

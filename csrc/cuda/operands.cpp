@@ -10,12 +10,6 @@
 #endif
 
 namespace marginkernels::cuda {
-namespace {
-
-// Rows and classes, up to the end of the last tile, are ints in the kernels.
-constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;
-// Row kernels read this many numbers at once, see Four.
-constexpr int64_t kDenseWidthUnit = 4;
 
 Stream current_stream(const Tensor& x) {
 #if defined(MK_ON_HOST)
@@ -25,6 +19,13 @@ Stream current_stream(const Tensor& x) {
     return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
 #endif
 }
+
+namespace {
+
+// Rows and classes, up to the end of the last tile, are ints in the kernels.
+constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;
+// Row kernels read this many numbers at once, see Four.
+constexpr int64_t kDenseWidthUnit = 4;
 
 bool is_readable(const Tensor& rows, int64_t width, at::ScalarType type) {
     return rows.scalar_type() == type && rows.size(1) == width && rows.is_contiguous() &&

@@ -36,6 +36,9 @@ constexpr int64_t kProductChunkBytes = 16 * kMiB;
 // What the backward sweep has of a chunk: G, dw before its projection, rounded rows of w.
 constexpr int64_t kBackwardChunkBytes = 512 * kMiB;
 
+// Returns the stream that is current on the device of x.
+Stream current_stream(const Tensor& x);
+
 // The arguments that all ops are called with.
 struct SharedArguments {
     Tensor x, w, y;        // (N, D), (C, D), (N,)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Registers the ops head_fwd_native, head_bwd_native and head_step_native of marginkernels for CUDA
-// tensors. Tests that run the kernels as fibers register them for CPU tensors, under other names.
+// Registers the ops of the backend "native" for CUDA tensors. Tests that run the kernels as fibers
+// register them for CPU tensors, under other names.
 
 #include "ops.h"
 
@@ -15,12 +15,16 @@ TORCH_LIBRARY_IMPL(marginkernels, CPU, m) {
     m.impl("head_fwd_cuda_host", head_fwd);
     m.impl("head_bwd_cuda_host", head_bwd);
     m.impl("head_step_cuda_host", head_step);
+    m.impl("head_held_cuda_host", head_held);
+    m.impl("head_loss_cuda_host", head_loss);
 }
 #else
 TORCH_LIBRARY_IMPL(marginkernels, CUDA, m) {
     m.impl("head_fwd_native", head_fwd);
     m.impl("head_bwd_native", head_bwd);
     m.impl("head_step_native", head_step);
+    m.impl("head_held_native", head_held);
+    m.impl("head_loss_native", head_loss);
 }
 #endif
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// Declares the ops; marginkernels/ops.py has their schemas and says what they compute.
+// Declares the ops; marginkernels/ops.py and row_ops.py have their schemas and say what they
+// compute.
 
 #pragma once
 
@@ -41,5 +42,13 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
     const OptionalTensor& w_rounded);
+
+Tensor head_held(const Tensor& y, int64_t first, int64_t count, int64_t ignore_index);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_loss(
+    const Tensor& lse, const Tensor& target_cosine, const Tensor& w_norm, const Tensor& y,
+    const Tensor& scale, const OptionalTensor& sample_weight, const Tensor& logit_max,
+    int64_t ignore_index, c10::string_view reduction, at::ArrayRef<double> rotation,
+    bool need_scale);
 
 }  // namespace marginkernels::cuda

@@ -58,6 +58,11 @@ inline uint32_t shared_memory() {
     return fibers::shared_address(fibers::shared_memory());
 }
 
+template <class T>
+T* shared_array() {
+    return reinterpret_cast<T*>(fibers::shared_memory());
+}
+
 inline void copy_async(uint32_t shared, const void* global, bool there) {
     fibers::copy_async(fibers::at_shared(shared, 16), global, 16, there ? 16 : 0);
 }
@@ -164,6 +169,13 @@ __device__ __forceinline__ float exp2(float x) {
 __device__ __forceinline__ uint32_t shared_memory() {
     extern __shared__ __align__(1024) char memory[];
     return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+}
+
+// Returns the block's shared memory, for plain reads and writes.
+template <class T>
+__device__ __forceinline__ T* shared_array() {
+    extern __shared__ __align__(1024) char memory[];
+    return reinterpret_cast<T*>(memory);
 }
 
 // Starts a copy of 16 bytes that takes no registers, or writes 16 zeros. wait_async waits for it.

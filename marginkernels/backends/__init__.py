@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import ops
+from .. import ops, row_ops
 from . import native, reference, triton
 from .base import Backend
 
@@ -71,6 +71,8 @@ def _put(backend: Backend) -> None:
     global _registered
     if backend.name not in _with_ops:
         ops.define_head(backend.name, backend.tiles_shape)
+        if backend.fuses_rows:
+            row_ops.define_rows(backend.name)
         _with_ops.add(backend.name)
         backend.register_kernels()
     backends = {**_registered, backend.name: backend}

@@ -19,6 +19,7 @@ class Backend(abc.ABC):
     priority: ClassVar[int]  # backend="auto" takes the highest one that runs
     caveat: ClassVar[str] = ""  # backend="auto" warns of it where it finds nothing better
     updates: ClassVar[bool] = False  # whether it has head_step, for marginkernels.optim
+    fuses_rows: ClassVar[bool] = False  # whether it has head_held and head_loss
 
     @abc.abstractmethod
     def unavailable_reasons(

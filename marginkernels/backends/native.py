@@ -65,6 +65,7 @@ class NativeBackend(Backend):
     name: ClassVar[str] = "native"
     priority: ClassVar[int] = 20
     updates: ClassVar[bool] = True
+    fuses_rows: ClassVar[bool] = True
 
     extension: ModuleType | None
     load_failure: list[str]

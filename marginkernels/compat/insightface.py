@@ -37,6 +37,7 @@ from .. import (
     sampling,
     validation,
 )
+from ..batch import held
 from ..distributed.exchange import Sharded, opened
 from ..distributed.shard import ClassShard, in_group, refuse_ddp, require_agreement
 from ..generators import rank_generator
@@ -288,7 +289,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         weight: Tensor = self.weight
         exchange, class_id = opened(self.shard, x, weight, lambda: y, lambda _: {})
         x = exchange.features(x)
-        position = local_class = exchange.held(exchange.rows(class_id, fill=_NO_LABEL))
+        class_id = exchange.rows(class_id, fill=_NO_LABEL)
+        position = local_class = held(class_id, exchange.first_class, len(weight), _NO_LABEL)
         lost = position.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
             sample = sampling.ChosenBy(self.sample).choose(exchange, local_class, len(weight))

@@ -99,6 +99,7 @@ class Exchange(ABC):
     """
 
     is_split: bool  # whether other ranks hold classes and rows too
+    first_class: int  # that this rank holds
     check_w: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
     wants_stats: bool  # whether any rank wants statistics
 
@@ -133,10 +134,6 @@ class Exchange(ABC):
             function: maps rows (N, D) and ``args`` to numbers (N,).
             every: (N, D), the rows of all ranks.
         """
-
-    @abstractmethod
-    def held(self, class_id: Tensor) -> Tensor:
-        """Returns the local classes of this rank, -1 where another rank holds the class."""
 
     @abstractmethod
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
@@ -183,7 +180,7 @@ class Exchange(ABC):
 class Whole(Exchange):
     """Holds all classes and rows in this process, and exchanges nothing."""
 
-    is_split = False
+    is_split, first_class = False, 0
 
     def __init__(self, x: Tensor, wants_stats: bool = False):
         self.check_w = "raise" if device_checks.checks_values(x.device) else ""
@@ -199,9 +196,6 @@ class Whole(Exchange):
         self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
     ) -> Tensor:
         return own
-
-    def held(self, class_id: Tensor) -> Tensor:
-        return class_id
 
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         return function(*args)
@@ -244,6 +238,7 @@ class Sharded(Exchange):
         agreed: Callable[[], dict[str, Any]] = dict,
     ):
         self.shard, self.group, self.error = shard, shard.group, error
+        self.first_class = shard.start
         self.factor = dist.get_world_size(self.group) if shard.grad_scale == "ddp" else 1
         self.device = _device(self.group, w, x)
         # ranks raise together, or none does
@@ -311,10 +306,6 @@ class Sharded(Exchange):
 
     def _through_own(self, own: Tensor, every: Tensor) -> Tensor:
         return collectives.ReplaceByBatch.apply(own, every, self.layout, self.factor)
-
-    def held(self, class_id: Tensor) -> Tensor:
-        here = (class_id >= self.shard.start) & (class_id < self.shard.stop)
-        return torch.where(here, class_id - self.shard.start, -1)
 
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         if not self.check_w:

@@ -22,22 +22,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..rotation import Rotation
 from ..transforms import IDENTITY, Transform
 
 
-class Rows(NamedTuple):
+class Rows:
     """Holds what a margin may look at besides the cosine: (N,) tensors of the whole batch.
 
     The batch is that of all processes, so statistics of it are global. ``kept`` leaves out ignored
-    rows.
+    rows. ``x_norm`` may be given as a function, which is called where a margin reads it.
     """
 
     label: Tensor  # int64, valid class of each row (0 for rows that are ignored)
-    x_norm: Tensor  # |x_i|
     w_norm: Tensor | None  # |w_y|; None before the sweep, in ``negatives``
     row_margin: Tensor | None  # the margin that the call gave for each row
-    kept: Tensor | None = None  # bool, whether the row takes part; None: all do
-    noise: Tensor | None = None  # the numbers that ``draw`` gave; None: the margin draws them now
+    kept: Tensor | None  # bool, whether the row takes part; None: all do
+    noise: Tensor | None  # the numbers that ``draw`` gave; None: the margin draws them now
+
+    def __init__(
+        self,
+        label: Tensor,
+        x_norm: Tensor | Callable[[], Tensor],
+        w_norm: Tensor | None,
+        row_margin: Tensor | None,
+        kept: Tensor | None = None,
+        noise: Tensor | None = None,
+    ):
+        self.label, self._x_norm, self.w_norm = label, x_norm, w_norm
+        self.row_margin, self.kept, self.noise = row_margin, kept, noise
+
+    @property
+    def x_norm(self) -> Tensor:
+        """Returns |x_i|."""
+        if not isinstance(self._x_norm, Tensor):
+            self._x_norm = self._x_norm()
+        return self._x_norm
+
+
+# methods of margins that ``rotation`` speaks for
+_DECIDES_T = frozenset(("__call__", "forward", "with_gradient", "of_rows", "target", "regularizer"))
 
 
 class Bounded(NamedTuple):
@@ -66,6 +89,9 @@ class MarginHooks:
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         cls.transforms_negatives = cls.negatives is not MarginHooks.negatives
+        if "rotation" not in vars(cls) and vars(cls).keys() & _DECIDES_T:
+            # what the base declares is no longer its t
+            cls.rotation = MarginHooks.rotation  # type: ignore[method-assign]
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         """Returns the transform of the other classes' cosines.
@@ -76,6 +102,13 @@ class MarginHooks:
             c: the target's cosines (N,); an empty tensor unless ``needs_target_cosine``.
         """
         return IDENTITY
+
+    def rotation(self) -> Rotation | None:
+        """Describes ``forward`` to kernels where it is a rotation by numbers, else returns None.
+
+        A class that overrides ``forward``, or what it calls, declares it anew.
+        """
+        return None
 
     def regularizer(self, rows: Rows) -> Tensor | None:
         """Returns what is added to the rows' losses, () or (N,), or None."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, ops
+from .. import arguments, numerics, ops
+from ..rotation import Rotation
 from .base import Bounded, Margin, Rows, straight_through
 
 
@@ -127,6 +128,10 @@ class ParametricMargin(Margin):
             return straight_through(target, c)
         return target(c)
 
+    def as_asked(self, rotation: Rotation) -> Rotation:
+        """Returns the rotation with the gradient that the margin was asked for."""
+        return rotation._replace(exact=float(self.gradient == "exact"))
+
     def of_rows(self, c: Tensor, rows: Rows) -> Tensor:
         """Returns the m of each row, () or (N,), in c's type."""
         if rows.row_margin is not None:
@@ -134,9 +139,7 @@ class ParametricMargin(Margin):
         if isinstance(self.m, Tensor):
             m = self.m if self.m.ndim == 0 else self.m[rows.label]
             return ops.snapshot(m).to(c.dtype)  # a schedule, or a projection, may move it
-        # times one: torch.tensor(m) and torch.full would compile a graph for each value
-        dtype = torch.promote_types(c.dtype, torch.float32)
-        return torch.ones((), dtype=dtype, device=c.device) * self.m
+        return numerics.filled(self.m, torch.promote_types(c.dtype, torch.float32), c.device)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         """Returns t (N,) for the target cosines c (N,) and margins m, () or (N,)."""

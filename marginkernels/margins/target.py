@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import number
+from ..rotation import Rotation
 from .angles import safe_acos, safe_sin
 from .base import Margin, Rows
 from .parametric import Interval, ParametricMargin
@@ -29,6 +30,20 @@ def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
     return torch.where(c > -cos_m, phi, past)
 
 
+def arc_rotation(m: float, branch: str) -> Rotation:
+    """Returns :func:`arc` of a number."""
+    cos, sin = math.cos(m), math.sin(m)
+    if branch == "none":
+        return Rotation(cos, sin)
+    if branch == "easy":
+        return Rotation(cos, sin, threshold=0.0)
+    past = {
+        "hard": dict(shift=-m * sin), "keep": {}, "continuous": dict(shift=cos - 1),
+        "monotone": dict(shift=-2.0, past_cosine=0.0, past_phi=-1.0),
+    }[branch]  # fmt: skip
+    return Rotation(cos, sin, -cos, **past)
+
+
 def _monotone_cos(a: Tensor) -> Tensor:
     """Computes (-1)^k cos(a) - 2k, k = floor(a / pi): a cosine that falls for all a >= 0."""
     k = torch.floor(a.detach() / math.pi)
@@ -46,6 +61,9 @@ class NSoftmax(Margin):
     def forward(self, c: Tensor, rows: Rows) -> Tensor:
         return c
 
+    def rotation(self) -> Rotation:
+        return Rotation()
+
 
 class CosFace(ParametricMargin):
     """Computes t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also
@@ -61,6 +79,9 @@ class CosFace(ParametricMargin):
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return c - m
+
+    def rotation(self) -> Rotation | None:
+        return None if isinstance(self.m, Tensor) else self.as_asked(Rotation(less=self.m))
 
 
 AMSoftmax = CosFace
@@ -102,6 +123,11 @@ class ArcFace(ParametricMargin):
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return arc(c, m, self.branch)
+
+    def rotation(self) -> Rotation | None:
+        if isinstance(self.m, Tensor):
+            return None
+        return self.as_asked(arc_rotation(self.m, self.branch))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, branch={self.branch!r}"
@@ -150,6 +176,11 @@ class CombinedMargin(ParametricMargin):
             return arc(c, m, self.branch) - self.m3
         a = self.m1 * safe_acos(c) + m
         return (_monotone_cos(a) if self.branch == "monotone" else torch.cos(a)) - self.m3
+
+    def rotation(self) -> Rotation | None:
+        if isinstance(self.m, Tensor) or self.m1 != 1:
+            return None
+        return self.as_asked(arc_rotation(self.m, self.branch)._replace(less=self.m3))
 
     def extra_repr(self) -> str:
         return f"m1={self.m1:g}, {super().extra_repr()}, m3={self.m3:g}, branch={self.branch!r}"

@@ -121,6 +121,7 @@ class CudaHostBackend(backends.Backend):
     name = NAME
     priority = 0  # backend="auto" never takes it
     updates = True
+    fuses_rows = True
 
     def unavailable_reasons(
         self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None

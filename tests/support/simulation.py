@@ -88,10 +88,11 @@ def simulated(simulator: str, target: str | None = None, **settings: Any) -> Ite
     require(simulator)
     from marginkernels.backends.triton.backward import head_bwd
     from marginkernels.backends.triton.forward import head_fwd
+    from marginkernels.backends.triton.loss import head_held, head_loss
     from marginkernels.backends.triton.step import head_step
 
     library = torch.library.Library("marginkernels", "IMPL")
-    for op in (head_fwd, head_bwd, head_step):
+    for op in (head_fwd, head_bwd, head_step, head_held, head_loss):
         library.impl(f"{op.__name__}_{NAME}", _without_autocast(op), "CPU")
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ... import ops
+from ... import ops, row_ops
 from ..base import Backend
 from . import configs
 
@@ -40,6 +40,7 @@ class TritonBackend(Backend):
     name: ClassVar[str] = "triton"
     priority: ClassVar[int] = 30
     updates: ClassVar[bool] = True
+    fuses_rows: ClassVar[bool] = True
 
     def unavailable_reasons(
         self, device: torch.device | None = None, compute_dtype: torch.dtype | None = None
@@ -69,6 +70,8 @@ class TritonBackend(Backend):
         backward = _on_device("backward", "head_bwd")
         step = _on_device("step", "head_step")
         ops.implement_head(self.name, forward, backward, "CUDA", step)
+        held, loss = (_on_device("loss", name, tunes=False) for name in ("head_held", "head_loss"))
+        row_ops.implement_rows(self.name, held, loss, "CUDA")
 
     def tiles_shape(self, n: int, c: int) -> tuple[int, int]:
         """Returns a row for each row of x, with classes padded to whole tiles."""
@@ -135,8 +138,11 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _on_device(module: str, name: str) -> Callable:
-    """Returns an op of a module of this folder, run on the device of its first argument."""
+def _on_device(module: str, name: str, tunes: bool = True) -> Callable:
+    """Returns an op of a module of this folder, run on the device of its first argument.
+
+    ``tunes`` says whether it has configurations to choose from.
+    """
 
     @functools.cache
     def loaded() -> tuple[ModuleType, ModuleType]:
@@ -147,7 +153,7 @@ def _on_device(module: str, name: str) -> Callable:
     def run(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, ...]:
         kernels, tuning = loaded()
         op = getattr(kernels, name)
-        if os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
+        if tunes and os.environ.get("MARGINKERNELS_AUTOTUNE") == "1":
             # timing repeats the call
             timed = kernels.without_writing(args) if name == "head_step" else args
             settings["config"] = tuning.fastest(op, x, *timed, **settings)
