@@ -24,7 +24,7 @@ from .contenders import MARGIN, SCALE, Shape, contenders, problem
 from .gpu_kernels import print_table
 from .timing import CANNOT_RUN, first_line
 
-REPEATS = 20
+REPEATS = 10
 COMPILED_CLASSES = 65_536  # enough for every kernel that more classes launch
 
 

@@ -5,6 +5,9 @@
 python examples/cuda_graph.py    # needs a GPU
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,7 @@ def train(graphed: bool) -> tuple[Tensor, float]:
         EMBEDDING_SIZE, IDENTITIES, margin=CosFace(0.3), scale=32.0, device="cuda"
     )
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1, fused=True)
-    call = head
+    call: Callable[..., Any] = head
     if graphed:
         # operands of the shapes and types that every step will have; x needs a gradient
         x = torch.randn(BATCH_SIZE, EMBEDDING_SIZE, device="cuda", requires_grad=True)
