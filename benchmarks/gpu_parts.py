@@ -149,7 +149,7 @@ def kernels() -> list[Stage]:
 
 
 def tiles() -> list[Stage]:
-    """Times the Triton tile kernels by tile, and a step by the sizes of its chunks."""
+    """Times the Triton tile kernels by tile, and a step by the size of its chunks."""
     names = asked("from benchmarks import gpu_tiles; print(*gpu_tiles.candidates())")
     compiled = [
         module(f"compile {name}", "benchmarks.gpu_tiles", "--compile", name, quiet=True)

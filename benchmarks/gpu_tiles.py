@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Times the tile kernels of the Triton backend by tile, and a step by the sizes of its chunks.
+"""Times the tile kernels of the Triton backend by tile, and a step by the size of its chunks.
 
 python -m benchmarks.gpu_tiles tiles     # statistics and gradient apart
 python -m benchmarks.gpu_tiles chunks
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import unittest.mock
-from types import ModuleType
 
 import torch
 
-from marginkernels.backends.triton import configs
+from marginkernels.backends.triton import configs, operands, tuning
 from marginkernels.backends.triton.configs import Config
 
 from .contenders import Shape
@@ -25,16 +23,7 @@ from .timing import first_line
 
 SHAPES = [Shape(1024, 1_000_000, 512), Shape(256, 1_000_000, 512)]
 COMPILED = Shape(512, 4096, 512)
-# rows, classes, features, warps, stages, programs per multiprocessor
-BEYOND = [
-    Config(256, 128, 64, 8, 3, 1), Config(128, 256, 64, 8, 3, 1), Config(128, 256, 64, 8, 4, 1),
-    Config(128, 128, 64, 4, 3, 2), Config(128, 128, 64, 8, 3, 1), Config(128, 128, 32, 4, 3, 2),
-    Config(128, 128, 32, 4, 4, 2), Config(128, 192, 64, 8, 3, 1), Config(64, 128, 64, 4, 3, 2),
-    Config(64, 256, 64, 8, 3, 1), Config(128, 64, 64, 4, 4, 2), Config(256, 64, 64, 8, 3, 1),
-]  # fmt: skip
-# modules whose constants named *_CHUNK_BYTES bound a chunk
-CHUNKED = ("operands", "sources", "dw")
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+CHUNK_MIB = (32, 64, 128, 256, 512, 1024)
 
 
 def main() -> None:
@@ -52,10 +41,15 @@ def main() -> None:
 
 
 def candidates() -> dict[str, Config]:
-    """Returns the tiles to time by name: those of the table for this GPU, and others."""
-    table = configs.TABLE[configs.target(torch.device("cuda")).name]["half"]
-    every = [*(config._replace(serves=configs.Load.ANY) for config in table), *BEYOND]
-    return {"_".join(map(str, config[:6])): config for config in every}
+    """Returns the tiles to time by name: rows, classes, features, warps, stages, programs."""
+    target = configs.target(torch.device("cuda")).name
+    flags = ("descriptors", "flatten")
+    return {
+        "_".join(
+            [*map(str, config[:6]), *(flag for flag in flags if getattr(config, flag))]
+        ): config
+        for config in tuning.candidates(target, "half", rows=SHAPES[0].n, saves_tiles=False)
+    }
 
 
 def run_tile(shape: Shape, config: Config) -> dict[str, float]:
@@ -85,29 +79,16 @@ def print_tiles() -> None:
 
 
 def print_chunks() -> None:
-    """Prints the time of a step, as a graph, with other sizes of chunks."""
-    for shape, (module, constant) in itertools.product(SHAPES, chunk_constants()):
+    """Prints the time of a step, as a graph, by what a chunk of classes takes at most."""
+    for shape in SHAPES:
         call = steps(shape, torch.bfloat16, "triton")["loss and gradients"]
-        size = getattr(module, constant)
-        for factor in FACTORS:
-            with unittest.mock.patch.object(module, constant, int(size * factor)):
+        for mib in CHUNK_MIB:
+            with unittest.mock.patch.object(operands, "CHUNK_BYTES", mib << 20):
                 call()
                 ms = as_graph(call)
-            print(f"{tuple(shape)} {constant} {factor:g}x: {ms} ms", flush=True)
-            row = dict(shape=shape, constant=constant, bytes=int(size * factor), ms=ms)
-            print("@row", json.dumps(row), flush=True)
+            print(f"{tuple(shape)} chunks of {mib} MiB: {ms} ms", flush=True)
+            print("@row", json.dumps(dict(shape=shape, chunk_MiB=mib, ms=ms)), flush=True)
         torch.cuda.empty_cache()
-
-
-def chunk_constants() -> list[tuple[ModuleType, str]]:
-    """Returns the constants that bound chunks, with their modules."""
-    modules = [importlib.import_module(f"{configs.__package__}.{name}") for name in CHUNKED]
-    return [
-        (module, name)
-        for module in modules
-        for name, value in vars(module).items()
-        if name.endswith("_CHUNK_BYTES") and isinstance(value, int)
-    ]
 
 
 if __name__ == "__main__":
