@@ -7,6 +7,7 @@ python -m benchmarks.gpu_tiles chunks
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import unittest.mock
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("table", nargs="?", choices=("tiles", "chunks"))
     options = parser.parse_args()
     if options.compile:
-        run_tile(COMPILED, candidates()[options.compile])
+        with contextlib.suppress(Exception):  # the table tells which tiles do not fit
+            run_tile(COMPILED, candidates()[options.compile])
     elif options.table == "tiles":
         print_tiles()
     else:
@@ -43,13 +45,14 @@ def main() -> None:
 def candidates() -> dict[str, Config]:
     """Returns the tiles to time by name: rows, classes, features, warps, stages, programs."""
     target = configs.target(torch.device("cuda")).name
-    flags = ("descriptors", "flatten")
-    return {
-        "_".join(
-            [*map(str, config[:6]), *(flag for flag in flags if getattr(config, flag))]
-        ): config
-        for config in tuning.candidates(target, "half", rows=SHAPES[0].n, saves_tiles=False)
-    }
+    found = tuning.candidates(target, "half", rows=SHAPES[0].n, saves_tiles=False)
+    return {name_of(config): config for config in found}
+
+
+def name_of(config: Config) -> str:
+    """Returns the sizes of a tile, and what it has beside."""
+    flags = [flag for flag in ("descriptors", "flatten") if getattr(config, flag)]
+    return "_".join([*map(str, config[:6]), *flags])
 
 
 def run_tile(shape: Shape, config: Config) -> dict[str, float]:
