@@ -48,9 +48,9 @@ def main() -> None:
         shape = shape_of(word)
         if options.compile:
             shape = shape._replace(c=min(shape.c, COMPILED_CLASSES))
-        call = steps(shape, getattr(torch, dtype), backend)["loss and gradients"]
-        for _ in range(options.steps or 1):
-            call()
+        for call in steps(shape, getattr(torch, dtype), backend).values():
+            for _ in range(options.steps or 1):
+                call()
         torch.cuda.synchronize()
     else:
         backend, *words = options.words
