@@ -40,9 +40,9 @@ def counts(n, c, weights, **settings):
 @pytest.mark.parametrize(
     "n, c, most, settings",
     [
-        (256, 100_000, 14, {}),
-        (256, 100_000, 14, dict(save_tiles=True)),
-        (1024, 1_000_000, 42, {}),
+        (256, 100_000, 13, {}),
+        (256, 100_000, 13, dict(save_tiles=True)),
+        (1024, 1_000_000, 41, {}),
     ],
     ids=["100k", "100k, saved tiles", "1M"],
 )

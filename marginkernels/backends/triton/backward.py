@@ -103,11 +103,12 @@ class BackwardSweep:
     ) -> "BackwardSweep":
         """Chooses where G comes from, and computes the targets' column."""
         source: GradientSource
+        slot = operands.y.new_empty(operands.classes, dtype=torch.int32)
         if tiles.numel() > 0:
-            source = SavedGradient(operands, incoming, tiles, dw_bytes)
+            source = SavedGradient(operands, incoming, tiles, dw_bytes, slot)
         else:
-            source = TileGradient(operands, incoming, dw_bytes, need_bias, need_scale)
-        return cls(operands, incoming, source, Targets.of(operands, incoming))
+            source = TileGradient(operands, incoming, dw_bytes, slot, need_bias, need_scale)
+        return cls(operands, incoming, source, Targets.of(operands, incoming, slot))
 
     def run(
         self,
@@ -169,17 +170,17 @@ class Targets(NamedTuple):
     """Holds the target's column of G, see target_kernel."""
 
     coefficient: Tensor  # (N,)
-    slot: Tensor  # (C,) int32
+    slot: Tensor  # (C,) int32: a row of the sums, or -1
     sums: Tensor  # (N, width)
     radial: Tensor | None  # (N,)
 
     @classmethod
-    def of(cls, operands: Operands, incoming: Incoming) -> "Targets":
-        """Computes the column."""
+    def of(cls, operands: Operands, incoming: Incoming, slot: Tensor) -> "Targets":
+        """Computes the column; ``slot`` is -1 everywhere."""
         n, block_d = len(operands.x), 512
         targets = cls(
             coefficient=operands.statistics(n),
-            slot=operands.y.new_full((operands.classes,), -1, dtype=torch.int32),
+            slot=slot,
             sums=operands.statistics(n, operands.width),
             radial=None if incoming.grad_w_norm is None else operands.statistics(n),
         )

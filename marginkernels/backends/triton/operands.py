@@ -256,11 +256,14 @@ class Operands:
             inverse_limit=self.inverse_limit, UNIT=unit, **flags, **settings,
         )  # fmt: skip
 
-    def flags(self) -> Tensor:
-        """Returns (row tiles, class tiles) int8, 1 where a target lies."""
+    def flags(self, slot: Tensor | None = None) -> Tensor:
+        """Returns (row tiles, class tiles) int8, 1 where a target lies.
+
+        Sets ``slot`` (C,) int32 to -1, where it is given.
+        """
         flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
         flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, 128),)](
-            self.y, flags, N=len(self.y), class_tiles=self.class_tiles,
+            self.y, flags, slot, N=len(self.y), C=self.classes, class_tiles=self.class_tiles,
             BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

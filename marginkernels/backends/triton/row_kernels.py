@@ -58,11 +58,13 @@ def prepare_rows_kernel(
         tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=there)
 
 
-@triton.jit(do_not_specialize=["N", "class_tiles"])
+@triton.jit(do_not_specialize=["N", "C", "class_tiles"])
 def flag_kernel(
     y,  # (N,) int64
     flags,  # (row tiles, class tiles) int8
+    slot,  # (C,) int32, or None: set to -1 for target_kernel
     N,
+    C,
     class_tiles,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,13 +73,17 @@ def flag_kernel(
     """Writes 1 for the tiles that hold a target, 0 for the others: only the first need a mask."""
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
+    first = tl.program_id(0) // row_tiles * BLOCK_T
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    tile = tl.program_id(0) // row_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = first + tl.arange(0, BLOCK_T)
     of_label = tl.where(label >= 0, label // BLOCK_C, -1)
     hit = tl.max((of_label[:, None] == tile[None, :]).to(tl.int32), 0)
     own = flags + row_tile.to(tl.int64) * class_tiles
     tl.store(own + tile, hit.to(tl.int8), mask=tile < class_tiles)
+    if slot is not None:
+        col = first * BLOCK_C + tl.arange(0, BLOCK_T * BLOCK_C)
+        tl.store(slot + col, -1, mask=(col < C) & (row_tile == 0))
 
 
 @triton.jit(

@@ -50,7 +50,7 @@ class GradientSource:
 
 
 class TileGradient(GradientSource):
-    """Recomputes G chunk by chunk with the tile program, into one buffer.
+    """Recomputes G chunk by chunk with the tile program, into one buffer. Sets ``slot`` to -1.
 
     fp16 has too little range for G: there the buffer holds G times a power of two, which is chosen
     on the device.
@@ -61,6 +61,7 @@ class TileGradient(GradientSource):
         operands: Operands,
         incoming: Incoming,
         dw_bytes: int,  # of a class, in a buffer
+        slot: Tensor,  # (C,) int32, see Targets
         need_bias: bool,
         need_scale: bool,
     ) -> None:
@@ -81,7 +82,7 @@ class TileGradient(GradientSource):
         sums = (self.dbias if need_bias else None, self.dscale if need_scale else None)
         self.arguments = (
             operands.y, incoming.x_inv, operands.to_last_tile(incoming.w_inv), operands.scale,
-            operands.bias, *operands.transform.operands, operands.flags(), incoming.lse,
+            operands.bias, *operands.transform.operands, operands.flags(slot), incoming.lse,
             incoming.grad_lse, incoming.grad_sum, g_scale,
             self.g, *sums,
         )  # fmt: skip
@@ -105,13 +106,14 @@ class SavedGradient(GradientSource):
 
     For dw the factor is multiplied into the rows of x, for dx into the rows of the result. Where
     all cosines are near -1, row_weight is near the end of fp32's range: it only meets unit rows, or
-    small sums.
+    small sums. Sets ``slot`` to -1.
     """
 
     def __init__(
-        self, operands: Operands, incoming: Incoming, tiles: Tensor, dw_bytes: int
+        self, operands: Operands, incoming: Incoming, tiles: Tensor, dw_bytes: int, slot: Tensor
     ) -> None:
         super().__init__(operands, dw_bytes)
+        slot.fill_(-1)
         self.tiles = tiles
         self.row_weight = torch.empty_like(incoming.lse)
         self.dx_factor = self.dw_factor = operands.scale
