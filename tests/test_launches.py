@@ -38,20 +38,20 @@ def counts(n, c, weights, **settings):
 
 @pytest.mark.parametrize("weights", [F32, BF16])
 @pytest.mark.parametrize(
-    "n, c, most, settings",
+    "n, c, sweeps, step, settings",
     [
-        (256, 100_000, 13, {}),
-        (256, 100_000, 13, dict(save_tiles=True)),
-        (1024, 1_000_000, 41, {}),
+        (256, 100_000, 13, 25, {}),
+        (256, 100_000, 13, 25, dict(save_tiles=True)),
+        (1024, 1_000_000, 41, 60, {}),
     ],
     ids=["100k", "100k, saved tiles", "1M"],
 )
-def test_the_sweeps_have_few_launches(n, c, most, settings, weights):
-    inside, _ = counts(n, c, weights, **settings)
-    assert inside <= most
+def test_a_step_has_few_launches(n, c, sweeps, step, settings, weights):
+    inside, around = counts(n, c, weights, **settings)
+    assert inside <= sweeps and inside + around <= step
 
 
-@pytest.mark.parametrize("n", [300, 5000])
+@pytest.mark.parametrize("n", [300, 20_000])
 @pytest.mark.parametrize("compute_dtype", [F32, BF16, torch.float16])
 def test_launches_depend_on_shapes_alone(n, compute_dtype):
     """Records every option that adds launches; a CUDA graph replays them for other numbers."""

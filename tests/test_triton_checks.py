@@ -137,7 +137,7 @@ def test_new_sizes_and_margins_compile_nothing():
     config = TABLE["sm_90"]["half"][0]
     for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
         kernels = set()
-        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4095, 1)):
+        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
             with gate.aot.recorded_launches("sm_90") as launches:
                 gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
                 gate.run_step(BF16, rule="adamw", n=n, c=c, config=config)

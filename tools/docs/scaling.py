@@ -147,7 +147,7 @@ that small runs on several processes allocate and hand to collectives, and compa
 
 Classes are split over W GPUs, each of which brings n rows: N = n W rows meet C / W classes on every
 GPU. Below, n = 128, D = 512, x and the arithmetic are bf16, weights, their gradient and SGD's
-momentum are fp32. Nothing here has been timed on a GPU.
+momentum are fp32. Nothing here has been timed on several GPUs; [one](gpu.md) has been.
 
 **Memory of each GPU.** With an optimizer of `torch.optim` weights, gradient and momentum last: 12 C
 D / W bytes (AdamW: 16). A step takes 8 bytes more for each class. The rest does not depend on the

@@ -18,9 +18,9 @@ from .operands import Operands, ceil_div
 from .row_kernels import target_kernel
 from .sources import GradientSource, Incoming, SavedGradient, TileGradient
 
-# rows of a batch whose labels every program reads, to find those of its class; to sort them first
-# takes more launches
-MOST_SCANNED = 4096
+# rows of a batch whose labels every program reads, to find those of its class. On an H200 that took
+# 122 us for 8192 rows, and 155 with a sort of the labels before, but it grows with the square
+MOST_SCANNED = 16384
 # groups of rows whose labels are read together
 LABEL_GROUPS = 64
 

@@ -29,8 +29,9 @@ MOST_CLASSES = 2**31 - 1024
 CHUNK_BYTES = 512 << 20
 # every tile of classes divides it
 _CLASSES_PADDING = 256
-# numbers of an operand that a program of four warps, and each of more warps, has in registers
-_HELD = 2048
+# numbers of an operand that a program of four warps, and each of more warps, has in registers. On
+# an H200 norms alone took 4.1 TB/s with 4096 and 3.4 with 2048; the other kernels 4.2 with both
+_HELD = 4096
 _OF_A_WARP = 512
 # D is this times a whole number, or a divisor of this times one: what makes accesses wide
 _UNIT = 16
