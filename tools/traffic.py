@@ -77,6 +77,8 @@ KERNELS = {
     "finish_rows_kernel": Kernel(PASS, gathers=("w",)),
     "target_kernel": Kernel(PASS),
     "flag_kernel": Kernel(PASS),
+    "held_kernel": Kernel(PASS),
+    "loss_kernel": Kernel(PASS),
     "saved_rows_kernel": Kernel(PASS),
 }
 RAW_GRADIENT = "gradient"  # the operand of project_kernel and update_kernel

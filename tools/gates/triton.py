@@ -25,7 +25,9 @@ from marginkernels.backends.triton import configs
 from marginkernels.backends.triton.backward import head_bwd
 from marginkernels.backends.triton.configs import Config
 from marginkernels.backends.triton.forward import head_fwd
+from marginkernels.backends.triton.loss import head_held, head_loss
 from marginkernels.backends.triton.step import head_step
+from marginkernels.rotation import Rotation
 from marginkernels.rules import NUMBERS, RULES
 from marginkernels.transforms import TRANSFORMS
 
@@ -122,7 +124,7 @@ def cases(everything: bool) -> list[Case]:
             if (kernels := served(variant, config))
         ] + updates
     return [
-        Case(target, "half", config, "plain", (kernel, *WIDE_KERNELS))
+        Case(target, "half", config, "plain", (kernel, *WIDE_KERNELS, "loss_kernel"))
         for (target, kernel), config in chosen.items()
     ] + updates
 
@@ -170,10 +172,15 @@ def run_launchers(
         row_parameter=torch.zeros(n) if definition.per_row else None,
         constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip
-    lse, _, _, _, _, x_inv, w_inv, tiles, _ = head_fwd(
+    lse, _, _, _, logit_max, x_inv, w_inv, tiles, _ = head_fwd(
         x, w, y, scale, b, save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **shared
     )
     g = torch.zeros(n)
+    head_held(y, first=0, count=c, ignore_index=-100)
+    head_loss(
+        lse, g, g, y, scale, g if extras else None, logit_max, ignore_index=-100,
+        reduction="mean", rotation=Rotation(), need_scale=extras,
+    )  # fmt: skip
     head_bwd(
         x, w, y, scale, b, None, lse, x_inv, w_inv, tiles, g, g,
         g if extras else None, g if want_sum else None,

@@ -22,6 +22,7 @@ from marginkernels import ArcFace, MarginSoftmaxHead, backends, margin_cross_ent
 from marginkernels.backends.triton import configs, vendor_gemm
 from marginkernels.backends.triton.backward import head_bwd
 from marginkernels.backends.triton.forward import head_fwd
+from marginkernels.backends.triton.loss import head_held, head_loss
 from marginkernels.backends.triton.step import head_step
 
 from .. import traffic
@@ -34,9 +35,12 @@ BODIES: dict[str, Callable] = {
     "head_fwd_triton": head_fwd,
     "head_bwd_triton": head_bwd,
     "head_step_triton": head_step,
+    "head_held_triton": head_held,
+    "head_loss_triton": head_loss,
     "head_step": step._head_step,
     "open_update": step._open,
 }
+SWEEPS = ("head_fwd_triton", "head_bwd_triton", "head_step_triton")
 # parts that the vendor's library splits the sum over classes into, about
 SPLITS = 4
 # they launch nothing
@@ -82,7 +86,7 @@ class Step(NamedTuple):
     """Holds all launches of a step, equal ones once with their number."""
 
     launches: Counter[Launch]
-    around: Counter[Launch]  # those of them that no op of a backend makes
+    around: Counter[Launch]  # those of them that no sweep makes
 
 
 class Recorder(TorchDispatchMode):
@@ -93,17 +97,17 @@ class Recorder(TorchDispatchMode):
         self.shape, self.gpu = shape, gpu
         self.launches: Counter[Launch] = Counter()
         self.around: Counter[Launch] = Counter()
-        self.depth = 0  # of ops of a backend
+        self.depth = 0  # of sweeps
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         if name in BODIES:
-            self.depth += name.endswith("_triton")
+            self.depth += name in SWEEPS
             with self:
                 result = BODIES[name](*args, **kwargs)
-            self.depth -= name.endswith("_triton")
+            self.depth -= name in SWEEPS
             return result
         if name == "_fused_sgd_":
             weights, gradients, momenta = args[:3]
