@@ -91,9 +91,9 @@ class RotatedLoss(torch.autograd.Function):
     def backward(
         ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: None
     ) -> tuple[Tensor | None, ...]:
-        slopes = saved[0] * grad
-        by_scale = slopes[2].sum() if ctx.needs_input_grad[2] else None
-        return slopes[0], slopes[1], by_scale, *[None] * 6
+        by_lse, by_cosine, *of_rows = (saved[0] * grad).unbind()
+        by_scale = of_rows[0].sum() if of_rows else None
+        return by_lse, by_cosine, by_scale, *[None] * 6
 
 
 def _has_hooks(margin: MarginHooks) -> bool:

@@ -202,7 +202,7 @@ def test_a_margin_that_is_more_than_its_base_is_no_rotation():
 class Launches(TorchDispatchMode):
     """Lists the ops on numbers that a GPU would launch kernels for."""
 
-    VIEWS = ("detach", "select", "expand", "view", "empty", "scalar_tensor", "as_strided")
+    VIEWS = ("detach", "unbind", "expand", "view", "empty", "scalar_tensor", "as_strided")
 
     def __init__(self) -> None:
         super().__init__()
