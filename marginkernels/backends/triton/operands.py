@@ -22,8 +22,8 @@ from .configs import Config
 from .row_kernels import flag_kernel, prepare_rows_kernel, project_kernel
 from .transforms import Transform
 
-# a class is an int32 in the kernels, up to the end of the last tile; offsets have 64 bits
-MOST_CLASSES = 2**31 - 1024
+# a class is an int32 in the kernels, up to the end of 128 tiles; offsets have 64 bits
+MOST_CLASSES = 2**31 - 2**15
 # what a chunk of classes takes at most, of G, of w where it is rounded, and of dw where it is not
 # fp32: enough for GEMMs to run well, and for launches to be few
 CHUNK_BYTES = 512 << 20
