@@ -90,8 +90,10 @@ class TileGradient(GradientSource):
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
         """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
         operands = self.operands
-        tiles = operands.row_tiles * (stop - first)
-        gradient_kernel[(min(tiles, operands.programs),)](
+        programs = operands.row_tiles * (stop - first)
+        if operands.config.flatten:
+            programs = min(programs, operands.programs)
+        gradient_kernel[(programs,)](
             *operands.factors(w_chunk), *self.arguments,
             N=len(operands.x), C=operands.classes, first_tile=first, stop_tile=stop,
             class_tiles=operands.class_tiles, g_tiles=self.chunk_tiles,

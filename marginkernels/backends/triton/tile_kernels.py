@@ -224,6 +224,116 @@ def statistics_kernel(
         tl.store(slot + LOGIT_MAXIMUM * plane, top, mask=row < N)
 
 
+@triton.jit
+def _gradient_tile(
+    index,  # of the tile in this launch, rows fastest
+    x,
+    w,
+    y,
+    x_inv,
+    w_inv,
+    scale,
+    bias,
+    row_parameter,
+    constants,
+    flags,
+    lse,
+    grad_lse,
+    grad_sum,
+    g_scale,
+    g,
+    dbias,
+    dscale,
+    N,
+    C,
+    D_TILES,
+    first_tile,
+    stop_tile,
+    class_tiles,
+    g_tiles,
+    inverse_limit,
+    TRANSFORM: tl.constexpr,
+    NORMALIZE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Computes one tile of G; the arguments are those of the kernel."""
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    row_tile = index % row_tiles
+    tile = first_tile + index // row_tiles
+    start = tile * BLOCK_C
+    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = start + tl.arange(0, BLOCK_C)
+    v = _dot(
+        x, w, row_tile * BLOCK_N, start - first_tile * BLOCK_C, N, C - first_tile * BLOCK_C,
+        D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
+    )  # fmt: skip
+
+    r = _row_factor(x_inv, scale, row, N)
+    # zero rows would claim all of fp16's range, for a gradient that is 0
+    inverse = tl.load(x_inv + row, mask=row < N, other=1.0)
+    fold = tl.where(inverse < inverse_limit, r, 1.0)
+    if g_scale is not None:
+        fold *= tl.load(g_scale)
+    a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
+    # padding rows repeat the last one: an infinite lse makes their G 0
+    row_lse = tl.load(lse + row, mask=row < N, other=float("inf"))
+    # a row without negatives has lse = -inf, and no G either
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+
+    if NORMALIZE_W:
+        q = tl.load(w_inv + col)
+        v *= q[None, :]
+    rate = r  # the logits are v * rate, without the bias
+    if TRANSFORM is not None:
+        rate = tl.full((BLOCK_N,), tl.load(scale), tl.float32)
+        v *= tl.where(row < N, inverse, 0.0)[:, None]
+    # as early as possible: each tile that lives across the branch takes registers
+    flag = flags + row_tile.to(tl.int64) * class_tiles + tile
+    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    v = _exclude(v, flag, label, start, C, BLOCK_C)
+    if TRANSFORM is not None:
+        parameter = None
+        if row_parameter is not None:
+            parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
+        v, slope = TRANSFORM(v, parameter, constants)
+    if bias is not None:
+        # with the bits that z had in the statistics: its error is an error of exp(z - lse)
+        z = tl.fma(v, r[:, None], tl.load(bias + col)[None, :])
+        p = tl.exp2((z - row_lse[:, None]) * LOG2E)
+    else:
+        # rounding takes several digits from the shift at a scale of 256: they go into a
+        shift = row_lse * LOG2E
+        rest = tl.where(row < N, tl.fma(row_lse, LOG2E, -shift), 0.0)
+        a *= tl.exp2(-rest)
+        p = tl.exp2(v * (rate * LOG2E)[:, None] - shift[:, None])
+    G = p * a[:, None]
+    if grad_sum is not None:
+        u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
+        G = tl.where(v == float("-inf"), 0.0, G + u[:, None])
+
+    unfold = 1 / fold
+    g_col = col - first_tile * BLOCK_C
+    g_stride = (g_tiles * BLOCK_C).to(tl.int64)
+    if dbias is not None:
+        tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
+    if dscale is not None:
+        v = tl.where(v == float("-inf"), 0.0, v)
+        total = tl.sum(tl.sum(G * v, 1) * (rate * unfold), 0)
+        tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total)
+    if TRANSFORM is not None:
+        G *= slope
+    if NORMALIZE_W:
+        G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
+    g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
+    in_g = tl.arange(0, BLOCK_N)[:, None] * (g_tiles * BLOCK_C) + g_col[None, :]
+    tl.store(g_tile + in_g, G.to(g.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "stop_tile", "g_tiles"])
 def gradient_kernel(
     x,  # (N, D_TILES * BLOCK_D)
@@ -264,75 +374,20 @@ def gradient_kernel(
 
     With a transform, its slope is another factor.
     """
-    row_tiles = tl.cdiv(N, BLOCK_N)
-    tiles = row_tiles * (stop_tile - first_tile)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile = index % row_tiles
-        tile = first_tile + index // row_tiles
-        start = tile * BLOCK_C
-        row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        col = start + tl.arange(0, BLOCK_C)
-        v = _dot(
-            x, w, row_tile * BLOCK_N, start - first_tile * BLOCK_C, N, C - first_tile * BLOCK_C,
-            D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
+    if FLATTEN:
+        tiles = tl.cdiv(N, BLOCK_N) * (stop_tile - first_tile)
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _gradient_tile(
+                index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
+                grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, D_TILES, first_tile, stop_tile,
+                class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION, BLOCK_N,
+                BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
+            )  # fmt: skip
+    else:
+        index = tl.program_id(0)  # a loop would take registers
+        _gradient_tile(
+            index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
+            grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, D_TILES, first_tile, stop_tile,
+            class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION, BLOCK_N,
+            BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
         )  # fmt: skip
-
-        r = _row_factor(x_inv, scale, row, N)
-        # zero rows would claim all of fp16's range, for a gradient that is 0
-        inverse = tl.load(x_inv + row, mask=row < N, other=1.0)
-        fold = tl.where(inverse < inverse_limit, r, 1.0)
-        if g_scale is not None:
-            fold *= tl.load(g_scale)
-        a = tl.load(grad_lse + row, mask=row < N, other=0.0) * fold
-        # padding rows repeat the last one: an infinite lse makes their G 0
-        row_lse = tl.load(lse + row, mask=row < N, other=float("inf"))
-        # a row without negatives has lse = -inf, and no G either
-        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-
-        if NORMALIZE_W:
-            q = tl.load(w_inv + col)
-            v *= q[None, :]
-        rate = r  # the logits are v * rate, without the bias
-        if TRANSFORM is not None:
-            rate = tl.full((BLOCK_N,), tl.load(scale), tl.float32)
-            v *= tl.where(row < N, inverse, 0.0)[:, None]
-        # as early as possible: each tile that lives across the branch takes registers
-        flag = flags + row_tile.to(tl.int64) * class_tiles + tile
-        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-        v = _exclude(v, flag, label, start, C, BLOCK_C)
-        if TRANSFORM is not None:
-            parameter = None
-            if row_parameter is not None:
-                parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
-            v, slope = TRANSFORM(v, parameter, constants)
-        if bias is not None:
-            # with the bits that z had in the statistics: its error is an error of exp(z - lse)
-            z = tl.fma(v, r[:, None], tl.load(bias + col)[None, :])
-            p = tl.exp2((z - row_lse[:, None]) * LOG2E)
-        else:
-            # rounding takes several digits from the shift at a scale of 256: they go into a
-            shift = row_lse * LOG2E
-            rest = tl.where(row < N, tl.fma(row_lse, LOG2E, -shift), 0.0)
-            a *= tl.exp2(-rest)
-            p = tl.exp2(v * (rate * LOG2E)[:, None] - shift[:, None])
-        G = p * a[:, None]
-        if grad_sum is not None:
-            u = tl.load(grad_sum + row, mask=row < N, other=0.0) * fold
-            G = tl.where(v == float("-inf"), 0.0, G + u[:, None])
-
-        unfold = 1 / fold
-        g_col = col - first_tile * BLOCK_C
-        g_stride = (g_tiles * BLOCK_C).to(tl.int64)
-        if dbias is not None:
-            tl.store(dbias + row_tile * g_stride + g_col, tl.sum(G * unfold[:, None], 0))
-        if dscale is not None:
-            v = tl.where(v == float("-inf"), 0.0, v)
-            total = tl.sum(tl.sum(G * v, 1) * (rate * unfold), 0)
-            tl.store(dscale + tile.to(tl.int64) * row_tiles + row_tile, total)
-        if TRANSFORM is not None:
-            G *= slope
-        if NORMALIZE_W:
-            G *= tl.where(q < inverse_limit, q, 1.0)[None, :]
-        g_tile = g + (row_tile * BLOCK_N).to(tl.int64) * g_stride
-        in_g = tl.arange(0, BLOCK_N)[:, None] * (g_tiles * BLOCK_C) + g_col[None, :]
-        tl.store(g_tile + in_g, G.to(g.dtype.element_ty))

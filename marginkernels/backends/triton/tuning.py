@@ -90,8 +90,7 @@ def candidates(target: str, kind: str, rows: int, saves_tiles: bool) -> list[Con
     beyond = [Config(*tile) for tile in TILES[kind]]
     tried = configs.TABLE[target][kind] + [tile for tile in beyond if fits(tile, target, kind)]
     if target in DESCRIPTOR_TARGETS:
-        described = [config._replace(descriptors=True) for config in tried]
-        tried += described + [config._replace(flatten=True) for config in described]
+        tried += [config._replace(descriptors=True, flatten=True) for config in tried]
     # what a configuration serves is of no account when it is measured
     unique = dict.fromkeys(config._replace(serves=configs.Load.ANY) for config in tried)
     return [
