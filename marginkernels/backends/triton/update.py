@@ -94,10 +94,8 @@ def random_words(random, class_id, stream, BLOCK_R: tl.constexpr, BLOCK_D: tl.co
 def _stochastically_rounded(values, bits):
     """Rounds fp32 to bfloat16 with 16 random bits; infinities and NaN stay."""
     pattern = values.to(tl.uint32, bitcast=True)
-    not_a_number = (pattern & 0x7FFFFFFF) > 0x7F800000
-    finite = (pattern & 0x7F800000) != 0x7F800000
-    pattern = tl.where(finite, pattern + bits, pattern)
-    pattern = tl.where(not_a_number, pattern | 0x400000, pattern)
+    kept = tl.where(values == values, pattern, pattern | 0x400000)
+    pattern = tl.where(tl.abs(values) < float("inf"), pattern + bits, kept)
     return (pattern >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
