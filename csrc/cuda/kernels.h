@@ -135,9 +135,13 @@ struct StoredRows {
     bool vectors;  // four numbers can be read at once
 };
 
+// Writes 1 / |row| of `rows` (count, width) into `inverse` (padded,) of A.
+void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
+                 double inverse_limit, Type, Stream);
+
 struct RoundCall {
     StoredRows from;
-    void* out;      // (out_rows, width), zeros from d on and in rows from `count` on, or null
+    void* out;      // (out_rows, width), zeros from d on and in rows from `count` on
     void* inverse;  // (inverse_rows,) A: 1 / |row| as rounded, or null
     int64_t count, out_rows, inverse_rows;
     int width;

@@ -150,7 +150,8 @@ void Operands::read_w(const SharedArguments& p) {
 }
 
 void Operands::read_x(const OptionalTensor& inverse) {
-    round(stored(stored_x_, nullptr, "x"), n, x.is_same(stored_x_) ? Tensor() : x, inverse);
+    if (x.is_same(stored_x_)) return write_norms(x, inverse);
+    round(stored(stored_x_, nullptr, "x"), n, x, inverse);
 }
 
 int64_t Operands::chunk_classes(int64_t bytes, int64_t bytes_per_class) const {
@@ -163,35 +164,38 @@ Tensor Operands::readable_classes(int64_t first, int64_t stop, const OptionalTen
     OptionalTensor norms;  // the last chunk has those of padding too
     if (inverse.has_value())
         norms = inverse->narrow(0, first, (stop == c ? inverse->size(0) : stop) - first);
-    StoredRows rows = stored_w();
-    if (rows.index) {
-        rows.index += first;
+    if (w_is_readable_) {
+        const Tensor rows_of_chunk = w_.narrow(0, first, count);
+        write_norms(rows_of_chunk, norms);
+        return rows_of_chunk;
+    }
+    const bool keeps = w_rounded.numel() > 0;
+    // the first chunk is the longest
+    if (!keeps && !w_buffer_.defined()) w_buffer_ = at::empty({count, width}, x.options());
+    const Tensor buffer = keeps ? w_rounded.narrow(0, first, count) : w_buffer_.narrow(0, 0, count);
+    StoredRows from = stored_w();
+    if (from.index) {
+        from.index += first;
     } else {
-        rows.data = static_cast<const char*>(rows.data) + first * rows.stride * w_.element_size();
+        from.data = static_cast<const char*>(from.data) + first * from.stride * w_.element_size();
     }
-    if (!w_is_readable_) {
-        const bool keeps = w_rounded.numel() > 0;
-        // the first chunk is the longest
-        if (!keeps && !w_buffer_.defined()) w_buffer_ = at::empty({count, width}, x.options());
-        const Tensor buffer =
-            keeps ? w_rounded.narrow(0, first, count) : w_buffer_.narrow(0, 0, count);
-        round(rows, count, buffer, norms);
-        return buffer;
-    }
-    round(rows, count, Tensor(), norms);
-    return w_.narrow(0, first, count);
+    round(from, count, buffer, norms);
+    return buffer;
+}
+
+void Operands::write_norms(const Tensor& of_rows, const OptionalTensor& inverse) const {
+    if (!inverse.has_value()) return;
+    launch_norm(of_rows.const_data_ptr(), inverse->mutable_data_ptr(), of_rows.size(0),
+                inverse->size(0), static_cast<int>(width), inverse_limit, type, stream);
 }
 
 void Operands::round(const StoredRows& from, int64_t count, const Tensor& out,
                      const OptionalTensor& inverse) const {
-    if (!out.defined() && !inverse.has_value()) return;
     RoundCall call = {};
     call.from = from;
     call.count = count;
-    if (out.defined()) {
-        call.out = out.mutable_data_ptr();
-        call.out_rows = out.size(0);
-    }
+    call.out = out.mutable_data_ptr();
+    call.out_rows = out.size(0);
     if (inverse.has_value()) {
         call.inverse = inverse->mutable_data_ptr();
         call.inverse_rows = inverse->size(0);

@@ -27,7 +27,7 @@ constexpr int64_t kMiB = 1 << 8;
 constexpr int64_t kMostScannedRows = 32;
 #else
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kMostScannedRows = 2048;
+constexpr int64_t kMostScannedRows = 4096;
 #endif
 
 // The dot products of a chunk of classes in fp32 or fp64, which should still be in L2 when they are
@@ -167,7 +167,9 @@ class Operands {
 
     void read_w(const SharedArguments&);
     Tensor readable_classes(int64_t first, int64_t stop, const OptionalTensor& inverse);
-    // Rounds `count` rows into `out` (., width), and writes their norms, where they are defined.
+    // Writes 1 / |row| of readable rows where `inverse`, which may be longer, is given.
+    void write_norms(const Tensor& rows, const OptionalTensor& inverse) const;
+    // Rounds `count` rows into `out` (., width), and writes their norms too.
     void round(const StoredRows& from, int64_t count, const Tensor& out,
                const OptionalTensor& inverse) const;
 };

@@ -10,9 +10,19 @@
 
 namespace marginkernels::cuda {
 
+void launch_norm(const void* rows, void* inverse, int64_t count, int64_t padded, int width,
+                 double inverse_limit, Type type, Stream stream) {
+    with_type(type, [&](auto value) {
+        using T = decltype(value);
+        using A = statistics_t<T>;
+        launch("norm_kernel", norm_kernel<T>, blocks_of(padded, kRowsPerBlock), kRowThreads, 0,
+               stream, static_cast<const T*>(rows), static_cast<A*>(inverse), count, padded, width,
+               static_cast<A>(inverse_limit));
+    });
+}
+
 void launch_round(const RoundCall& call, Type type, Stream stream) {
-    const int64_t rows =
-        std::max(call.out ? call.out_rows : 0, call.inverse ? call.inverse_rows : 0);
+    const int64_t rows = std::max(call.out_rows, call.inverse ? call.inverse_rows : 0);
     with_type(call.from.type, [&](auto from) {
         with_type(type, [&](auto to) {
             launch("round_kernel", round_kernel<decltype(from), decltype(to)>,

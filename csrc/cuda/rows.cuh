@@ -9,12 +9,35 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "warp.cuh"
 
 namespace marginkernels::cuda {
 
-// Rounds rows to the compute type, and takes 1 / |row| of what it has rounded, at most
-// `inverse_limit`: padding gets that too. All loads of a lane start before its first store.
+// Writes 1 / |row| of rows that need no rounding, at most `inverse_limit`. Padding gets that too. A
+// kernel of its own has so few instructions that memory bounds it.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
+    norm_kernel(const T* rows,             // (count, width)
+                statistics_t<T>* inverse,  // (padded,)
+                int64_t count, int64_t padded, int width, statistics_t<T> inverse_limit) {
+    using A = statistics_t<T>;
+    const int64_t row = row_of_warp();
+    A squares = 0;
+    if (row < count)
+        for (int k = threadIdx.x % kWarp * 4; k < width; k += kWarp * 4) {
+            const auto four = load_four(rows + row * width + k);
+#pragma unroll
+            for (const A v : four.v) squares += v * v;
+        }
+    squares = sum_over_warp(squares);
+    if (threadIdx.x % kWarp == 0 && row < padded)
+        inverse[row] = inverse_norm(squares, inverse_limit);
+}
+
+// Rounds rows to the compute type, and takes 1 / |row| of what it has rounded, as above. All loads
+// of a lane start before its first store.
 template <class From, class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) round_kernel(const RoundCall call) {
     using A = statistics_t<T>;
@@ -22,22 +45,24 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) round_kernel(con
     const int64_t row = row_of_warp();
     const int first = threadIdx.x % kWarp * 4;
     const From* const from = row < call.count ? stored_row<From>(call.from, row) : nullptr;
-    T* const to =
-        call.out && row < call.out_rows ? static_cast<T*>(call.out) + row * call.width : nullptr;
+    T* const to = row < call.out_rows ? static_cast<T*>(call.out) + row * call.width : nullptr;
     A squares = 0;
     for (int start = first; start < call.width; start += kAtOnce * kStep) {
-        Four<statistics_t<From>> loaded[kAtOnce] = {};
+        Four<From> loaded[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
             if (from)
-                loaded[i] =
-                    load_up_to_four(from, start + i * kStep, call.from.d, call.from.vectors);
+                loaded[i] = raw_up_to_four(from, start + i * kStep, call.from.d, call.from.vectors);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             Four<T> rounded;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                ptx::round_to(rounded.v[e], loaded[i].v[e]);
+                if constexpr (std::is_same_v<From, T>) {
+                    rounded.v[e] = loaded[i].v[e];
+                } else {
+                    ptx::round_to(rounded.v[e], ptx::to_float(loaded[i].v[e]));
+                }
                 const A value = ptx::to_float(rounded.v[e]);
                 squares += value * value;
             }

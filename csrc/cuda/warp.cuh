@@ -45,14 +45,24 @@ __device__ __forceinline__ Four<statistics_t<T>> load_four(const T* from) {
 
 // Loads numbers k to k + 3 of a row that has d, with zeros from d on.
 template <class T>
+__device__ __forceinline__ Four<T> raw_up_to_four(const T* row, int k, int d, bool vectors) {
+    Four<T> to = {};
+    if (vectors) {
+        if (k < d) to = *reinterpret_cast<const Four<T>*>(row + k);
+    } else {
+        for (int e = 0; e < 4 && k + e < d; ++e) to.v[e] = row[k + e];
+    }
+    return to;
+}
+
+// Loads them in the type of statistics.
+template <class T>
 __device__ __forceinline__ Four<statistics_t<T>> load_up_to_four(const T* row, int k, int d,
                                                                  bool vectors) {
-    Four<statistics_t<T>> to = {};
-    if (vectors) {
-        if (k < d) to = load_four(row + k);
-    } else {
-        for (int e = 0; e < 4 && k + e < d; ++e) to.v[e] = ptx::to_float(row[k + e]);
-    }
+    const auto raw = raw_up_to_four(row, k, d, vectors);
+    Four<statistics_t<T>> to;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to.v[e] = ptx::to_float(raw.v[e]);
     return to;
 }
 
