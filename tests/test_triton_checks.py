@@ -153,5 +153,5 @@ def test_launches_are_few():
     counts = Counter(launch.kernel for launch in launches)
     assert counts == dict(
         prepare_rows_kernel=2, flag_kernel=2, statistics_kernel=1, finish_rows_kernel=1,
-        target_kernel=1, gradient_kernel=1, project_kernel=2, held_kernel=1, loss_kernel=1, held_kernel=1, loss_kernel=1,
+        target_kernel=1, gradient_kernel=1, project_kernel=2, held_kernel=1, loss_kernel=1,
     )  # fmt: skip
