@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "measured native": lambda: tables.steps("native"),
     "tiles": tables.tiles,
     "gemms": tables.gemms,
+    "predicted first": tables.predicted_first,
     "goals": tables.goals,
     "totals triton": lambda: tables.totals("triton"),
     "totals native": lambda: tables.totals("native"),

@@ -23,8 +23,7 @@ from ..gates.machine_code import Facts
 FILE = Path(__file__).with_name("code.json")
 # waits of a program, read off the source: loads whose addresses were loaded, sums along a row, and
 # turns of a loop over labels
-WAITS = {"project_kernel": 3, "update_kernel": 3, "finish_rows_kernel": 3, "target_kernel": 4}
-LABELS_AT_ONCE = 1024  # of target_kernel
+WAITS = {"project_kernel": 3, "update_kernel": 3, "finish_rows_kernel": 3, "target_kernel": 14}
 BATCHES = (256, 1024)  # rows, which choose the tile
 TILE_SIZES = ("BLOCK_N", "BLOCK_C", "BLOCK_D", "num_warps", "num_stages")
 TILE_KERNELS = ("statistics_kernel", "gradient_kernel")
@@ -39,9 +38,12 @@ class Tile(NamedTuple):
     block_d: int
     warps: int
     stages: int
+    descriptors: bool = False  # copies by TMA
+    flatten: bool = False  # copies for the next tile start before this one's logits are done
 
     def __str__(self) -> str:
-        return f"{self.block_n}x{self.block_c}x{self.block_d} {self.warps}w {self.stages}s"
+        text = f"{self.block_n}x{self.block_c}x{self.block_d} {self.warps}w {self.stages}s"
+        return text + " TMA" * self.descriptors + " flat" * self.flatten
 
 
 class Code(NamedTuple):
@@ -80,20 +82,23 @@ def of_launch(launch: aot.Launch, arch: str) -> Code:
         return _of_tile(code, found, text, launch.arguments)
     rows = launch.arguments.get("BLOCK_R", 1)
     body = len([line for line in text if not re.match(r"NOP|BRA", line)])
-    per_label = 1 / LABELS_AT_ONCE if launch.kernel == "target_kernel" else 0.0
     return code._replace(
         row=body * found.threads / 32 / rows,
         waits=WAITS.get(launch.kernel, 1),
-        waits_per_label=per_label,
     )
 
 
 def _of_tile(code: Code, found: Facts, text: list[str], sizes: dict[str, Any]) -> Code:
     logits = sizes["BLOCK_N"] * sizes["BLOCK_C"] / found.threads  # of a thread
+    exponentials = machine_code.count(text, r"MUFU\S*") / logits
+    epilogue, copies = found.epilogue / logits, 1
+    if sizes.get("FLATTEN"):  # what follows the main loop is a branch in it, and there twice
+        copies = round(exponentials)
+        epilogue = found.loop / logits / copies
     return code._replace(
         loop=round(found.loop / max(found.loop_mma, 1), 2),
-        epilogue=round(found.epilogue / logits, 2),
-        exponentials=round(machine_code.count(text, r"MUFU\S*") / logits, 2),
+        epilogue=round(epilogue, 2),
+        exponentials=round(exponentials / copies, 2),
     )
 
 
@@ -116,7 +121,8 @@ def compile_all(archs: Iterable[str]) -> dict[str, Code]:
 
 def recorded_tile(sizes: dict[str, Any]) -> Tile:
     """Returns the tile of a launch."""
-    return Tile(*(sizes[size] for size in TILE_SIZES))
+    flags = (sizes.get(flag, False) for flag in ("DESCRIPTORS", "FLATTEN"))
+    return Tile(*(sizes[size] for size in TILE_SIZES), *flags)
 
 
 def _launches(arch: str) -> list[aot.Launch]:

@@ -29,7 +29,7 @@ class Gpu(NamedTuple):
     gemm: float  # of tensor, in a large GEMM of the vendor's
     own: float  # of tensor, in the main loop of a tile kernel whose operands are there
     mma_sync: float  # of tensor, in the CUDA C++ kernels, which have mma.sync everywhere
-    l2: float = 38.0  # bytes per clock and multiprocessor that tile kernels get out of L2
+    l2: float = 42.0  # bytes per clock and multiprocessor that tile kernels get out of L2
 
     @property
     def bandwidth(self) -> float:
@@ -57,11 +57,11 @@ GPUS = {
     for gpu in (
         #   name      arch      table     SMs  clock    tensor      memory      L2
         Gpu("H200", "sm_90", "sm_90", 132, 1.83e9, 989 * TERA, 4.80 * TERA, 50 * MEGA,
-            copy=0.88, gemm=0.79, own=0.70, mma_sync=0.36),
+            copy=0.88, gemm=0.79, own=0.74, mma_sync=0.36),
         Gpu("H100", "sm_90", "sm_90", 132, 1.83e9, 989 * TERA, 3.35 * TERA, 50 * MEGA,
-            copy=0.88, gemm=0.79, own=0.70, mma_sync=0.36),
+            copy=0.88, gemm=0.79, own=0.74, mma_sync=0.36),
         Gpu("A100", "sm_80", "sm_80", 108, 1.41e9, 312 * TERA, 2.04 * TERA, 40 * MEGA,
-            copy=0.88, gemm=0.80, own=0.70, mma_sync=0.80),
+            copy=0.88, gemm=0.80, own=0.80, mma_sync=0.80),
         Gpu("RTX 4090", "sm_89", "sm_86", 128, 2.52e9, 165 * TERA, 1.01 * TERA, 72 * MEGA,
             copy=0.92, gemm=0.88, own=0.85, mma_sync=0.85),
         Gpu("B200", "sm_100", "sm_100", 148, 1.85e9, 2250 * TERA, 8.00 * TERA, 126 * MEGA,

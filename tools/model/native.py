@@ -75,7 +75,12 @@ def chunks(c: int, most_bytes: int, class_bytes: int) -> Iterator[int]:
 def listed(shape: Shape, weights: torch.dtype, gpu: Gpu, optimizer: str = "") -> Step:
     """Returns the launches of a step, as recording.record does for Triton."""
     work = Work(shape, weights, gpu, optimizer == "fused")
-    found = record(shape, weights, gpu, optimizer).around.copy()
+    around = record(shape, weights, gpu, optimizer).around
+    # the kernels on N numbers, which both backends have
+    found = Counter({
+        launch._replace(host="cpp" if launch.host == "triton" else launch.host): calls
+        for launch, calls in around.items()
+    })  # fmt: skip
     found.update(_forward(work))
     found.update(_backward(work))
     return Step(found, Counter())

@@ -146,7 +146,10 @@ class Recorder(TorchDispatchMode):
         name = kernel.__name__
         matrices = (arg.base if isinstance(arg, TensorDescriptor) else arg for arg in args)
         operands = dict(zip(kernel.arg_names, matrices, strict=False)) | kw
-        asked = traffic.KERNELS[name]
+        asked = traffic.KERNELS.get(name, traffic.Kernel(traffic.PASS))
+        of_classes = {k for k, operand in operands.items() if self.rows_of_classes(operand)}
+        if name not in traffic.KERNELS and of_classes:
+            raise RuntimeError(f"{name}: expected its {of_classes} in traffic.KERNELS")
         read = sum(self.rows_of_classes(operands.get(k)) for k in asked.reads)
         written = sum(self.rows_of_classes(operands.get(k)) for k in asked.writes)
         if operands.get("taken") is not None:  # rows of an index
@@ -167,9 +170,10 @@ class Recorder(TorchDispatchMode):
         tile = recorded_tile(operands)
         row_tiles = -(-operands["N"] // tile.block_n)
         w, g = operands["w"], operands.get("g")
-        tiles = row_tiles * -(-len(w) // tile.block_c)
-        flops = 2 * tiles * tile.block_n * tile.block_c * w.shape[1]
-        g_bytes = 0 if g is None else operands["N"] * len(w) * g.itemsize
+        count, d = w.shape
+        tiles = row_tiles * -(-count // tile.block_c)
+        flops = 2 * tiles * tile.block_n * tile.block_c * d
+        g_bytes = 0 if g is None else operands["N"] * count * g.itemsize
         return launch._replace(
             kind=TILE, written=launch.written + g_bytes, flops=flops, tile=tile, tiles=tiles
         )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import traffic
 from . import code, native, timing
 from .code import Code
 from .gpus import GAP, GPUS, HOST, Gpu
@@ -96,8 +97,8 @@ def counts(launch: Launch, gpu: Gpu, codes: dict[str, Code]) -> Code | None:
     """Returns the instruction counts of a launch's kernel, or None where it has no such kernel."""
     if launch.host == "cpp":
         return native.CODE.get(launch.name)
-    if launch.host != "triton":
-        return None
+    if launch.host != "triton" or launch.name not in traffic.KERNELS:
+        return None  # an operation of PyTorch, or a kernel on N numbers
     place = code.key(gpu.arch, launch.name, launch.tile or "")
     if place not in codes:
         raise RuntimeError(f"{place}: its counts are missing: run python -m tools.model --compile")

@@ -12,7 +12,7 @@ import torch
 
 from ..gates.machine_code import markdown_table
 from . import before, peers, timing
-from .code import Tile, key
+from .code import TILE_KERNELS, Tile, key
 from .gpus import GAP, GPUS, HOST
 from .recording import GEMM, TILE, Launch
 from .step import Prediction, of_step, predict_step
@@ -122,25 +122,29 @@ def tiles() -> list[str]:
         n, c, d = run["shape"]
         tile = Tile(*run["tile"])
         cells = []
-        for name in timing.TILE_KERNELS:
-            code = before.codes()[key(gpu.arch, name, tile)]
-            # statistics took all classes at once, the gradient chunks of 64 MiB of G
-            chunk = c if name == timing.TILE_KERNELS[0] else (64 << 20) // (2 * n)
+        for name in TILE_KERNELS:
+            # descriptors change nothing after the main loop
+            plain = tile._replace(descriptors=False, flatten=False)
+            code = before.codes()[key(gpu.arch, name, plain)]
+            # statistics took all classes at once, the gradient without descriptors 64 MiB of G
+            whole = name == TILE_KERNELS[0] or tile.descriptors
+            chunk = c if whole else (64 << 20) // (2 * n)
             launch = _tile_launch(name, (n, chunk, d), tile, run["programs"])
             ms = 1e3 * c / chunk * timing.seconds(launch, gpu, code)
             cells.append(_pair(run[name.removesuffix("_kernel")], ms))
-        lines.append(f"{n} | {tile} | {run['programs']} | " + " | ".join(cells))
-    return markdown_table("N | tile | programs | statistics | gradient", lines)
+        lines.append(f"{n}, {c} | {tile} | {run['programs']} | " + " | ".join(cells))
+    return markdown_table("N, C | tile | programs | statistics | gradient", lines)
 
 
 def _tile_launch(name: str, shape: tuple[int, int, int], tile: Tile, programs: int) -> Launch:
     n, c, d = shape
     count = -(-n // tile.block_n) * -(-c // tile.block_c)
     flops = 2 * count * tile.block_n * tile.block_c * d
-    is_gradient = name != timing.TILE_KERNELS[0]
+    is_gradient = name != TILE_KERNELS[0]
+    persistent = tile.flatten or not is_gradient
     return Launch(
         name, TILE, 2 * c * d, 2 * n * c if is_gradient else 0, 0, flops, 0, tile, count,
-        count if is_gradient else GPUS["H200"].multiprocessors * programs,
+        GPUS["H200"].multiprocessors * programs if persistent else count,
     )  # fmt: skip
 
 
@@ -158,6 +162,16 @@ def gemms() -> list[str]:
             cells.append(_pair(run[name], 1e3 * timing.seconds(launch, gpu, None)))
         lines.append(f"{n}, {c} | " + " | ".join(cells))
     return markdown_table("N, C | logits | dx | dw in fp32 | dw in bf16", lines)
+
+
+def predicted_first() -> list[str]:
+    """Returns what the model said of changed launches before they were measured."""
+    lines = [
+        f"{run['backend']} | {named(run['shape'])}, {WEIGHTS[run['weights']]} | {run['modelled']} "
+        f"| {run['measured']} | {run['modelled'] / run['measured']:.2f}"
+        for run in measured()["predicted_first"]
+    ]
+    return markdown_table("backend | N, C, weights | modelled | measured | ratio", lines)
 
 
 def totals(backend: str) -> list[str]:

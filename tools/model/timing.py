@@ -11,16 +11,18 @@ Each estimate is a sum of what does not overlap over a maximum of what does:
                  as the memory takes to read w once
 """
 
-from .code import TILE_KERNELS, Code
+from .code import Code
 from .gpus import Gpu
 from .recording import GEMM, TILE, Launch
 
 # seconds
 RAMP = 1.2e-6  # of a kernel: to start its programs and to wait for the last
 GEMM_RAMP = 4e-6
-FILL = 0.9e-6  # from a tile's first copy to its first matrix instruction, and the wait for the last
+FILL = 1.0e-6  # from a tile's first copy to its first matrix instruction, and the wait for the last
+UNHIDDEN = 0.2  # of what two programs do beside their main loops: the rest is under the other's
+FLAT_WRITE = 0.6  # of G's way to memory, where copies for the next tile go on meanwhile
 # of what a GEMM writes to memory: the rest goes on under the next tile
-GEMM_WRITE = 0.8
+GEMM_WRITE = 0.7
 LANES = 32
 # of a copy's bandwidth, where five arrays are walked at once
 STREAMING = {"SGD": 0.86, "update_kernel": 0.86}
@@ -62,24 +64,25 @@ def gemm(launch: Launch, gpu: Gpu) -> float:
 
 def tile_kernel(launch: Launch, gpu: Gpu, code: Code) -> float:
     """Returns the time of statistics_kernel or gradient_kernel."""
-    tile, persistent = launch.tile, launch.name == TILE_KERNELS[0]
+    tile = launch.tile
     if tile is None:
         raise ValueError(f"tile: expected one in a launch of {launch.name}, got None")
-    most = min(code.programs, -(-launch.programs // gpu.multiprocessors))
+    together = min(code.programs, -(-launch.programs // gpu.multiprocessors))
     logits = tile.block_n * tile.block_c
     d = launch.flops / (2 * launch.tiles * logits)
-    # of one tile, as if a multiprocessor had it alone
     share = gpu.mma_sync if launch.host == "cpp" else gpu.own
+    # of one tile, as if a multiprocessor had it alone
     tensor = gpu.multiprocessors * 2 * logits * d / (gpu.tensor * share)
     copies = gpu.multiprocessors * (tile.block_n + tile.block_c) * d * 2 / gpu.l2_bandwidth
     written = gpu.multiprocessors * launch.written / launch.tiles / gpu.bandwidth
     exponentials = gpu.multiprocessors * logits * code.exponentials / gpu.exponentials
-    epilogue = gpu.multiprocessors * logits * code.epilogue / LANES / gpu.issue
-    alone = FILL + max(exponentials, epilogue) if most == 1 else 0.0
-    if not persistent and most == 1:
-        alone += FILL  # the next program starts when the last has ended
-    each = max(tensor, copies, epilogue) + alone + written
+    instructions = gpu.multiprocessors * logits * code.epilogue / LANES / gpu.issue
+    after = max(exponentials, instructions)
+    # without a tile before, nothing has been copied ahead
+    before = FILL * ((not tile.flatten) + (launch.programs >= launch.tiles))
+    beside = before + after if together == 1 else UNHIDDEN * (before + after)
+    each = max(tensor, copies) + beside + written * (FLAT_WRITE if tile.flatten else 1)
     # tiles that the busiest multiprocessor has
-    waves = -(-launch.programs // (most * gpu.multiprocessors))
-    turns = waves * most * -(-launch.tiles // launch.programs)
+    waves = -(-launch.programs // (together * gpu.multiprocessors))
+    turns = waves * together * -(-launch.tiles // launch.programs)
     return max(turns * each, launch.read / gpu.bandwidth) + RAMP
