@@ -88,7 +88,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             # Statistics with saved tiles, N = 1024: 397 with 64 rows, 322 with 128 and 8 warps
             Config(128, 128, 64, 4, 3, 2, _FOUR_WARPS, descriptors=True),
             Config(128, 128, 64, 8, 3, 1, Load.GRADIENT_EXTRAS, descriptors=True),
-            Config(128, 128, 64, 8, 3, 1, Load.GRADIENT_TRANSFORM),
+            Config(128, 64, 64, 8, 3, 1, Load.GRADIENT_TRANSFORM, descriptors=True),
             Config(64, 128, 64, 4, 3, 2, _SMALL, descriptors=True, flatten=True),
             Config(64, 128, 64, 4, 3, 2, Load.EXTRAS | Load.TRANSFORM),
         ],
