@@ -75,7 +75,7 @@ __device__ __forceinline__ const T* stored_row(const StoredRows& rows, int64_t r
 template <class T>
 __device__ __forceinline__ Four<statistics_t<T>> load_rounded(const StoredRows& rows, int64_t row,
                                                               int k) {
-    Four<statistics_t<T>> to;
+    Four<statistics_t<T>> to = {};
     const auto load = [&](auto stored) {
         const auto from = stored_row<decltype(stored)>(rows, row);
         const auto four = load_up_to_four(from, k, rows.d, rows.vectors);
