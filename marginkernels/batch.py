@@ -28,6 +28,7 @@ class Batch:
 
     def __init__(self, exchange: Exchange, call: Call, noise: Tensor | None):
         self._exchange, self._call = exchange, call
+        self._has_gradients = torch.is_grad_enabled()
         ignored = call.settings.ignore_index
         self.x = exchange.features(call.x, sent_as=call.x_dtype)
         self.label = exchange.rows(call.label, fill=ignored)
@@ -61,8 +62,10 @@ class Batch:
         """Returns |x_i| of the rows as rounded, (N,); the gradient goes to this rank's rows."""
         if self._x_norm is None:
             dtype = self._call.compute_dtype
-            own = row_norm(self._call.x, dtype)
-            self._x_norm = self._exchange.of_own_rows(own, row_norm, self.x, dtype)
+            # `negatives`, which may ask first, runs without gradients
+            with torch.set_grad_enabled(self._has_gradients):
+                own = row_norm(self._call.x, dtype)
+                self._x_norm = self._exchange.of_own_rows(own, row_norm, self.x, dtype)
         return self._x_norm
 
     def rows(self, w_norm: Tensor | None = None) -> Rows:

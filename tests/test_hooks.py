@@ -73,6 +73,14 @@ def test_a_module_of_the_users_own_has_the_hooks_that_it_defines():
     assert all(map(torch.equal, losses(InterClassFilter(Bare(), 1.0)), plain))
 
 
+def test_a_norm_that_negatives_has_seen_has_its_gradient():
+    class Blind(Own):
+        def negatives(self, c, rows):
+            return Transform("interclass_filter", None, torch.full((1,), 0.2, dtype=torch.float64))
+
+    torch.testing.assert_close(losses(Own()), losses(Blind()))
+
+
 def test_the_check_of_a_margin_is_asked():
     with pytest.raises(ValueError, match=f"margin: expected {C} classes, got 5"):
         MarginSoftmaxHead(8, 5, margin=Own(), scale=16.0)
