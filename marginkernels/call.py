@@ -7,6 +7,7 @@ import numbers
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import arguments, backends, numerics, ops, validation
@@ -89,9 +90,7 @@ def check(
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
-    # a constant for torch.compile, where sizes may not be
-    work = math.inf if torch.compiler.is_compiling() else x.shape[0] * w.numel()
-    backend = backends.select(settings.backend, x.device, compute_dtype, work)
+    backend = backends.select(settings.backend, x.device, compute_dtype, _work(x, w, shard))
     if update is not None and not backends.get(backend).updates:
         raise RuntimeError(
             f"backend: expected one that serves marginkernels.optim, got {backend!r}, which has no "
@@ -166,6 +165,14 @@ def resolve_compute_dtype(x: Tensor, w: Tensor, asked: torch.dtype | None) -> to
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _work(x: Tensor, w: Tensor, shard: ClassShard | None) -> float:
+    """Returns N C D of this rank's sweep, as if all ranks gave as many rows."""
+    if torch.compiler.is_compiling():
+        return math.inf  # a constant, where sizes may be none
+    ranks = 1 if shard is None else dist.get_world_size(shard.group)
+    return ranks * x.shape[0] * w.numel()
 
 
 def _tile_obstacles(

@@ -6,17 +6,26 @@ import importlib.metadata
 import math
 import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from marginkernels import ArcFace, backend_notes, backend_report, backends
+from marginkernels import (
+    ArcFace,
+    backend_notes,
+    backend_report,
+    backends,
+    margin_cross_entropy,
+)
 from marginkernels.backends import triton
 from marginkernels.backends.native import NativeBackend
 from marginkernels.backends.reference import ReferenceBackend
 from marginkernels.backends.triton import TritonBackend, vendor_gemm
+from tests.support import workers
 from tests.support.backends import StandIn
 from tests.support.problems import random_problem
+from tests.support.sharding import my_shard
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -227,3 +236,22 @@ def test_settings_that_forbid_fp32_products_are_off_during_one(monkeypatch):
         assert seen == [(False, False)] and tuned[-1] and matmul.allow_fp16_accumulation
     finally:
         matmul.allow_fp16_accumulation = False
+
+
+def works_of_a_sharded_call(rows):
+    asked = []
+
+    def select(backend, device, compute_dtype, work):
+        asked.append(work)
+        return "reference"
+
+    with mock.patch.object(backends, "select", select):
+        margin_cross_entropy(
+            torch.ones(rows, 4), torch.ones(5, 4), torch.zeros(rows, dtype=torch.int64),
+            margin=ArcFace(), scale=8.0, shard=my_shard(10),
+        )  # fmt: skip
+    return asked
+
+
+def test_auto_is_asked_for_the_rows_of_all_ranks():
+    assert workers.run(2, works_of_a_sharded_call, 3) == [[2 * 3 * 5 * 4]] * 2
