@@ -101,7 +101,7 @@ struct LossCall {
         const A s = *scale;
         const RowLoss<A> row =
             mk::row_loss(lse[i], cosine[i], s, found, y[i] != ignore_index, rotation);
-        const A weighted = row.loss * weight(i), factor = weight(i) * share;
+        const A weighted = row.loss * weight(i), factor = found ? weight(i) * share : A(0);
         slopes[i] = row.by_lse * factor;
         slopes[n + i] = row.by_cosine * factor;
         if (need_scale) slopes[2 * n + i] = row.by_scale * factor;

@@ -16,6 +16,7 @@ from .batch import Batch
 from .call import Call
 from .loss import HeadStats
 from .margins import MarginHooks
+from .margins.base import DECIDE_T
 from .results import SweepResult
 from .rotation import Rotation
 
@@ -91,7 +92,11 @@ class RotatedLoss(torch.autograd.Function):
     def backward(
         ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: None
     ) -> tuple[Tensor | None, ...]:
-        by_lse, by_cosine, *of_rows = (saved[0] * grad).unbind()
+        (slopes,) = saved
+        if grad.ndim == 1:
+            # a row of no account is one even if the root, or the logarithm, of its 0 is taken
+            grad = torch.where(slopes[0] == 0, 0, grad)
+        by_lse, by_cosine, *of_rows = (slopes * grad).unbind()
         by_scale = of_rows[0].sum() if of_rows else None
         return by_lse, by_cosine, by_scale, *[None] * 6
 
@@ -103,5 +108,5 @@ def _has_hooks(margin: MarginHooks) -> bool:
         or margin._forward_pre_hooks
         or margin._backward_hooks
         or margin._backward_pre_hooks
-        or vars(margin).keys() & {"forward", "target"}
+        or vars(margin).keys() & DECIDE_T
     )

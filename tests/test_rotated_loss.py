@@ -30,7 +30,7 @@ from marginkernels import (
 from marginkernels.batch import held
 from marginkernels.margins.target import BRANCHES
 from marginkernels.results import SweepResult
-from marginkernels.rotation import rotated
+from marginkernels.rotation import Rotation, rotated
 from marginkernels.settings import Settings
 from marginkernels.testing import assert_within_budget
 from tests.emulation import host, simulate
@@ -177,6 +177,21 @@ def test_labels_become_places_among_the_classes_held(name, poisoned):
     assert held(y[:5], 10, 10, 12).tolist() == [-1, 0, 9, -1, -1]
 
 
+@needs_triton
+@pytest.mark.parametrize("name", ["native", host.NAME, "triton"])
+def test_a_row_without_a_class_has_no_derivatives_whatever_its_weight(name, poisoned):
+    swept = Swept(40, foreign=True)
+    foreign = swept.label == C
+    weight = torch.where(foreign, torch.nan, 1.0)
+    runs = {"triton": partial(simulated, "ttsem"), host.NAME: host.executed}
+    with runs.get(name, contextlib.nullcontext)():
+        if why_not := backends.reasons(name, "cpu"):
+            pytest.skip("; ".join(why_not))
+        loss_of_rows, *slopes, _, _, _ = by_op(name, swept, MARGINS["hard"], "none", weight)
+    assert loss_of_rows[foreign].isnan().all()
+    assert all(slope.isfinite().all() and not slope[foreign].any() for slope in slopes)
+
+
 @pytest.mark.parametrize("name", MARGINS)
 def test_a_rotation_is_the_margin(name):
     c = torch.cat([torch.linspace(-1, 1, 1001, dtype=F64), torch.tensor([-1 - 1e-7, 1 + 1e-7])])
@@ -195,8 +210,47 @@ def test_a_margin_that_is_more_than_its_base_is_no_rotation():
     class Renamed(ArcFace):
         pass
 
-    assert Halved().rotation() is None and Renamed().rotation() == ArcFace().rotation()
+    class Halving:
+        target = Halved.target
+
+    class Mixed(Halving, Renamed):
+        pass
+
+    class Declared(Mixed):
+        def rotation(self):
+            return Rotation(less=0.1)
+
+    assert Halved().rotation() is Mixed().rotation() is None
+    assert Renamed().rotation() == ArcFace().rotation()
+    assert Declared().rotation() == Rotation(less=0.1)
     assert ArcFace(torch.tensor(0.5)).rotation() is None and SphereFace().rotation() is None
+
+
+@pytest.mark.parametrize("name", ["forward", "target", "of_rows", "with_gradient", "regularizer"])
+def test_a_method_put_in_an_object_is_called(name):
+    x, w, y, called = torch.randn(8, 16), torch.randn(50, 16), torch.arange(8), []
+    margin = ArcFace()
+
+    def method(*args):
+        called.append(name)
+        return getattr(type(margin), name)(margin, *args)
+
+    setattr(margin, name, method)
+    margin_cross_entropy(x, w, y, margin=margin, scale=64.0)
+    assert called == [name]
+
+
+@pytest.mark.parametrize("function", [torch.sqrt, torch.log])
+def test_a_row_that_is_ignored_gives_no_gradient_through_any_function(function):
+    x, w = torch.randn(8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    y = torch.arange(8)
+    gradients = []
+    for rows in (slice(0, 8), slice(1, 8)):
+        loss_of_rows = margin_cross_entropy(
+            x[rows], w, y[rows], margin=ArcFace(), scale=8.0, reduction="none", ignore_index=0
+        )
+        gradients.append(torch.autograd.grad(function(loss_of_rows).sum(), (x, w)))
+    torch.testing.assert_close(*gradients)
 
 
 class Launches(TorchDispatchMode):

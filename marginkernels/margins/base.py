@@ -60,7 +60,9 @@ class Rows:
 
 
 # methods of margins that ``rotation`` speaks for
-_DECIDES_T = frozenset(("__call__", "forward", "with_gradient", "of_rows", "target", "regularizer"))
+DECIDE_T = frozenset(
+    ("__call__", "forward", "with_gradient", "of_rows", "target", "regularizer", "draw")
+)
 
 
 class Bounded(NamedTuple):
@@ -89,8 +91,9 @@ class MarginHooks:
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         cls.transforms_negatives = cls.negatives is not MarginHooks.negatives
-        if "rotation" not in vars(cls) and vars(cls).keys() & _DECIDES_T:
-            # what the base declares is no longer its t
+        # the first of all bases, because a mixin may override too
+        decides = next(b for b in cls.__mro__ if vars(b).keys() & (DECIDE_T | {"rotation"}))
+        if "rotation" not in vars(decides):  # what another base declares is no longer its t
             cls.rotation = MarginHooks.rotation  # type: ignore[method-assign]
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
