@@ -81,7 +81,8 @@ def module(title: str, name: str, *arguments: str, quiet: bool = False) -> Comma
 def pytest(title: str, *arguments: str) -> Command:
     """Returns the command that runs tests, in processes where pytest-xdist is there."""
     workers = ["-n", str(os.cpu_count() or 1)] if importlib.util.find_spec("xdist") else []
-    quiet = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    quiet = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    quiet += ["-p", "benchmarks.gpu_failures"]
     return module(title, "pytest", *workers, *quiet, *arguments)
 
 

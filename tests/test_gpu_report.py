@@ -3,11 +3,12 @@
 """Tests the runner of ``python -m benchmarks.gpu`` with parts made up."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts
 from benchmarks.gpu_parts import Command, Part
 
 WORKS = "print('a line'); print('@row', '{\"ms\": 2.5}')"
@@ -52,6 +53,15 @@ def test_what_fails_is_told_and_the_rest_goes_on(parts, monkeypatch, tmp_path):
     assert "does not start" in fates["absent"] and fates["last"] == "ok"
     text = (tmp_path / "r.txt").read_text()
     assert "first: a line" in text and "hangs: on" in text and "@row" not in text
+
+
+def test_a_failing_test_is_named_before_the_summary(tmp_path):
+    tests = tmp_path / "test_it.py"
+    tests.write_text("def test_bad():\n    raise ValueError('why')\ndef test_good(): pass\n")
+    command = [*gpu_parts.pytest("it", str(tests)).arguments, "--rootdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    before = done.stdout.partition("= FAILURES =")[0]
+    assert "test_it.py::test_bad: ValueError: why" in before, done.stdout + done.stderr
 
 
 def test_parts_that_are_done_are_left_out(parts, monkeypatch, tmp_path):

@@ -21,15 +21,15 @@ from .base import Backend
 _registered: dict[str, Backend] = {}
 # Up to this N C D, by compute capability, backend="auto" takes native where it would take triton.
 # Both have mma.sync on 8.x and 12.0, where native's machine code needs fewer registers and
-# instructions per tile, and a launch costs the host half as much; nothing was timed there. Triton
-# has wgmma and tcgen05, native has not. Measured on one H200 (9.0), D = 512, fp32 weights, a step
-# in ms, native and triton: (256, 10^5) 4.2 and 8.6, (256, 10^6) 9.8 and 36, (1024, 10^6) 14 and 30,
-# where the host decides; as CUDA graphs 0.93 and 0.96, 6.7 and 7.1, 13.2 and 12.6.
+# instructions per tile, and a launch costs the host less; nothing was timed there. Triton has wgmma
+# and tcgen05, native has not. Measured on one H200 (9.0), D = 512, forward and backward in ms,
+# native and triton: with fp32 weights (256, 10^5) 0.95 and 2.6, where the host decides, (256, 10^6)
+# 5.5 and 4.8, (1024, 10^6) 12.7 and 10.3; with bf16 weights 1.3 and 3.2, 4.2 and 5.2, 11.4 and 8.9.
 NATIVE_UP_TO = {
     (8, 0): math.inf,
     (8, 6): math.inf,
     (8, 9): math.inf,
-    (9, 0): 256 * 1e6 * 512,
+    (9, 0): 1e11,
     (12, 0): math.inf,
 }
 # what select() found before, by N C D up to which it holds: neither a driver nor a table of
