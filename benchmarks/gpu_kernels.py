@@ -62,7 +62,7 @@ def profiled(call: Callable[[], object]) -> dict[str, Kernel]:
 
 
 def short(name: str) -> str:
-    """Returns the name of a kernel of ours, or what kind another is."""
+    """Returns the name of a kernel of this library, or what kind another is."""
     if re.search(r"nvjet|gemm|cutlass|splitK|xmma", name):
         return PRODUCT
     own = re.search(r"(?:marginkernels::cuda::|^)(\w+_kernel)\b", name)

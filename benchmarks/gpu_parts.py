@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Lists the parts of a session on a GPU: which processes, in which order, and their shares."""
+"""Lists the parts of the report: which processes, in which order, and their shares of the time."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ TYPES = ("float32", "bfloat16", "float16")
 NUMERIC = ("head", "hard_cases", "logits", "losses", "transforms", "unchecked", "update")
 SHAPES = ("256,100000,512", "256,1000000,512", "1024,1000000,512", "4096,1000000,512")
 WEIGHTS = ("float32", "bfloat16")
-# kernels whose counters are read: part of the name, and launches of it to let pass
+# kernels whose counters are read, by a part of their names
 COUNTED = ("statistics", "gradient", "project|dw_kernel", "norm|round", "nvjet|gemm")
 COUNTERS = (
     "gpu__time_duration.sum",

@@ -4,7 +4,8 @@
 
 A margin runs in PyTorch, on N numbers. One that is a rotation by numbers may say so, by
 ``margin.rotation()``: then a backend with ``head_loss`` computes the loss and its gradients in one
-kernel. :func:`rotated` is the definition; its twins are csrc/loss.h and backends/triton/loss.py.
+kernel. :func:`rotated` is the definition; its twins are csrc/loss.h and
+backends/triton/loss_kernels.py.
 """
 
 import math

@@ -5,8 +5,7 @@
 //
 // What: csrc/update.h's rules and csrc/rounding.h's rounding, a warp per class. Never materialised:
 // the gradient of w. Fast because: the row and its gradient stay in registers, so that w and state
-// are read once and written once, several numbers at a time; what the kernel reads of the gradient
-// is in L2.
+// are read once and written once, several numbers at a time.
 
 #pragma once
 

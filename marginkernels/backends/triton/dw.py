@@ -61,7 +61,7 @@ class WriteDw(TakeDw):
         self.dw = dw  # (C, D), or more rows with an index
 
     def place(self, part: slice) -> Tensor:
-        """Returns the rows of dw itself, where they can hold the GEMM's result."""
+        """Returns the rows of dw itself where they can hold the GEMM's result, else a buffer."""
         return self.dw[part] if is_raw(self.gradient.operands, self.dw) else super().place(part)
 
     def take(self, part: slice, rows: Tensor, raw: Tensor) -> None:
@@ -80,5 +80,5 @@ class WriteDw(TakeDw):
 
 
 def is_raw(operands: Operands, dw: Tensor) -> bool:
-    """Says whether dw can hold itself before its projection, which is then done in place."""
+    """Says whether the GEMM can write into dw, which is then projected in place."""
     return dw.dtype == torch.float32 and operands.index is None and dw.shape[1] == operands.width

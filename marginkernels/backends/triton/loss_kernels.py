@@ -3,7 +3,7 @@
 """Holds the kernels on the N numbers around the sweeps: the labels before, the loss after.
 
 What: the formulas of marginkernels/rotation.py and marginkernels/loss.py, and their derivatives.
-Never materialised: what plain PyTorch would write between its sixty launches.
+Never materialised: what plain PyTorch would write between its seventy launches.
 Fast because: one launch; one program walks over all rows, in a fixed order.
 """
 

@@ -24,13 +24,13 @@ from .transforms import Transform
 
 # a class is an int32 in the kernels, up to the end of 128 tiles; offsets have 64 bits
 MOST_CLASSES = 2**31 - 2**15
-# what a chunk of classes takes at most, of G, of w where it is rounded, and of dw where it is not
-# fp32: enough for GEMMs to run well, and for launches to be few
+# the most that a chunk of classes takes in buffers: for G, for rounded rows of w, and for dw where
+# its final place cannot hold it in fp32. So GEMMs run well, and launches are few
 CHUNK_BYTES = 512 << 20
 # every tile of classes divides it
 _CLASSES_PADDING = 256
 # numbers of an operand that a program of four warps, and each of more warps, has in registers. On
-# an H200 norms alone took 4.1 TB/s with 4096 and 3.4 with 2048; the other kernels 4.2 with both
+# an H200 norms alone ran at 4.1 TB/s with 4096 and 3.4 with 2048, other kernels at 4.2 with both
 _HELD = 4096
 _OF_A_WARP = 512
 # D is this times a whole number, or a divisor of this times one: what makes accesses wide
@@ -156,9 +156,10 @@ class Operands:
         return configs.columns(self.programs, self.row_tiles, self.class_tiles)
 
     def chunk_tiles(self, class_bytes: int) -> int:
-        """Returns the class tiles of a chunk, whose classes take so many bytes each.
+        """Returns how many class tiles a chunk has, of which each class takes so many bytes.
 
-        More where w has to be rounded first. All chunks have about the same size.
+        A class also takes a rounded row where w has to be rounded. All chunks have about the same
+        size.
         """
         if self.rows is None:
             class_bytes += self.width * self.x.itemsize
