@@ -32,7 +32,7 @@ bool is_readable(const Tensor& rows, int64_t width, at::ScalarType type) {
            reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
 }
 
-// Rows of any stride, or a copy of them.
+// Returns rows whose numbers lie next to each other: these, or a copy.
 Tensor with_neighbours(const Tensor& rows) {
     return rows.stride(1) == 1 ? rows : rows.contiguous();
 }

@@ -4,9 +4,9 @@
 // Holds the operands of both sweeps as the kernels read them, and hands out w chunk by chunk.
 //
 // Nothing here reads a number from the device, and launches depend on shapes alone: all ops can be
-// captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator. A launch costs
-// the host as long as a small kernel runs, and a GEMM needs tens of thousands of classes to run
-// well: chunks are as large as memory allows.
+// captured in a CUDA graph. Workspaces are tensors of PyTorch's caching allocator. Chunks are
+// large, because a launch costs the host as long as a small kernel runs, and a GEMM needs tens of
+// thousands of classes to run well.
 
 #pragma once
 
@@ -20,8 +20,8 @@
 
 namespace marginkernels::cuda {
 
-// The unit of workspace sizes. On the host both are small, so that tests meet several chunks.
-// Above so many rows those of a class are found by a sort, which is several launches.
+// The unit of workspace sizes, and the rows above which those of a class are found by a sort, which
+// is several launches. On the host both are small, so that tests meet several chunks and the sort.
 #if defined(MK_ON_HOST)
 constexpr int64_t kMiB = 1 << 8;
 constexpr int64_t kMostScannedRows = 32;

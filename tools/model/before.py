@@ -3,7 +3,7 @@
 """Keeps what the steps launched at the commit that was measured, and what the model said of it.
 
 The launchers have changed since. before.json lets the model be compared with the measurement, and
-today's step with the one before; it is data, and nothing writes it any more.
+the present step with the one before; it is data, and nothing writes it any more.
 """
 
 import functools
