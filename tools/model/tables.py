@@ -116,7 +116,7 @@ def _pair(left: float, right: float) -> str:
 
 
 def tiles() -> list[str]:
-    """Returns measured beside modelled times of ten tiles."""
+    """Returns measured beside modelled times of the tile kernels by tile."""
     gpu, lines = GPUS["H200"], []
     for run in measured()["tiles"]:
         n, c, d = run["shape"]
