@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from marginkernels import rules
 from marginkernels.backends.triton import configs, vendor_gemm
@@ -106,6 +107,8 @@ class Recorder(TorchDispatchMode):
         """Returns the bytes of a tensor with the rows of classes, 0 of anything else."""
         if isinstance(operand, list):
             return sum(map(self.class_bytes, operand))
+        if isinstance(operand, TensorDescriptor):
+            operand = operand.base
         if not isinstance(operand, Tensor) or operand.ndim != 2:
             return 0
         rows, columns = operand.shape

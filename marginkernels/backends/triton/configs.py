@@ -54,9 +54,14 @@ WORTH_PADDING = 1.25
 
 _FOUR_WARPS = Load.STATISTICS_EXTRAS | Load.STATISTICS_TRANSFORM
 _SMALL = Load.PLAIN | Load.STATISTICS_SAVED
+_SAVED_OR_TRANSFORMED = Load.STATISTICS_SAVED | Load.STATISTICS_TRANSFORM
 _FP32 = [
-    Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
-    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
+    Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.STATISTICS_TRANSFORM),
+    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM),
+]
+_TF32 = [
+    Config(128, 64, 32, 4, 3, 2, Load.STATISTICS),
+    Config(128, 64, 32, 8, 3, 1, Load.ANY & ~Load.STATISTICS),
 ]
 # by target and kind of arithmetic, in the order of preference; see choose
 TABLE: dict[str, dict[str, list[Config]]] = {
@@ -67,7 +72,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 64, 64, 4, 3, 3, Load.PLAIN | Load.EXTRAS),
             Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 8, 3, 1)],
+        "tf32": _TF32,
         "fp32": _FP32,
     },
     "sm_86": {
@@ -77,7 +82,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 64, 64, 4, 3, 3, Load.PLAIN | Load.EXTRAS),
             Config(128, 64, 32, 8, 3, 1, Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 8, 3, 1)],
+        "tf32": _TF32,
         "fp32": _FP32,
     },
     "sm_90": {
@@ -96,7 +101,10 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(64, 128, 64, 4, 3, 2, Load.EXTRAS | Load.TRANSFORM),
         ],
         "tf32": [Config(128, 64, 32, 4, 3, 2)],
-        "fp32": _FP32,
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, Load.GRADIENT | _SAVED_OR_TRANSFORMED),
+            Config(64, 64, 16, 8, 3, 1, Load.ANY & ~Load.GRADIENT & ~_SAVED_OR_TRANSFORMED),
+        ],
     },
     "sm_100": {
         "half": [
@@ -121,7 +129,10 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
             Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
         ],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
+        ],
     },
     "gfx942": {
         "half": [
