@@ -199,7 +199,7 @@ def choose(target_name: str, kind: str, load: Load, rows: int) -> Config:
 
 
 # programs of the statistics run in waves, all multiprocessors at once, and the last may be short
-MOST_WAVES = 24
+MOST_WAVES = 32
 START = 0.25  # what a program takes to start, in class tiles
 
 

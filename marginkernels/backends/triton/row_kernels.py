@@ -83,7 +83,7 @@ def flag_kernel(
     tl.store(own + tile, hit.to(tl.int8), mask=tile < class_tiles)
     if slot is not None:
         col = first * BLOCK_C + tl.arange(0, BLOCK_T * BLOCK_C)
-        tl.store(slot + col, -1, mask=(col < C) & (row_tile == 0))
+        tl.store(slot + col, -1, mask=col < tl.where(row_tile == 0, C, 0))
 
 
 @triton.jit(
