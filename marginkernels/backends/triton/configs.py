@@ -56,8 +56,8 @@ _FOUR_WARPS = Load.STATISTICS_EXTRAS | Load.STATISTICS_TRANSFORM
 _SMALL = Load.PLAIN | Load.STATISTICS_SAVED
 _SAVED_OR_TRANSFORMED = Load.STATISTICS_SAVED | Load.STATISTICS_TRANSFORM
 _FP32 = [
-    Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.STATISTICS_TRANSFORM),
-    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM),
+    Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
+    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
 ]
 _TF32 = [
     Config(128, 64, 32, 4, 3, 2, Load.STATISTICS),
@@ -73,7 +73,10 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
         ],
         "tf32": _TF32,
-        "fp32": _FP32,
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.STATISTICS_TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM),
+        ],
     },
     "sm_86": {
         "half": [
@@ -129,10 +132,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
             Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
         ],
-        "fp32": [
-            Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
-            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
-        ],
+        "fp32": _FP32,
     },
     "gfx942": {
         "half": [
