@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .loss_kernels import held_kernel, loss_kernel
 
-_BLOCK = 1024
+_HELD_BLOCK = 1024
+_LOSS_BLOCK = 512  # rows of a step of the one program, few enough for its registers
 
 
 def head_held(y: Tensor, *, first: int, count: int, ignore_index: int) -> Tensor:
@@ -19,8 +20,8 @@ def head_held(y: Tensor, *, first: int, count: int, ignore_index: int) -> Tensor
     held = torch.empty_like(y)
     n = len(y)
     if n:
-        held_kernel[(triton.cdiv(n, _BLOCK),)](
-            y, held, N=n, first=first, count=count, ignore_index=ignore_index, BLOCK=_BLOCK
+        held_kernel[(triton.cdiv(n, _HELD_BLOCK),)](
+            y, held, N=n, first=first, count=count, ignore_index=ignore_index, BLOCK=_HELD_BLOCK
         )
     return held
 
@@ -54,6 +55,6 @@ def head_loss(
         row_loss if stats else None, correct if stats else None, N=n, ignore_index=ignore_index,
         cos=cos, sin=sin, threshold=threshold, shift=shift, past_cosine=past_cosine,
         past_phi=past_phi, less=less, exact=exact, MEAN=reduction == "mean", EACH=each,
-        NEED_SCALE=need_scale, BLOCK=_BLOCK, num_warps=8,
+        NEED_SCALE=need_scale, BLOCK=_LOSS_BLOCK, num_warps=8,
     )  # fmt: skip
     return loss, slopes, row_loss, correct
