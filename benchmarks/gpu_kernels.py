@@ -25,6 +25,13 @@ class Kernel(NamedTuple):
     ms: float
 
 
+class Expected(NamedTuple):
+    """Holds what the model says of one kernel in a step."""
+
+    ms: float = 0.0
+    bytes: int = 0  # to and from memory
+
+
 def print_table(
     call: Callable[[], object], backend: str, shape: Shape, dtype: torch.dtype, in_backward: bool
 ) -> dict[str, Kernel]:
@@ -35,10 +42,10 @@ def print_table(
     calls = sum(kernel.calls for kernel in found.values())
     print(f"  {'kernel':<32}{'calls':>7}{'ms':>9}{'rate':>15}{'model ms':>10}")
     for name, kernel in sorted(found.items(), key=lambda item: -item[1].ms):
-        model = f"{expected[name]:10.3f}" if name in expected else f"{'-':>10}"
-        speed = rate(name, kernel, shape)
+        model = f"{expected[name].ms:10.3f}" if name in expected else f"{'-':>10}"
+        speed = rate(name, kernel, shape, expected.get(name, Expected()).bytes)
         print(f"  {name[:31]:<32}{kernel.calls:7.0f}{kernel.ms:9.3f}{speed:>15}{model}")
-    sums = f"{sum(expected.values()):10.3f}" if expected else f"{'-':>10}"
+    sums = f"{sum(e.ms for e in expected.values()):10.3f}" if expected else f"{'-':>10}"
     print(f"  {'all':<32}{calls:7.0f}{total:9.3f}{'':>15}{sums}", flush=True)
     return found
 
@@ -69,18 +76,20 @@ def short(name: str) -> str:
     return own[1] if own and "at::native" not in name else OTHERS
 
 
-def rate(name: str, kernel: Kernel, shape: Shape) -> str:
-    """Returns TFLOP/s from the work that is known."""
-    if name not in PRODUCTS or kernel.ms == 0:
+def rate(name: str, kernel: Kernel, shape: Shape, moved: int) -> str:
+    """Returns TFLOP/s of kernels with products, of others GB/s by the bytes that they move."""
+    if kernel.ms == 0:
         return ""
-    flops = 2 * PRODUCTS[name] * shape.n * shape.c * shape.d
-    return f"{flops / kernel.ms * 1e-9:.0f} TFLOP/s"
+    if name in PRODUCTS:
+        flops = 2 * PRODUCTS[name] * shape.n * shape.c * shape.d
+        return f"{flops / kernel.ms * 1e-9:.0f} TFLOP/s"
+    return f"{moved / kernel.ms * 1e-6:.0f} GB/s" if moved else ""
 
 
 def predicted(
     backend: str, shape: Shape, dtype: torch.dtype, in_backward: bool
-) -> dict[str, float]:
-    """Returns the model's milliseconds by kernel; none where it does not know the GPU."""
+) -> dict[str, Expected]:
+    """Returns the model's times and bytes by kernel; none where it does not know the GPU."""
     try:
         model = importlib.import_module("tools.model")
         gpus = importlib.import_module("tools.model.gpus").GPUS
@@ -90,9 +99,10 @@ def predicted(
     except Exception as error:  # a report without a prediction is still one
         print(f"  no prediction: {type(error).__name__}: {error}")
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, Expected] = {}
     for row in rows:
         name = row.name if row.name.endswith("_kernel") else OTHERS
         name = PRODUCT if "GEMM" in row.name else name
-        found[name] = found.get(name, 0.0) + row.ms
+        before = found.get(name, Expected())
+        found[name] = Expected(before.ms + row.ms, before.bytes + row.bytes)
     return found

@@ -20,7 +20,7 @@ NUMERIC = ("head", "hard_cases", "logits", "losses", "transforms", "unchecked", 
 SHAPES = ("256,100000,512", "256,1000000,512", "1024,1000000,512", "4096,1000000,512")
 WEIGHTS = ("float32", "bfloat16")
 # kernels whose counters are read, by a part of their names
-COUNTED = ("statistics", "gradient", "project|dw_kernel", "norm|round", "nvjet|gemm")
+COUNTED = ("statistics", "gradient", "project", "norm|round|prepare_rows", "nvjet|gemm")
 COUNTERS = (
     "gpu__time_duration.sum",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",

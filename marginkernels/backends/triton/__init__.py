@@ -102,7 +102,9 @@ def _amd_obstacles(architecture: str) -> list[str]:
     found = architecture.partition(":")[0]  # features may follow
     if found == AMD:
         return []
-    return [f"its tiles were chosen for {AMD} of AMD's GPUs and tried on no other, found {found}"]
+    return [
+        f"its tiles were chosen for {AMD} of AMD's GPUs, and are compiled for no other: {found}"
+    ]
 
 
 def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int]) -> list[str]:
