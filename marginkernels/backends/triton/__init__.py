@@ -102,9 +102,7 @@ def _amd_obstacles(architecture: str) -> list[str]:
     found = architecture.partition(":")[0]  # features may follow
     if found == AMD:
         return []
-    return [
-        f"its tiles were chosen for {AMD} of AMD's GPUs, and are compiled for no other: {found}"
-    ]
+    return [f"its tiles are for {AMD}, and were compiled for no other of AMD's GPUs, found {found}"]
 
 
 def _capability_obstacles(version: tuple[int, ...] | None, has: tuple[int, int]) -> list[str]:
