@@ -5,10 +5,10 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from .loss_kernels import held_kernel, loss_kernel
+from .operands import ceil_div
 
 _HELD_BLOCK = 1024
 _LOSS_BLOCK = 512  # rows of a step of the one program, few enough for its registers
@@ -20,7 +20,7 @@ def head_held(y: Tensor, *, first: int, count: int, ignore_index: int) -> Tensor
     held = torch.empty_like(y)
     n = len(y)
     if n:
-        held_kernel[(triton.cdiv(n, _HELD_BLOCK),)](
+        held_kernel[(ceil_div(n, _HELD_BLOCK),)](
             y, held, N=n, first=first, count=count, ignore_index=ignore_index, BLOCK=_HELD_BLOCK
         )
     return held

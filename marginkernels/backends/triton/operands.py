@@ -34,7 +34,7 @@ _CLASSES_PADDING = 256
 _HELD = 4096
 _OF_A_WARP = 512
 # D is this times a whole number, or a divisor of this times one: what makes accesses wide
-_UNIT = 16
+UNIT = 16
 
 
 def ceil_div(number: int, by: int) -> int:
@@ -233,7 +233,7 @@ class Operands:
         if count == 0 or (rows is None and inverse is None):
             return
         stride, stride_d = given.stride()
-        unit, settings = math.gcd(d, stride, _UNIT), self.held_rows
+        unit, settings = math.gcd(d, stride, UNIT), self.held_rows
         prepare_rows_kernel[(ceil_div(count, settings["BLOCK_R"]),)](
             given, index, rows, inverse, R=count, D_UNITS=d // unit, stride_units=stride // unit,
             stride_d=stride_d, inverse_limit=self.inverse_limit, UNIT=unit, **settings,
@@ -251,7 +251,7 @@ class Operands:
         if table is None:
             raise ValueError("table: expected a tensor, got None")
         stride, stride_d = table.stride()
-        unit, settings = math.gcd(d, stride, _UNIT), self.held_rows
+        unit, settings = math.gcd(d, stride, UNIT), self.held_rows
         project_kernel[(ceil_div(len(rows), settings["BLOCK_R"]),)](
             gradient, rows, *others,
             R=len(rows), D_UNITS=d // unit, table_units=stride // unit, table_stride_d=stride_d,
@@ -311,9 +311,13 @@ class Operands:
     @functools.cached_property
     def held_rows(self) -> dict[str, Any]:
         """Returns the settings of kernels whose programs hold whole rows in registers."""
+        return self.rows_of(_HELD)
+
+    def rows_of(self, held: int) -> dict[str, Any]:
+        """Returns the same with ``held`` numbers of an operand in a program of four warps."""
         block_d = 1 << (self.width - 1).bit_length()
         return self.row_settings() | dict(
-            BLOCK_R=max(1, _HELD // block_d), BLOCK_D=block_d,
+            BLOCK_R=max(1, held // block_d), BLOCK_D=block_d,
             num_warps=max(4, min(16, block_d // _OF_A_WARP)),
         )  # fmt: skip
 

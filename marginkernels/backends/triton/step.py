@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,15 +14,13 @@ from . import configs
 from .backward import BackwardSweep
 from .configs import Config
 from .dw import RowGradient, TakeDw
-from .operands import Operands
+from .operands import UNIT, Operands, ceil_div
 from .sources import Incoming
 from .update import FUNCTORS, update_kernel
 
-# numbers of each operand that a program of four warps, and each of more warps, has in registers
+# numbers of each operand that a program of four warps has in registers: there are more operands
+# than in the other kernels that hold whole rows
 _HELD = 2048
-_OF_A_WARP = 512
-# D is this times a whole number, or a divisor of this times one: what makes accesses wide
-_UNIT = 16
 
 
 def head_step(
@@ -123,6 +120,7 @@ class TakeAndUpdate(TakeDw):
     def __init__(self, gradient: RowGradient, update: Update) -> None:
         super().__init__(gradient)
         self.update = update
+        self.settings = gradient.operands.rows_of(_HELD)
 
     def take(self, part: slice, rows: Tensor, raw: Tensor) -> None:
         """Updates some classes."""
@@ -132,10 +130,9 @@ class TakeAndUpdate(TakeDw):
         if index is None:
             moved, first_class = [t[part] for t in moved], first_class + part.start
         w, first, second = [*moved, None, None][:3]
-        d, width = operands.w.shape[1], operands.width
-        unit, block_d = math.gcd(d, _UNIT), triton.next_power_of_2(width)
-        block_r = max(1, _HELD // block_d)
-        update_kernel[(triton.cdiv(len(rows), block_r),)](
+        d = operands.w.shape[1]
+        unit = math.gcd(d, UNIT)
+        update_kernel[(ceil_div(len(rows), self.settings["BLOCK_R"]),)](
             raw, gradient.source.dw_factor, gradient.slot[part], gradient.sums, gradient.radial,
             update.w_inv[part], w, first, second, None if index is None else index[part],
             update.numbers, update.random,
@@ -145,8 +142,7 @@ class TakeAndUpdate(TakeDw):
             NORMALIZE=operands.normalize_w, COMPUTE_TYPE=_triton_type(operands.x.dtype),
             DRAW_FIRST=torch.bfloat16 in [t.dtype for t in (operands.w, *state[:1])],
             DRAW_SECOND=torch.bfloat16 in [t.dtype for t in state[1:]],
-            UNIT=unit, BLOCK_R=block_r, BLOCK_D=block_d,
-            **operands.row_settings() | dict(num_warps=max(4, min(16, block_d // _OF_A_WARP))),
+            UNIT=unit, **self.settings,
         )  # fmt: skip
 
 
