@@ -25,25 +25,6 @@ Rotation<A> rotation_of(const double* numbers) {
             static_cast<A>(numbers[6]), static_cast<A>(numbers[7])};
 }
 
-// Returns log(1 + e) for e in [0, 1], as 2 atanh(s): s is at most 1/3, and what the series leaves
-// out 1e-8 of it.
-MK_HOST_DEVICE float log1p_of_unit(float e) {
-    const float s = e / (2.0F + e), square = s * s;
-    float p = 1.0F / 15.0F;
-    p = p * square + 1.0F / 13.0F;
-    p = p * square + 1.0F / 11.0F;
-    p = p * square + 1.0F / 9.0F;
-    p = p * square + 1.0F / 7.0F;
-    p = p * square + 1.0F / 5.0F;
-    p = p * square + 1.0F / 3.0F;
-    p = p * square + 1.0F;
-    return 2.0F * s * p;
-}
-
-MK_HOST_DEVICE double log1p_of_unit(double e) {
-    return __builtin_log1p(e);
-}
-
 // A row's loss before weights and reduction, and its derivatives. A row without a target has no
 // derivatives.
 template <class A>

@@ -77,6 +77,7 @@ py::dict transforms() {
         py::dict facts;
         facts["constants"] = Functor::kConstants;
         facts["per_row"] = Functor::kPerRow;
+        facts["one_versus_rest"] = Functor::kOneVersusRest;
         facts["steepest_slope"] =
             py::cpp_function([](const std::array<double, Functor::kConstants>& constants) {
                 return double(Functor::steepest_slope(constants));

@@ -14,6 +14,6 @@ namespace mk {
 enum class Transform : int { kIdentity = 0 };
 
 // Room for the constants of a transform. No functor may have more: transforms.h checks it.
-constexpr int kMostConstants = 2;
+constexpr int kMostConstants = 4;
 
 }  // namespace mk

@@ -30,17 +30,18 @@ constexpr double abs(double constant) {
     return constant < 0 ? -constant : constant;
 }
 
-// Each functor has its name in marginkernels/transforms.py, its number of constants, and whether it
-// takes a parameter of the row. `apply` gets the cosine, the row's parameter and the constants.
-// Classes that are left out have a cosine of -inf, or one far below -1: their value is ignored, but
-// their slope must be finite, because kernels multiply it by 0.
+// Each functor has its name in marginkernels/transforms.py, its number of constants, whether it
+// takes a parameter of the row, and whether a row's logits are brought together one versus rest, by
+// the sum of their softplus, instead of by log-sum-exp. `apply` gets the cosine, the row's
+// parameter and the constants. Classes that are left out have a cosine of -inf, or one far below
+// -1: their value is ignored, but their slope must be finite, because kernels multiply it by 0.
 // `steepest_slope` returns an upper bound of |slope| over all cosines. It takes the constants as
 // numbers, or as a tensor whose values only the device knows.
 
 struct Identity {
     static constexpr const char* kName = "identity";
     static constexpr int kConstants = 0;
-    static constexpr bool kPerRow = false;
+    static constexpr bool kPerRow = false, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr double steepest_slope(const Constants&) {
@@ -74,7 +75,7 @@ MK_HOST_DEVICE double acos_of_positive(double c, double) {
 struct AirFace {
     static constexpr const char* kName = "airface";
     static constexpr int kConstants = 0;
-    static constexpr bool kPerRow = false;
+    static constexpr bool kPerRow = false, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr double steepest_slope(const Constants&) {
@@ -100,7 +101,7 @@ struct AirFace {
 struct InterclassFilter {
     static constexpr const char* kName = "interclass_filter";
     static constexpr int kConstants = 1;
-    static constexpr bool kPerRow = false;
+    static constexpr bool kPerRow = false, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr double steepest_slope(const Constants&) {
@@ -118,7 +119,7 @@ struct InterclassFilter {
 struct MVSoftmax {
     static constexpr const char* kName = "mv_softmax";
     static constexpr int kConstants = 1;
-    static constexpr bool kPerRow = true;
+    static constexpr bool kPerRow = true, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr auto steepest_slope(const Constants& constants) {
@@ -137,7 +138,7 @@ struct MVSoftmax {
 struct Curricular {
     static constexpr const char* kName = "curricular";
     static constexpr int kConstants = 1;
-    static constexpr bool kPerRow = true;
+    static constexpr bool kPerRow = true, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr auto steepest_slope(const Constants& constants) {
@@ -156,7 +157,7 @@ struct Curricular {
 struct ArcNegative {
     static constexpr const char* kName = "arc_negative";
     static constexpr int kConstants = 2;
-    static constexpr bool kPerRow = true;
+    static constexpr bool kPerRow = true, kOneVersusRest = false;
 
     template <class Constants>
     static constexpr auto steepest_slope(const Constants& constants) {
@@ -168,6 +169,89 @@ struct ArcNegative {
         const T distance = c - target;
         const T t = constants[0] * exp(distance * distance * (-1.0F / constants[1]));
         return {t * c + t - 1.0F, t};
+    }
+};
+
+// constants: m
+struct Circle {
+    static constexpr const char* kName = "circle";
+    static constexpr int kConstants = 1;
+    static constexpr bool kPerRow = false, kOneVersusRest = false;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return abs(constants[0]) + 1;
+    }
+
+    template <class T, class Constant>
+    static MK_HOST_DEVICE Transformed<T> apply(T c, T, const Constant* constants) {
+        const T m = constants[0] - T{}, sum = c + m;
+        const T weight = sum > T{} ? sum : T{};
+        return {weight * (c - m), weight};
+    }
+};
+
+// Computes cos(theta - p) by the cosine and sine of p.
+template <class T, class Constant>
+MK_HOST_DEVICE Transformed<T> rotated_back(T c, Constant cos, Constant sin) {
+    using S = typename Lanes<T>::Scalar;
+    constexpr S kSmallest = kLeastSine;
+    const T smallest = kSmallest - T{}, square = (1.0F - c) * (1.0F + c);
+    const T sine = Lanes<T>::sqrt(square > T{} ? square : T{});
+    return {c * cos + sine * sin, cos - c * sin / (sine > smallest ? sine : smallest)};
+}
+
+// The largest slope of the same.
+template <class Number>
+constexpr auto steepest_rotation(const Number& cos, const Number& sin) {
+    return abs(cos) + abs(sin) / kLeastSine;
+}
+
+// parameter: the cosine from which on a class is one of the hardest; constants: the cosine and sine
+// of the penalty
+struct Hardest {
+    static constexpr const char* kName = "hardest";
+    static constexpr int kConstants = 2;
+    static constexpr bool kPerRow = true, kOneVersusRest = false;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return steepest_rotation(constants[0], constants[1]);
+    }
+
+    template <class T, class Constant>
+    static MK_HOST_DEVICE Transformed<T> apply(T c, T threshold, const Constant* constants) {
+        const T one = 1.0F - T{};
+        const auto near = c >= threshold;
+        const T within = c > -one ? c : -one;  // a class that is left out may be far below
+        const Transformed<T> turned = rotated_back(within, constants[0], constants[1]);
+        return {near ? turned.value : c, near ? turned.slope : one};
+    }
+};
+
+// constants: t, a positive integer, the shift, and the cosine and sine of the margin
+struct SphereFace2 {
+    static constexpr const char* kName = "sphereface2";
+    static constexpr int kConstants = 4;
+    static constexpr bool kPerRow = false, kOneVersusRest = true;
+
+    template <class Constants>
+    static constexpr auto steepest_slope(const Constants& constants) {
+        return constants[0] * steepest_rotation(constants[2], constants[3]);
+    }
+
+    template <class T, class Constant>
+    static MK_HOST_DEVICE Transformed<T> apply(T c, T, const Constant* constants) {
+        const T one = 1.0F - T{};
+        T within = c > -one ? c : -one;
+        within = within < one ? within : one;
+        const Transformed<T> turned = rotated_back(within, constants[2], constants[3]);
+        T half = (turned.value + 1.0F) * 0.5F;
+        half = half > T{} ? half : T{};
+        T power = one;  // half^(t - 1)
+        const int t = static_cast<int>(constants[0]);
+        for (int k = 1; k < t; ++k) power *= half;
+        return {2.0F * power * half - 1.0F + constants[1], constants[0] * power * turned.slope};
     }
 };
 
@@ -189,8 +273,8 @@ struct TransformList<Identity, Others...> {
     }
 };
 
-using Transforms =
-    TransformList<Identity, AirFace, InterclassFilter, MVSoftmax, Curricular, ArcNegative>;
+using Transforms = TransformList<Identity, AirFace, InterclassFilter, MVSoftmax, Curricular,
+                                 ArcNegative, Circle, Hardest, SphereFace2>;
 
 // Calls f with the functor of the transform.
 template <class F>

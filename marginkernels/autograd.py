@@ -12,6 +12,7 @@ from torch import Tensor
 from . import numerics, ops
 from .ops import SweepSettings
 from .step import open_update, reaches_weight, require_unchanged
+from .transforms import TRANSFORMS
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -61,7 +62,7 @@ class HeadFunction(torch.autograd.Function):
         w: Tensor,  # (C, D)
         bias: Tensor | None,  # (C,) in the statistics dtype
         scale: Tensor,  # () in the statistics dtype
-        y: Tensor,  # (N,) int64, -1: no target here
+        y: Tensor,  # (N,) or (N, L) int64, -1: no target here
         row_parameter: Tensor | None,  # (N,) of the transform
         constants: Tensor | None,  # (K,) of the transform
         index: Tensor | None,  # (C,) rows of w that are swept, or None for all
@@ -76,6 +77,7 @@ class HeadFunction(torch.autograd.Function):
                 normalize_w=s.normalize_w, compute_dtype=s.compute_dtype, save_tiles=s.save_tiles,
                 want_sum=s.want_sum, want_max=s.want_max, transform=s.transform,
                 row_parameter=row_parameter, constants=constants, keep_rounded=s.keep_rounded,
+                sub_centers=s.sub_centers,
             )
         )  # fmt: skip
         lse = _checked(out.lse, out.w_inv, s.check_w)
@@ -89,7 +91,10 @@ class HeadFunction(torch.autograd.Function):
             *state,
         )  # fmt: skip
         ctx.settings = settings
-        ctx.mark_non_differentiable(out.logit_max)
+        without = [out.logit_max]
+        if TRANSFORMS[s.transform].one_versus_rest:
+            without.append(out.logit_sum)
+        ctx.mark_non_differentiable(*without)
         ctx.set_materialize_grads(False)
         return lse, out.target_cosine, out.w_norm, out.logit_sum, out.logit_max
 
@@ -119,12 +124,13 @@ class HeadFunction(torch.autograd.Function):
             torch.zeros_like(lse) if grad_target_cosine is None else grad_target_cosine / scale,
             grad_w_norm,
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
-            grad_sum if s.want_sum else None,
+            grad_sum if s.want_sum and not TRANSFORMS[s.transform].one_versus_rest else None,
         )  # fmt: skip
         wanted = dict(
             normalize_x=s.normalize_x, normalize_w=s.normalize_w, compute_dtype=s.compute_dtype,
             need_x=need_x, need_bias=need_bias, need_scale=need_scale, transform=s.transform,
             row_parameter=row_parameter, constants=constants, w_rounded=w_rounded,
+            sub_centers=s.sub_centers,
         )  # fmt: skip
         if token is not None and not reaches_weight(ctx):
             require_unchanged(token, s.update)

@@ -12,7 +12,7 @@ The ops are sweeps over the classes; the (N, C) logits
 
 exist only tile by tile. ``f`` is the transform of the negatives, the identity for most losses: see
 :mod:`marginkernels.transforms`. Its functors take a cosine: f(z) = scale value(z / scale), and
-f' = slope. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
+f' = slope. ``head_fwd`` returns, per row and over the negatives,
 
     lse            (N,)  log sum exp f(z_ij); -inf for a row without negatives
     target_cosine  (N,)  r_i q_y <x_i, w_y> / scale: the target's, without margin, scale and bias;
@@ -29,9 +29,25 @@ f' = slope. ``head_fwd`` returns, per row and over the negatives ``j != y_i``,
 
 and ``head_bwd`` applies, in one more sweep, G_ij = (a_i exp(f - lse_i) + u_i) f' with a = grad_lse,
 u = grad_sum, and G_iy = grad_target, the gradient of (scale target_cosine). It returns dx, dw,
-dbias and dscale; a gradient that is not needed is a (0,) tensor. ``y`` is (N,) int64 with the local
-class or -1 for a row that owns no target here. A bias of -inf masks its class: no part in lse, and
-logit_sum is -inf.
+dbias and dscale; a gradient that is not needed is a (0,) tensor. ``y`` is int64 with the place of
+the target's row of w among those that are swept, or -1 for a target that is not here. Negatives are
+all other classes. A bias of -inf masks its class: no part in lse, and logit_sum is -inf.
+
+``y`` may be (N, L), L targets of a row, where one may come twice. Negatives are then the classes of
+none of them. target_cosine, w_norm, grad_target and grad_w_norm are (N, L) too, and the gradients
+of all targets of a row, or of a class, add up.
+
+With ``sub_centers`` = K > 1 a class is K consecutive rows of w, its centres, and C counts rows. Of
+each class the row with the greatest q_j <x_i, w_j> stands for it, the first of equals. The others
+are as if they were not there, and so are all rows of the targets' classes. ``y`` names the centre
+that is the target's.
+
+A transform that is ``one_versus_rest`` brings the logits of a row together by another sum. Then
+
+    lse        (N,)  sum of log(1 + exp f(z_ij)); 0 for a row without negatives
+    logit_sum  (N,)  sum of sigmoid f(z_ij); it has no gradient, grad_sum is None
+
+and G_ij = a_i sigmoid(f) f'.
 
 ``index``, sorted, names the rows of w that a sweep goes over; None: all of them. Then C counts
 these rows, y, bias and w_inv go by the position among them, and dw alone has all rows of w: 0 where
@@ -56,21 +72,21 @@ from .numerics import GREATEST_NORM
 _FWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index=None,
     Tensor? known_w_inv=None, *, bool normalize_x, bool normalize_w, ScalarType compute_dtype,
     bool save_tiles, bool want_sum, bool want_max, str transform, Tensor? row_parameter,
-    Tensor? constants, bool keep_rounded=False) -> (Tensor lse, Tensor target_cosine,
-    Tensor w_norm, Tensor logit_sum, Tensor logit_max, Tensor x_inv, Tensor w_inv, Tensor tiles,
-    Tensor w_rounded)"""
+    Tensor? constants, bool keep_rounded=False, int sub_centers=1) -> (Tensor lse,
+    Tensor target_cosine, Tensor w_norm, Tensor logit_sum, Tensor logit_max, Tensor x_inv,
+    Tensor w_inv, Tensor tiles, Tensor w_rounded)"""
 _BWD_SCHEMA = """(Tensor x, Tensor w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
     Tensor lse, Tensor x_inv, Tensor w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, *, bool normalize_x, bool normalize_w,
     ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias, bool need_scale,
-    str transform, Tensor? row_parameter, Tensor? constants, Tensor? w_rounded=None)
-    -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
+    str transform, Tensor? row_parameter, Tensor? constants, Tensor? w_rounded=None,
+    int sub_centers=1) -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dscale)"""
 _STEP_SCHEMA = """(Tensor x, Tensor(a!) w, Tensor y, Tensor scale, Tensor? bias, Tensor? index,
     Tensor lse, Tensor x_inv, Tensor(b!) w_inv, Tensor tiles, Tensor grad_lse, Tensor grad_target,
     Tensor? grad_w_norm, Tensor? grad_sum, Tensor(c!)[] state, Tensor numbers, Tensor random, *,
     bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool need_x, bool need_bias,
     bool need_scale, str transform, Tensor? row_parameter, Tensor? constants, str rule,
-    bool project, int first_class, Tensor? w_rounded=None)
+    bool project, int first_class, Tensor? w_rounded=None, int sub_centers=1)
     -> (Tensor dx, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
 _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int? ignore_index,
@@ -116,6 +132,7 @@ class SweepSettings(NamedTuple):
     want_max: bool
     transform: str
     check_w: str  # for a w out of range: "raise", "mark" every lse by NaN, or "" to go on
+    sub_centers: int = 1  # rows of w that a class has
     update: int = 0  # number of the optimizer's update that backward makes, see update.py; 0: none
 
 

@@ -22,7 +22,7 @@ _SCHEMA = """(Tensor token, Tensor x, Tensor(a!) w, Tensor y, Tensor scale, Tens
     Tensor grad_target, Tensor? grad_w_norm, Tensor? grad_sum, Tensor(c!)[] state, *, int update,
     str backend, bool normalize_x, bool normalize_w, ScalarType compute_dtype, bool need_x,
     bool need_bias, bool need_scale, str transform, Tensor? row_parameter, Tensor? constants,
-    Tensor? w_rounded=None) -> (Tensor dx, Tensor dbias, Tensor dscale)"""
+    Tensor? w_rounded=None, int sub_centers=1) -> (Tensor dx, Tensor dbias, Tensor dscale)"""
 
 
 def open_update(like: Tensor, number: int) -> Tensor:

@@ -8,6 +8,9 @@ takes the cosines c (N, C), the parameter of each row (N,) and the constants of 
 returns ``(value, slope)``, (N, C) each: the logit is z = scale value, and slope = d value / d c.
 Parameters and constants carry no gradient.
 
+A transform also says how a row's logits are brought together: most by log-sum-exp, as softmax has
+it, those of one-versus-rest losses by the sum of their softplus.
+
 A new transform is a row of :data:`TRANSFORMS` here, a functor in csrc/transforms.h and a twin in
 backends/triton/transforms.py; tests/test_transforms.py takes its cases from the row.
 """
@@ -73,6 +76,41 @@ def _arc_negative(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[
     return t * c + t - 1, t
 
 
+def _circle(c: Tensor, row_parameter: None, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes a (c - m), with a = max(c + m, 0) taken as a constant.
+    Circle loss (arXiv:2002.10857).
+    """
+    m = constants[0]
+    weight = (c + m).clamp_min(0)
+    return weight * (c - m), weight
+
+
+def _hardest(c: Tensor, row_parameter: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes cos(theta - p) where c >= threshold_i, by the cosine and sine of p.
+    Inter-top-k penalty (arXiv:2110.05042).
+    """
+    near = c >= row_parameter[:, None]
+    value, slope = _rotated_back(c, *constants)
+    return torch.where(near, value, c), torch.where(near, slope, torch.ones_like(c))
+
+
+def _sphereface2(c: Tensor, row_parameter: None, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes 2 u^t - 1 + shift, with u = (cos(theta - m) + 1) / 2.
+    SphereFace2 (arXiv:2108.01513). The constants are t, a positive integer, the shift, and the
+    cosine and sine of m.
+    """
+    t, shift, cos, sin = constants
+    value, slope = _rotated_back(c.clamp(-1, 1), cos, sin)
+    half = ((value + 1) / 2).clamp_min(0)
+    return 2 * half**t - 1 + shift, t * half ** (t - 1) * slope
+
+
+def _rotated_back(c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes cos(theta - p) and its slope, bounded at |c| = 1."""
+    sine = ((1 - c) * (1 + c)).clamp_min(0).sqrt()
+    return cos * c + sin * sine, cos - sin * c / sine.clamp_min(LEAST_SINE)
+
+
 class Definition(NamedTuple):
     """Holds the facts of a transform that its twins must share."""
 
@@ -83,6 +121,11 @@ class Definition(NamedTuple):
     per_row: bool  # whether it takes a parameter of the row
     # an upper bound of |slope| over all cosines, by the constants (K,), which stay on the device
     steepest_slope: Callable[..., Tensor | float]
+    one_versus_rest: bool = False  # rows get the sum of softplus(z) in the place of log sum exp z
+
+
+def _steepest_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    return cos.abs() + sin.abs() / LEAST_SINE
 
 
 _DEFINITIONS = (
@@ -92,6 +135,16 @@ _DEFINITIONS = (
     Definition("mv_softmax", _mv_softmax, 1, True, lambda constants: constants[0].abs() + 1),
     Definition("curricular", _curricular, 1, True, lambda constants: constants[0].abs() + 2),
     Definition("arc_negative", _arc_negative, 2, True, lambda constants: constants[0].abs()),
+    Definition("circle", _circle, 1, False, lambda constants: constants[0].abs() + 1),
+    Definition("hardest", _hardest, 2, True, lambda constants: _steepest_rotation(*constants)),
+    Definition(
+        "sphereface2",
+        _sphereface2,
+        4,
+        False,
+        lambda constants: constants[0] * _steepest_rotation(*constants[2:]),
+        one_versus_rest=True,
+    ),
 )
 TRANSFORMS = {definition.name: definition for definition in _DEFINITIONS}
 

@@ -21,6 +21,7 @@ BACKENDS = list(backend_report())
 # what judges numbers; the rest is the same for every backend
 ON_FIBERS = (
     "test_head",
+    "test_class_sums",
     "test_hard_cases",
     "test_logits",
     "test_losses",

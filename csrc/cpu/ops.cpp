@@ -132,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& index, const OptionalTensor& known_w_inv, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool save_tiles, bool want_sum, bool want_max,
     c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants, bool keep_rounded) {
+    const OptionalTensor& constants, bool keep_rounded, int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     TORCH_CHECK_VALUE(!keep_rounded, "keep_rounded: expected False on a CPU, got True");
     const Arguments arguments(x, w, y, scale, bias, index, normalize_x, normalize_w, compute_dtype,
                               transform, row_parameter, constants);
@@ -226,7 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w,
     bool need_bias, bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter, const OptionalTensor& constants,
-    const OptionalTensor& /*w_rounded*/) {
+    const OptionalTensor& /*w_rounded*/, int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
                                 compute_dtype, transform, row_parameter, constants),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,
@@ -294,7 +296,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_bias, bool need_scale,
     c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
-    const OptionalTensor& /*w_rounded*/) {
+    const OptionalTensor& /*w_rounded*/, int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
                                 compute_dtype, transform, row_parameter, constants),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,

@@ -207,7 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     bool need_bias, bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    const OptionalTensor& w_rounded) {
+    const OptionalTensor& w_rounded, int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
                        row_parameter, constants, w_rounded},
@@ -253,7 +254,9 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& w_rounded) {
+    c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& w_rounded,
+    int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
                        row_parameter, constants, w_rounded},

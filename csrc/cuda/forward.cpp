@@ -198,7 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     bool want_sum, bool want_max, c10::string_view transform,
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
-    bool keep_rounded) {
+    bool keep_rounded, int64_t sub_centers) {
+    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x,
                        w,

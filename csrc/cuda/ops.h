@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& bias, const OptionalTensor& index, const OptionalTensor& known_w_inv,
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool save_tiles,
     bool want_sum, bool want_max, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants, bool keep_rounded);
+    const OptionalTensor& constants, bool keep_rounded, int64_t sub_centers);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w, bool need_bias,
     bool need_scale, c10::string_view transform, const OptionalTensor& row_parameter,
-    const OptionalTensor& constants, const OptionalTensor& w_rounded);
+    const OptionalTensor& constants, const OptionalTensor& w_rounded, int64_t sub_centers);
 
 std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& scale,
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     at::ScalarType compute_dtype, bool need_x, bool need_bias, bool need_scale,
     c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
-    const OptionalTensor& w_rounded);
+    const OptionalTensor& w_rounded, int64_t sub_centers);
 
 Tensor head_held(const Tensor& y, int64_t first, int64_t count, int64_t ignore_index);
 

@@ -89,24 +89,31 @@ class _Block(NamedTuple):
     slope: Tensor  # (N, B) of the transform
     z: Tensor  # (N, B) scale product + bias
     f: Tensor  # (N, B) scale value + bias
-    is_target: Tensor  # (N, B)
+    is_out: Tensor  # (N, B) whether the pair takes no part in the sums
+
+    def places(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Says which targets (N, L) are among these classes, and where."""
+        inside = (y >= self.classes.start) & (y < self.classes.stop)
+        return inside, torch.where(inside, y - self.classes.start, 0)
 
 
 class _Classes(NamedTuple):
     """Holds all classes and what their logits depend on, to go over them block by block."""
 
     w: Tensor  # (C, D) as it came, or more rows with an index
-    y: Tensor  # (N,) int64, -1: no target here
+    y: Tensor  # (N, L) int64, -1: no target here
     scale: Tensor  # ()
     bias: Tensor | None  # (C,)
     places: Tensor | None  # (C,) rows of w; None: all
     normalize_w: bool
     compute_dtype: torch.dtype
     transform: Transform
+    sub_centers: int
 
     def blocks(self, x_unit: Tensor) -> Iterator[_Block]:
         """Makes the logits of ``x_unit`` (N, D) block by block."""
         count = max(BLOCK_NUMBERS // max(*x_unit.shape, 1), BLOCK_CLASSES)
+        count = -(-count // self.sub_centers) * self.sub_centers
         for first in range(0, self.total, count):
             yield self._block(x_unit, slice(first, min(first + count, self.total)))
 
@@ -129,9 +136,20 @@ class _Classes(NamedTuple):
         z, f = self.scale * product, self.scale * value
         if self.bias is not None:
             z, f = z + self.bias[classes], f + self.bias[classes]
-        here = torch.arange(classes.start, classes.stop, device=w.device)
-        is_target = here == self.y[:, None]
-        return _Block(classes, w, w_inv, w_unit, product, value, slope, z, f, is_target)
+        is_out = self._is_out(classes, product)
+        return _Block(classes, w, w_inv, w_unit, product, value, slope, z, f, is_out)
+
+    def _is_out(self, classes: slice, product: Tensor) -> Tensor:
+        """Marks the targets' classes, and centres that another of their class exceeds."""
+        here = torch.arange(classes.start, classes.stop, device=product.device)
+        is_out = torch.zeros_like(product, dtype=torch.bool)
+        if self.sub_centers > 1:
+            groups = product.unflatten(1, (-1, self.sub_centers))
+            winner = groups.argmax(2, keepdim=True)  # the first of equals
+            is_out = torch.ones_like(groups, dtype=torch.bool).scatter(2, winner, False).flatten(1)
+        for label in self.y.unbind(1):
+            is_out |= here // self.sub_centers == (label // self.sub_centers)[:, None]
+        return is_out
 
     def gradient(
         self,
@@ -153,7 +171,7 @@ class _Classes(NamedTuple):
 def head_fwd(
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D)
-    y: Tensor,  # (N,) int64, -1: no target here
+    y: Tensor,  # (N,) or (N, L) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None = None,  # (C,) rows of w, which then has more
@@ -168,29 +186,36 @@ def head_fwd(
     transform: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
+    sub_centers: int = 1,
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    classes = _Classes(w, y, scale, bias, index, normalize_w, compute_dtype, checked)
+    labels = y.reshape(len(y), -1)
+    classes = _Classes(
+        w, labels, scale, bias, index, normalize_w, compute_dtype, checked, sub_centers
+    )
     x = ops.rounded(x, compute_dtype)
     x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     x_unit = x * x_inv[:, None] if normalize_x else x
-    exponentials = _LogSumExp(x)
-    target_cosine, logit_sum = x.new_zeros(len(x)), x.new_zeros(len(x))
+    is_binary = TRANSFORMS[transform].one_versus_rest
+    total = _SoftplusSum(x) if is_binary else _LogSumExp(x)
+    target_cosine, logit_sum = x.new_zeros(labels.shape), x.new_zeros(len(x))
     logit_max = x.new_full((len(x),), -math.inf)
     w_inv = x.new_empty(classes.total)
     for block in classes.blocks(x_unit):
         w_inv[block.classes] = block.w_inv
-        target_cosine += block.product.masked_fill(~block.is_target, 0).sum(1)
-        exponentials.add(block.f.masked_fill(block.is_target, -math.inf))
+        inside, places = block.places(labels)
+        target_cosine += torch.where(inside, block.product.gather(1, places), 0)
+        total.add(block.f.masked_fill(block.is_out, -math.inf))
         if want_sum:
-            logit_sum += block.f.masked_fill(block.is_target, 0).sum(1)
+            term = torch.sigmoid(block.f) if is_binary else block.f
+            logit_sum += term.masked_fill(block.is_out, 0).sum(1)
         if want_max:
-            z = block.z.masked_fill(block.is_target, -math.inf)
+            z = block.z.masked_fill(block.is_out, -math.inf)
             logit_max = torch.maximum(logit_max, z.amax(1))
     return ops.Forward(
-        lse=exponentials.log(),
-        target_cosine=target_cosine,
+        lse=total.result(),
+        target_cosine=target_cosine.reshape(y.shape),
         w_norm=torch.where(y >= 0, 1 / w_inv[y.clamp_min(0)], 0.0),
         logit_sum=logit_sum if want_sum else x.new_empty(0),
         logit_max=logit_max if want_max else x.new_empty(0),
@@ -214,15 +239,30 @@ class _LogSumExp:
         self.total *= torch.exp(previous - _finite(self.top))
         self.total += torch.exp(f - _finite(self.top)[:, None]).sum(1)
 
-    def log(self) -> Tensor:
+    def result(self) -> Tensor:
         """Returns the logarithm of the sum of each row, (N,)."""
         return self.top + self.total.log()
+
+
+class _SoftplusSum:
+    """Adds up log(1 + exp(f)) block by block."""
+
+    def __init__(self, rows: Tensor) -> None:  # (N, D), for the number and the type
+        self.total = rows.new_zeros(len(rows))
+
+    def add(self, f: Tensor) -> None:  # (N, B)
+        """Adds the terms; -inf adds nothing."""
+        self.total -= torch.nn.functional.logsigmoid(-f).sum(1)
+
+    def result(self) -> Tensor:
+        """Returns the sum of each row, (N,)."""
+        return self.total
 
 
 def head_bwd(
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D), or more rows with an index
-    y: Tensor,  # (N,) int64, -1: no target here
+    y: Tensor,  # (N,) or (N, L) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None,  # (C,) rows of w
@@ -245,7 +285,7 @@ def head_bwd(
 def head_step(
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D), or more rows with an index; updated
-    y: Tensor,  # (N,) int64, -1: no target here
+    y: Tensor,  # (N,) or (N, L) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None,  # (C,) rows of w
@@ -254,8 +294,8 @@ def head_step(
     w_inv: Tensor,  # (C,), updated
     tiles: Tensor,  # (0,)
     grad_lse: Tensor,  # (N,)
-    grad_target: Tensor,  # (N,)
-    grad_w_norm: Tensor | None,  # (N,)
+    grad_target: Tensor,  # as y
+    grad_w_norm: Tensor | None,  # as y
     grad_sum: Tensor | None,  # (N,)
     state: list[Tensor],  # (rows of w, D or 1) each, updated
     numbers: Tensor,  # (NUMBERS,)
@@ -293,7 +333,7 @@ def _sweep_backward(
     take: Callable[[slice | Tensor, slice, Tensor], None] | None,
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D), or more rows with an index
-    y: Tensor,  # (N,) int64, -1: no target here
+    y: Tensor,  # (N,) or (N, L) int64, -1: no target here
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None,  # (C,)
@@ -302,8 +342,8 @@ def _sweep_backward(
     w_inv: Tensor,  # (C,)
     tiles: Tensor,  # (0,): this backend keeps none
     grad_lse: Tensor,  # (N,)
-    grad_target: Tensor,  # (N,)
-    grad_w_norm: Tensor | None,  # (N,)
+    grad_target: Tensor,  # as y
+    grad_w_norm: Tensor | None,  # as y
     grad_sum: Tensor | None,  # (N,)
     *,
     normalize_x: bool,
@@ -315,23 +355,30 @@ def _sweep_backward(
     transform: str,
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
+    sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dbias (C,), dscale ()
     """Sweeps backward, and hands the gradient of each block of classes on."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    classes = _Classes(w, y, scale, bias, index, normalize_w, compute_dtype, checked)
+    labels = y.reshape(len(y), -1)
+    classes = _Classes(
+        w, labels, scale, bias, index, normalize_w, compute_dtype, checked, sub_centers
+    )
     rows = ops.rounded(x, compute_dtype)
     x_unit = rows * x_inv[:, None] if normalize_x else rows
     dx = rows.new_zeros(rows.shape if need_x else 0)
     dbias = rows.new_empty(classes.total if need_bias else 0)
     dscale = rows.new_zeros(() if need_scale else 0)
     radial = None if grad_w_norm is None else _by_class(grad_w_norm, y, w_inv)
+    is_binary = TRANSFORMS[transform].one_versus_rest
     for block in classes.blocks(x_unit):
-        g = _logit_gradient(block, lse, grad_lse, grad_sum)
+        g = _logit_gradient(block, None if is_binary else lse, grad_lse, grad_sum)
         if need_bias:
             dbias[block.classes] = g.sum(0)
         if need_scale:
             dscale += (g * block.value).sum()
-        g = torch.where(block.is_target, grad_target[:, None], g * block.slope)
+        inside, places = block.places(labels)
+        of_targets = torch.where(inside, grad_target.reshape(labels.shape), 0)
+        g = (g * block.slope).scatter_add_(1, places, of_targets)
         if need_x:
             dx += g @ block.w_unit
         if take is not None:
@@ -347,25 +394,26 @@ def _sweep_backward(
 
 def _logit_gradient(
     block: _Block,
-    lse: Tensor,  # (N,)
+    lse: Tensor | None,  # (N,); None: one versus rest
     grad_lse: Tensor,  # (N,)
     grad_sum: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Returns dL/df, (N, B); 0 for the targets, whose logit is no part of lse and logit_sum."""
-    g = grad_lse[:, None] * torch.exp(block.f - _finite(lse)[:, None])
+    """Returns dL/df, (N, B); 0 for pairs that take no part in lse and logit_sum."""
+    p = torch.sigmoid(block.f) if lse is None else torch.exp(block.f - _finite(lse)[:, None])
+    g = grad_lse[:, None] * p
     if grad_sum is not None:
         g = g + grad_sum[:, None]
-    return g.masked_fill(block.is_target, 0)
+    return g.masked_fill(block.is_out, 0)
 
 
 def _by_class(
-    grad_w_norm: Tensor,  # (N,)
-    y: Tensor,  # (N,)
+    grad_w_norm: Tensor,  # as y
+    y: Tensor,  # (N,) or (N, L)
     w_inv: Tensor,  # (C,)
 ) -> Tensor:
     """Adds up what flows through |w_y|, by class (C,)."""
-    radial = torch.zeros_like(w_inv)
-    return radial.index_add_(0, y.clamp_min(0), torch.where(y >= 0, grad_w_norm, 0.0))
+    radial, terms = torch.zeros_like(w_inv), torch.where(y >= 0, grad_w_norm, 0.0)
+    return radial.index_add_(0, y.clamp_min(0).flatten(), terms.flatten())
 
 
 def _finite(maximum: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from marginkernels import ops
@@ -24,6 +25,7 @@ CONSTANTS = {
     0: [()],
     1: [(THRESHOLD,), (0.37,), (0.0,), (-0.6,), (1.0,), (2.5,)],
     2: [(1.2, 2.0), (0.3, 1e-2), (0.05, 50.0)],
+    4: [(3, 0.2, 0.8, 0.6), (1, -0.3, 1.0, 0.0), (5, 0.0, 0.6, 0.8)],
 }
 
 
@@ -94,8 +96,11 @@ def sweep(
         *forward[0], **forward[1]
     )
     nothing, one = torch.zeros(n, device=device), torch.ones(n, device=device)
+    upstream = (nothing, nothing, None, one)
+    if TRANSFORMS[name].one_versus_rest:
+        upstream = (one, nothing, None, None)
     backward = (
-        (x, w, y, s, None, None, lse, x_inv, w_inv, tiles, nothing, nothing, None, one),
+        (x, w, y, s, None, None, lse, x_inv, w_inv, tiles, *upstream),
         dict(need_x=True, need_w=True, need_bias=False, need_scale=True, **common),
     )
     dx, dw, _, dscale = ops.head_bwd(backend)(*backward[0], **backward[1])
@@ -112,12 +117,17 @@ def agrees_with_the_definition(
     # a few units in the last place of fp32; the slope near |c| = 1 has the condition number of
     # 1 / sqrt(1 - c^2) at the nearest cosine, which fp32 holds exactly
     close = dict(rtol=2e-6, atol=2e-6, check_device=False, check_dtype=False)
-    torch.testing.assert_close(lse, scale * value, **close)
-    torch.testing.assert_close(logit_sum, scale * value, **close)
+    reduced = summed = scale * value
+    g = torch.ones_like(value)
+    if TRANSFORMS[name].one_versus_rest:
+        reduced, g = -F.logsigmoid(-scale * value), torch.sigmoid(scale * value)
+        summed = g
+    torch.testing.assert_close(lse, reduced, **close)
+    torch.testing.assert_close(logit_sum, summed, **close)
     torch.testing.assert_close(logit_max, scale * c, **close)
-    torch.testing.assert_close(dx[:, 0], scale * slope, **close)
+    torch.testing.assert_close(dx[:, 0], scale * g * slope, **close)
     assert dw[1, 0] == 0
-    for total, terms in ((dw[0, 0], scale * slope * c), (dscale, value)):
+    for total, terms in ((dw[0, 0], scale * g * slope * c), (dscale, g * value)):
         error = (total.double().cpu() - terms.sum()).abs()
         assert error <= 1e-6 * terms.abs().sum()
 

@@ -64,6 +64,41 @@ def _arc_negative(c, parameter, constants):
     return tl.where(c == float("-inf"), c, t * c + t - 1.0), t
 
 
+@triton.jit
+def _circle(c, parameter, constants):
+    m = tl.load(constants)
+    weight = tl.maximum(c + m, 0.0)
+    return tl.where(c == float("-inf"), c, weight * (c - m)), weight
+
+
+@triton.jit
+def _rotated_back(c, cos, sin):
+    """Computes cos(theta - p) and its slope, by the cosine and sine of p."""
+    square = tl.maximum((1.0 - c) * (1.0 + c), 0.0)
+    per_sine = tl.minimum(tl.rsqrt(square), MOST_PER_SINE)
+    return cos * c + sin * tl.sqrt(square), cos - sin * c * per_sine
+
+
+@triton.jit
+def _hardest(c, parameter, constants):
+    near = c >= parameter
+    value, slope = _rotated_back(tl.maximum(c, -1.0), tl.load(constants), tl.load(constants + 1))
+    return tl.where(near, value, c), tl.where(near, slope, 1.0)
+
+
+@triton.jit
+def _sphereface2(c, parameter, constants):
+    t = tl.load(constants)
+    within = tl.minimum(tl.maximum(c, -1.0), 1.0)
+    value, slope = _rotated_back(within, tl.load(constants + 2), tl.load(constants + 3))
+    half = tl.maximum((value + 1.0) * 0.5, 0.0)
+    power = tl.full(half.shape, 1.0, tl.float32)  # half^(t - 1)
+    for _ in range(1, t.to(tl.int32)):
+        power *= half
+    value = 2.0 * power * half - 1.0 + tl.load(constants + 1)
+    return tl.where(c == float("-inf"), c, value), t * power * slope
+
+
 # compiled into the tile kernels; None: the identity, which costs no instruction
 FUNCTORS: dict[str, JITFunction | None] = {
     "identity": None,
@@ -72,6 +107,9 @@ FUNCTORS: dict[str, JITFunction | None] = {
     "mv_softmax": _mv_softmax,
     "curricular": _curricular,
     "arc_negative": _arc_negative,
+    "circle": _circle,
+    "hardest": _hardest,
+    "sphereface2": _sphereface2,
 }
 
 
