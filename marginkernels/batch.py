@@ -68,11 +68,13 @@ class Batch:
                 self._x_norm = self._exchange.of_own_rows(own, row_norm, self.x, dtype)
         return self._x_norm
 
-    def rows(self, w_norm: Tensor | None = None) -> Rows:
+    def rows(self, w_norm: Tensor | None, scale: Tensor) -> Rows:
         """Returns what a margin may look at."""
         if self._class is None:
             self._class = torch.where(self.kept(), self.label, 0)
-        return Rows(self._class, self.x_norm, w_norm, self._row_margin, self._kept, self._noise)
+        return Rows(
+            self._class, self.x_norm, w_norm, self._row_margin, self._kept, self._noise, scale
+        )
 
 
 def in_range(label: Tensor, first: int, stop: int, ignore_index: int) -> Tensor:

@@ -89,6 +89,7 @@ def check(
     num_classes = w.shape[0] if shard is None else shard.total
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
+    validation.check_sum(hooks, settings)
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
     backend = backends.select(settings.backend, x.device, compute_dtype, _work(x, w, shard))
     if update is not None and not backends.get(backend).updates:

@@ -30,11 +30,20 @@ def loss(
     call: Call, batch: Batch, result: SweepResult, scale: Tensor, return_stats: bool
 ) -> tuple[Tensor, HeadStats | None]:
     """Returns the loss, and the statistics if they are wanted."""
-    target = target_of(call, batch, result)
+    target = target_of(call, batch, result, scale)
     seen = statistics(target, result, scale) if return_stats else None
     t = margined(call, target)
     labelled = batch.labelled()
-    row_loss = row_losses(call, labelled, target, result, target.logit(scale, t))
+    z_y = target.logit(scale, t)
+    if call.margin.one_versus_rest:
+        row_loss = one_versus_rest_losses(call, target, result, scale, z_y)
+    else:
+        row_loss = softmax_losses(call, result, z_y)
+    regularizer = call.margin.regularizer(target.rows)
+    if regularizer is not None:
+        row_loss = row_loss + regularizer
+    # a label that no rank holds must not pass for a loss; its row has no gradient
+    row_loss = torch.where(target.found, row_loss, torch.where(labelled, torch.nan, 0.0))
     value = reduced(row_loss, labelled, batch.sample_weight, call.settings.reduction)
     return value, None if seen is None else HeadStats(*seen, row_loss.detach())
 
@@ -53,11 +62,11 @@ class Target(NamedTuple):
         return scale * (t if self.norms is None else self.norms * t) + self.bias
 
 
-def target_of(call: Call, batch: Batch, result: SweepResult) -> Target:
+def target_of(call: Call, batch: Batch, result: SweepResult, scale: Tensor) -> Target:
     """Returns the target of each row, from the result of the sweep."""
     found = result.w_norm.detach() > 0
     w_norm = torch.where(found, result.w_norm, 1.0)
-    rows = batch.rows(w_norm)
+    rows = batch.rows(w_norm, scale)
     cosine, norms = result.target_cosine, None
     if call.settings.normalize != "both":
         norms = rows.x_norm
@@ -95,9 +104,20 @@ def margined(call: Call, target: Target) -> Tensor:
     return t.to(c.dtype)
 
 
-def row_losses(
-    call: Call, labelled: Tensor, target: Target, result: SweepResult, z_y: Tensor
+def one_versus_rest_losses(
+    call: Call, target: Target, result: SweepResult, scale: Tensor, z_y: Tensor
 ) -> Tensor:
+    """Computes the loss of each row, (N,), by the margin, from two logits of which one is summed.
+
+    The sweep took a shift of the other logits for a constant; logit_sum is the slope.
+    """
+    total, shift = result.lse, call.margin.shift(target.rows)
+    if shift is not None:
+        total = total + result.logit_sum * scale.detach() * (shift - shift.detach())
+    return call.margin.combined(z_y, total, target.rows)
+
+
+def softmax_losses(call: Call, result: SweepResult, z_y: Tensor) -> Tensor:
     """Computes the loss of each row, (N,), from its target's logit and the sums over the others."""
     s = call.settings
     loss = nll = -F.logsigmoid(z_y - result.lse)
@@ -109,11 +129,7 @@ def row_losses(
         loss = loss * _focal_factor(nll, s.focal_gamma)
     if s.z_loss > 0:
         loss = loss + s.z_loss * (z_y + nll) ** 2  # the log-sum-exp over all classes
-    regularizer = call.margin.regularizer(target.rows)
-    if regularizer is not None:
-        loss = loss + regularizer
-    # a label that no rank holds must not pass for a loss; its row has no gradient
-    return torch.where(target.found, loss, torch.where(labelled, torch.nan, 0.0))
+    return loss
 
 
 def _focal_factor(nll: Tensor, gamma: float) -> Tensor:

@@ -126,6 +126,7 @@ class MarginSoftmaxHead(nn.Module):
         self.margin, self.scale = margin, scale
         observer = observer_of(scale)
         validation.check_cosines(hooks, observer, normalize, bias)
+        validation.check_sum(hooks, self.settings)
         validation.check_sampling(sampling, label_smoothing, hooks, observer)
         validation.check_own_generator(sampling)
         self.shard = self._mesh = None

@@ -15,7 +15,7 @@ from .margins import name_of
 from .norms import row_norm
 from .results import SweepResult
 from .sampling import sampled
-from .transforms import IDENTITY, Transform
+from .transforms import IDENTITY, TRANSFORMS, Transform
 
 _AUTO_TILES_BYTES = 256 << 20
 # the rounded w that forward keeps for backward is at most this large
@@ -74,7 +74,7 @@ class Sweep:
         """Makes the sweep that trains, and returns the results of all ranks."""
         call = self.call
         with torch.no_grad():
-            transform = self._transform()
+            transform = self._transform(scale.detach())
         result = self._swept(
             self.exchange.scale(scale, call.learns_scale),
             transform,
@@ -83,7 +83,7 @@ class Sweep:
                 self.num_classes, call.compute_dtype, call.backend,
             ),
             keep_rounded=self._learns() and self._keeps_rounded(),
-            want_sum=call.settings.label_smoothing > 0,
+            want_sum=call.settings.label_smoothing > 0 or call.margin.one_versus_rest,
             want_max=self.exchange.wants_stats,
         )  # fmt: skip
         observer = call.observer
@@ -139,7 +139,7 @@ class Sweep:
         if bias is not None:
             bias_y = torch.where(position >= 0, bias[position.clamp_min(0)], 0)
             result = result._replace(bias_y=bias_y)
-        return self.exchange.merge(position, result)
+        return self.exchange.merge(position, result, TRANSFORMS[transform.name].one_versus_rest)
 
     def _tensor(self, scale: float | Tensor) -> Tensor:
         dtype, device = self.call.stats_dtype, self.batch.x.device
@@ -147,16 +147,21 @@ class Sweep:
             return numerics.filled(scale, dtype, device)
         return scale.to(device, dtype)
 
-    def _transform(self) -> Transform:
+    def _transform(self, scale: Tensor) -> Transform:
         """Asks the margin for its transform, and checks and casts the operands."""
         margin, dtype = self.call.margin, self.call.stats_dtype
         if not margin.transforms_negatives:
             return IDENTITY
-        rows = self.batch.rows()
+        rows = self.batch.rows(None, scale)
         c = self.batch.x.new_empty(0, dtype=dtype)
         if margin.needs_target_cosine:
             c = self.exchange.total(self._target_cosine())
         name, row_parameter, constants = margin.negatives(c, rows)
+        if TRANSFORMS[name].one_versus_rest != margin.one_versus_rest:
+            raise ValueError(
+                f"margin: expected {name_of(margin)} to have one_versus_rest="
+                f"{not margin.one_versus_rest} with the transform {name!r}"
+            )
         if row_parameter is not None:
             if row_parameter.shape != rows.label.shape:
                 raise ValueError(

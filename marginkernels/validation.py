@@ -154,10 +154,24 @@ def check_cosines(
         raise ValueError(
             f"scale: expected one that does not adapt with {name_of(margin)}, got {looks}"
         )
+    if margin.one_versus_rest and not margin.transforms_negatives:
+        raise ValueError(
+            f"margin: expected {name_of(margin)}, which is one_versus_rest, to define negatives"
+        )
     if looks is not None and normalize != "both":
         raise ValueError(f"normalize: expected 'both' with {looks}, got {normalize!r}")
     if looks is not None and bias:
         raise ValueError(f"bias: expected none with {looks}")
+
+
+def check_sum(margin: MarginHooks, settings: Settings) -> None:
+    """Checks that what changes a softmax cross-entropy is off for a one-versus-rest loss."""
+    for name in ("label_smoothing", "z_loss", "focal_gamma"):
+        if margin.one_versus_rest and getattr(settings, name) > 0:
+            raise ValueError(
+                f"{name}: expected 0 with {name_of(margin)}, which is no softmax, got "
+                f"{getattr(settings, name)}"
+            )
 
 
 def check_sampling(

@@ -190,7 +190,7 @@ def head_fwd(
 ) -> ops.Forward:
     """Computes the forward op; see :mod:`marginkernels.ops`."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    labels = y.reshape(len(y), -1)
+    labels = y if y.ndim == 2 else y[:, None]
     classes = _Classes(
         w, labels, scale, bias, index, normalize_w, compute_dtype, checked, sub_centers
     )
@@ -199,13 +199,14 @@ def head_fwd(
     x_unit = x * x_inv[:, None] if normalize_x else x
     is_binary = TRANSFORMS[transform].one_versus_rest
     total = _SoftplusSum(x) if is_binary else _LogSumExp(x)
-    target_cosine, logit_sum = x.new_zeros(labels.shape), x.new_zeros(len(x))
+    target_cosine, logit_sum = x.new_zeros(y.shape), x.new_zeros(len(x))
+    of_labels = target_cosine.view(labels.shape)
     logit_max = x.new_full((len(x),), -math.inf)
     w_inv = x.new_empty(classes.total)
     for block in classes.blocks(x_unit):
         w_inv[block.classes] = block.w_inv
         inside, places = block.places(labels)
-        target_cosine += torch.where(inside, block.product.gather(1, places), 0)
+        of_labels += torch.where(inside, block.product.gather(1, places), 0)
         total.add(block.f.masked_fill(block.is_out, -math.inf))
         if want_sum:
             term = torch.sigmoid(block.f) if is_binary else block.f
@@ -215,7 +216,7 @@ def head_fwd(
             logit_max = torch.maximum(logit_max, z.amax(1))
     return ops.Forward(
         lse=total.result(),
-        target_cosine=target_cosine.reshape(y.shape),
+        target_cosine=target_cosine,
         w_norm=torch.where(y >= 0, 1 / w_inv[y.clamp_min(0)], 0.0),
         logit_sum=logit_sum if want_sum else x.new_empty(0),
         logit_max=logit_max if want_max else x.new_empty(0),
@@ -359,7 +360,7 @@ def _sweep_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dbias (C,), dscale ()
     """Sweeps backward, and hands the gradient of each block of classes on."""
     checked = _checked(transform, row_parameter, constants, len(x), bias)
-    labels = y.reshape(len(y), -1)
+    labels = y if y.ndim == 2 else y[:, None]
     classes = _Classes(
         w, labels, scale, bias, index, normalize_w, compute_dtype, checked, sub_centers
     )

@@ -157,7 +157,8 @@ class MergeResults(torch.autograd.Function):
         holds_classes: bool,  # a rank without classes swept a stand-in
         check: bool,  # whether values are checked, for which the host waits
         error: Exception | None,  # of this rank, raised on all where values are checked
-        position: Tensor,
+        one_versus_rest: bool,  # whether lse is a sum of softplus
+        position: Tensor,  # (N,) or (N, L), as all that follows of the targets
         lse: Tensor,
         target_cosine: Tensor,
         w_norm: Tensor,
@@ -166,19 +167,22 @@ class MergeResults(torch.autograd.Function):
         *bias_y: Tensor,
     ) -> tuple[Tensor, ...]:
         if not holds_classes:
-            lse, logit_max = (torch.full_like(t, -torch.inf) for t in (lse, logit_max))
+            lse = torch.full_like(lse, 0 if one_versus_rest else -torch.inf)
+            logit_max = torch.full_like(logit_max, -torch.inf)
             logit_sum = torch.zeros_like(logit_sum)
         if error is not None:
             lse = torch.full_like(lse, torch.nan)
         parts = [lse, target_cosine, w_norm, logit_sum, logit_max, *bias_y]
-        packed = torch.cat(parts)
-        every = gather(group, packed)
-        lses, cosines, norms, sums, maxima, *biases = every.split([len(p) for p in parts], dim=1)
-        merged = lses.logsumexp(0)
+        packed = torch.cat([part.flatten() for part in parts])
+        every = gather(group, packed).split([part.numel() for part in parts], dim=1)
+        lses, cosines, norms, sums, maxima, *biases = (
+            given.unflatten(1, part.shape) for given, part in zip(every, parts, strict=True)
+        )
+        merged = lses.sum(0) if one_versus_rest else lses.logsumexp(0)
         if check and bool(merged.isnan().any()):
             bad_w = ValueError(ops.BAD_W) if bool(lse.isnan().any()) else None
             raise_together(group, error or bad_w)
-        ctx.save_for_backward(position, lse, merged)
+        ctx.save_for_backward(position, *(() if one_versus_rest else (lse, merged)))
         maximum = maxima.amax(0)
         ctx.mark_non_differentiable(maximum)
         ctx.set_materialize_grads(False)
@@ -198,8 +202,9 @@ class MergeResults(torch.autograd.Function):
         _: None,
         *grad_bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        position, lse, merged = saved
-        if grad_lse is not None:
+        position, *lses = saved
+        if grad_lse is not None and lses:
+            lse, merged = lses
             share = torch.where(lse == -torch.inf, 0, (lse - merged).exp())
             grad_lse = grad_lse * share
 
@@ -208,7 +213,7 @@ class MergeResults(torch.autograd.Function):
             return None if grad is None else torch.where(position >= 0, grad, 0)
 
         return (
-            None, None, None, None, None,
+            None, None, None, None, None, None,
             grad_lse, of_owner(grad_cosine), of_owner(grad_norm), grad_sum, None,
             *map(of_owner, grad_bias),
         )  # fmt: skip

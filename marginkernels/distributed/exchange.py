@@ -155,12 +155,15 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
+    def merge(
+        self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
+    ) -> SweepResult:
         """Returns the ranks' sweep results as one sweep over all classes would give them.
 
         Args:
             position: (N,), the place of the row's class among the swept, -1 where it is not there.
             result: of the sweep over this rank's classes.
+            one_versus_rest: whether its lse is a sum of softplus.
         """
 
     @abstractmethod
@@ -206,7 +209,9 @@ class Whole(Exchange):
     def scale(self, scale: Tensor, learns: bool) -> Tensor:
         return scale
 
-    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
+    def merge(
+        self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
+    ) -> SweepResult:
         return result
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,11 +330,14 @@ class Sharded(Exchange):
         anchor = torch.zeros_like(scale, requires_grad=True)
         return collectives.SumGradients.apply(scale, anchor, self.group)
 
-    def merge(self, position: Tensor, result: SweepResult) -> SweepResult:
+    def merge(
+        self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
+    ) -> SweepResult:
         given = [t for t in result if t is not None]  # bias_y, the last, may be None
         merged = collectives.MergeResults.apply(
-            self.group, self.shard.size > 0, bool(self.check_w), self.error, position, *given
-        )
+            self.group, self.shard.size > 0, bool(self.check_w), self.error, one_versus_rest,
+            position, *given,
+        )  # fmt: skip
         return SweepResult(*merged)
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

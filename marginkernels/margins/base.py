@@ -38,6 +38,7 @@ class Rows:
     row_margin: Tensor | None  # the margin that the call gave for each row
     kept: Tensor | None  # bool, whether the row takes part; None: all do
     noise: Tensor | None  # the numbers that ``draw`` gave; None: the margin draws them now
+    scale: Tensor | None  # () of the step
 
     def __init__(
         self,
@@ -47,9 +48,10 @@ class Rows:
         row_margin: Tensor | None,
         kept: Tensor | None = None,
         noise: Tensor | None = None,
+        scale: Tensor | None = None,
     ):
         self.label, self._x_norm, self.w_norm = label, x_norm, w_norm
-        self.row_margin, self.kept, self.noise = row_margin, kept, noise
+        self.row_margin, self.kept, self.noise, self.scale = row_margin, kept, noise, scale
 
     @property
     def x_norm(self) -> Tensor:
@@ -79,7 +81,8 @@ class MarginHooks:
 
     ``takes_row_margin`` says whether a call's ``row_margin`` may replace the margin's m.
     ``needs_target_cosine`` says whether ``negatives`` looks at c. ``transforms_negatives`` follows
-    from whether the class overrides ``negatives``.
+    from whether the class overrides ``negatives``. ``one_versus_rest`` says that the loss is no
+    softmax: ``negatives`` names a transform of that kind, and ``combined`` makes the rows' losses.
     """
 
     training: bool
@@ -87,6 +90,7 @@ class MarginHooks:
     takes_row_margin: bool = False  # whether ``row_margin`` may replace its m
     needs_target_cosine: bool = True  # whether ``negatives`` looks at c
     transforms_negatives: bool = False  # whether it overrides ``negatives``
+    one_versus_rest: bool = False  # whether rows have a sum of softplus in place of log-sum-exp
 
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
@@ -105,6 +109,23 @@ class MarginHooks:
             c: the target's cosines (N,); an empty tensor unless ``needs_target_cosine``.
         """
         return IDENTITY
+
+    def shift(self, rows: Rows) -> Tensor | None:
+        """Returns the constant () that ``negatives`` adds to each value, with its gradient.
+
+        Constants of a transform carry no gradient. A one-versus-rest margin that learns one of them
+        returns it here too; None stands for one that learns none.
+        """
+        return None
+
+    def combined(self, z_y: Tensor, total: Tensor, rows: Rows) -> Tensor:
+        """Returns the losses (N,) of the rows of a one-versus-rest margin.
+
+        Args:
+            z_y: the targets' logits (N,).
+            total: the sums (N,) of log(1 + exp(z)) over the logits z of the other classes.
+        """
+        raise NotImplementedError
 
     def rotation(self) -> Rotation | None:
         """Describes ``forward`` to kernels where it is a rotation by numbers, else returns None.
@@ -159,7 +180,10 @@ class _Adapted(MarginHooks):
     """Gives an ``nn.Module`` the hooks that it does not define itself."""
 
     # not check and bounded, which mean other things in modules that know nothing of margins
-    _HOOKS = ("needs_target_cosine", "negatives", "regularizer", "draw")
+    _HOOKS = (
+        "needs_target_cosine", "negatives", "one_versus_rest", "shift", "combined", "regularizer",
+        "draw",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module):
         self.module, self.training = module, module.training
