@@ -18,8 +18,27 @@ namespace marginkernels {
 inline void check_shapes(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y) {
     TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1),
                       "w: expected (C, D) for x (N, D) = ", x.sizes(), ", got ", w.sizes());
-    TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == x.size(0),
-                      "y: expected (N,) for x (N, D) = ", x.sizes(), ", got ", y.sizes());
+    TORCH_CHECK_VALUE((y.dim() == 1 || y.dim() == 2) && y.size(0) == x.size(0),
+                      "y: expected (N,) or (N, L) for x (N, D) = ", x.sizes(), ", got ", y.sizes());
+}
+
+// Returns how many targets a row has, of which some may be -1.
+inline int64_t targets_per_row(const at::Tensor& y) {
+    return y.dim() == 1 ? 1 : y.size(1);
+}
+
+// Checks a tensor with a number for each target.
+inline void check_per_target(const std::optional<at::Tensor>& t, const char* name,
+                             const at::Tensor& y) {
+    TORCH_CHECK_VALUE(!t.has_value() || t->sizes() == y.sizes(), name, ": expected ", y.sizes(),
+                      " like y, got ", t.has_value() ? t->sizes() : at::IntArrayRef());
+}
+
+// Checks that the swept rows of w make up whole classes.
+inline void check_sub_centers(int64_t sub_centers, int64_t rows) {
+    TORCH_CHECK_VALUE(sub_centers >= 1 && rows % sub_centers == 0,
+                      "sub_centers: expected a divisor of the ", rows, " rows of w, got ",
+                      sub_centers);
 }
 
 // Returns how many classes a sweep meets: the rows of w, or those that an index names.

@@ -262,14 +262,14 @@ def _head_fwd_fake(
 ) -> Forward:
     n, c = x.shape[0], (w if index is None else index).shape[0]
 
-    def stat(size: int) -> Tensor:
+    def stat(size: int | torch.Size) -> Tensor:
         return x.new_empty(size, dtype=statistics_dtype(compute_dtype))
 
     shape = tiles_shape(n, c) if save_tiles else None
     return Forward(
         lse=stat(n),
-        target_cosine=stat(n),
-        w_norm=stat(n),
+        target_cosine=stat(y.shape),
+        w_norm=stat(y.shape),
         logit_sum=stat(n if want_sum else 0),
         logit_max=stat(n if want_max else 0),
         x_inv=stat(n),
