@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gradient_kernels import gradient_kernel
 from .operands import Operands, ceil_div
 from .row_kernels import saved_rows_kernel
-from .tile_kernels import gradient_kernel
 
 
 class Incoming(NamedTuple):
