@@ -15,10 +15,10 @@ from . import configs, vendor_gemm
 from .configs import Config
 from .dw import RowGradient, TakeChunk, WriteDw, is_raw
 from .operands import Operands, ceil_div
-from .row_kernels import target_kernel
 from .sources import GradientSource, Incoming, SavedGradient, TileGradient
+from .target_kernels import target_kernel
 
-# rows of a batch whose labels every program reads, to find those of its class. On an H200 that took
+# labels of a batch that every program reads, to find those of its class. On an H200 that took
 # 122 us for 8192 rows, and 155 with a sort of the labels before, but it grows with the square
 MOST_SCANNED = 16384
 # groups of rows whose labels are read together
@@ -28,7 +28,7 @@ LABEL_GROUPS = 64
 def head_bwd(
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D), or more rows with an index
-    y: Tensor,  # (N,)
+    y: Tensor,  # (N,) or (N, L)
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None,  # (C,) rows of w
@@ -37,8 +37,8 @@ def head_bwd(
     w_inv: Tensor,  # (C,)
     tiles: Tensor,  # (N, classes of all tiles), or (0,)
     grad_lse: Tensor,  # (N,)
-    grad_target: Tensor,  # (N,)
-    grad_w_norm: Tensor | None,  # (N,)
+    grad_target: Tensor,  # as y
+    grad_w_norm: Tensor | None,  # as y
     grad_sum: Tensor | None,  # (N,)
     *,
     normalize_x: bool,
@@ -153,7 +153,7 @@ class BackwardSweep:
         self,
         dx_raw: Tensor,  # (N, width)
         table: Tensor,  # (., D or more) the rows of w that hold targets
-        target_row: Tensor | None,  # (N,) a row of the table, or -1; None: the row's own
+        target_row: Tensor | None,  # (N L,) a row of the table, or -1; None: each its own
         normalize_x: bool,
         dx: Tensor,  # (N, D)
     ) -> None:
@@ -162,22 +162,22 @@ class BackwardSweep:
         operands.project(
             dx_raw, operands.x, self.incoming.x_inv, source.row_weight, source.dx_factor,
             target_row, table, self.targets.coefficient, None, dx, None,
-            NORMALIZE=normalize_x, ROUND_TABLE=True,
+            labels=operands.labels, NORMALIZE=normalize_x, ROUND_TABLE=True,
         )  # fmt: skip
 
 
 class Targets(NamedTuple):
     """Holds the target's column of G, see target_kernel."""
 
-    coefficient: Tensor  # (N,)
+    coefficient: Tensor  # (N L,)
     slot: Tensor  # (C,) int32: a row of the sums, or -1
-    sums: Tensor  # (N, width)
-    radial: Tensor | None  # (N,)
+    sums: Tensor  # (N L, width)
+    radial: Tensor | None  # (N L,)
 
     @classmethod
     def of(cls, operands: Operands, incoming: Incoming, slot: Tensor) -> "Targets":
         """Computes the column; ``slot`` is -1 everywhere."""
-        n, block_d = len(operands.x), 512
+        n, block_d = len(operands.y), 512
         targets = cls(
             coefficient=operands.statistics(n),
             slot=slot,
@@ -190,7 +190,7 @@ class Targets(NamedTuple):
         target_kernel[(n, ceil_div(operands.width, block_d))](
             operands.x, y, order, incoming.x_inv, incoming.w_inv, operands.scale,
             incoming.grad_target, incoming.grad_w_norm, *targets,
-            N=n, NORMALIZE_W=operands.normalize_w, GROUPS=LABEL_GROUPS, GROUP=16, BLOCK_D=block_d,
-            **operands.row_settings(),
+            N=n, labels=operands.labels, NORMALIZE_W=operands.normalize_w,
+            GROUPS=LABEL_GROUPS, GROUP=16, BLOCK_D=block_d, **operands.row_settings(),
         )  # fmt: skip
         return targets

@@ -23,8 +23,8 @@ class RowGradient(NamedTuple):
     w_inv: Tensor  # (C,)
     source: GradientSource
     slot: Tensor  # (C,) int32
-    sums: Tensor  # (N, width)
-    radial: Tensor | None  # (N,)
+    sums: Tensor  # (N L, width)
+    radial: Tensor | None  # (N L,)
 
 
 class TakeDw:

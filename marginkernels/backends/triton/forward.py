@@ -17,7 +17,7 @@ from .tile_kernels import statistics_kernel
 def head_fwd(
     x: Tensor,  # (N, D)
     w: Tensor,  # (C, D)
-    y: Tensor,  # (N,)
+    y: Tensor,  # (N,) or (N, L) targets
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None = None,  # (C,) rows of w, which then has more
@@ -49,8 +49,8 @@ def head_fwd(
     tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)
     results = ops.Forward(
         lse=operands.statistics(n),
-        target_cosine=operands.statistics(n),
-        w_norm=operands.statistics(n),
+        target_cosine=operands.statistics(*y.shape),
+        w_norm=operands.statistics(*y.shape),
         logit_sum=operands.statistics(n if want_sum else 0),
         logit_max=operands.statistics(n if want_max else 0),
         x_inv=x_inv if normalize_x else x_inv.fill_(1),
@@ -120,16 +120,24 @@ def _finish_rows(
         operands.x, w, operands.y, w_row, results.x_inv, results.w_inv, partials,
         results.lse, results.target_cosine, results.w_norm,
         results.logit_sum if want_sum else None, results.logit_max if want_max else None,
-        N=n, D=operands.w.shape[1], w_stride_c=w.stride(0), w_stride_d=w.stride(1),
-        columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
+        N=n, D=operands.w.shape[1], labels=operands.labels, w_stride_c=w.stride(0),
+        w_stride_d=w.stride(1), columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
         LOG2_UNITS=operands.bias is None,
         MAXIMUM_PLANE=(LOGIT_MAXIMUM if separate_max else MAXIMUM).value,
         BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **operands.row_settings(),
     )  # fmt: skip
 
 
-def _mask_sums(logit_sum: Tensor, y: Tensor, bias: Tensor) -> None:
+def _mask_sums(
+    logit_sum: Tensor,  # (N,)
+    y: Tensor,  # (N,) or (N, L)
+    bias: Tensor,  # (C,)
+) -> None:
     """Sets sums with a class that its bias masks to -inf: the kernel leaves such classes out."""
     masked = bias == -torch.inf
-    others = masked.sum() - torch.where(y >= 0, masked[y.clamp_min(0)].long(), 0)
-    logit_sum.masked_fill_(others > 0, -torch.inf)
+    labels = y.reshape(len(y), -1)
+    if labels.shape[1] > 1:  # each target once
+        labels = labels.sort(1).values
+        labels[:, 1:].masked_fill_(labels[:, 1:] == labels[:, :-1], -1)
+    own = torch.where(labels >= 0, masked[labels.clamp_min(0)].long(), 0)
+    logit_sum.masked_fill_(masked.sum() > own.sum(1), -torch.inf)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .constants import LOG2E
-from .tile_kernels import SIZES, dot, exclude, row_factor
+from .tile_kernels import SIZES, dot, exclude, only_label, row_factor
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def _gradient_tile(
     dscale,
     N,
     C,
+    labels,
     D_TILES,
     first_tile,
     stop_tile,
@@ -86,8 +87,8 @@ def _gradient_tile(
         v *= tl.where(row < N, inverse, 0.0)[:, None]
     # as early as possible: each tile that lives across the branch takes registers
     flag = flags + row_tile.to(tl.int64) * class_tiles + tile
-    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    v = exclude(v, flag, label, start, C, BLOCK_C)
+    label = only_label(y, labels, row, N)
+    v = exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C)
     if TRANSFORM is not None:
         parameter = None
         if row_parameter is not None:
@@ -130,14 +131,14 @@ def _gradient_tile(
 def gradient_kernel(
     x,  # (N, D_TILES * BLOCK_D)
     w,  # ((stop_tile - first_tile) * BLOCK_C, D_TILES * BLOCK_D): the classes of this launch
-    y,  # (N,) int64, -1: no target here
+    y,  # (N,) or (N, labels) int64, -1: no target here
     x_inv,  # (N,)
     w_inv,  # (C,) and on to the end of the last tile
     scale,  # ()
     bias,  # (C,) and on to the end of the last tile, or None
     row_parameter,  # (N,) of the transform, or None
     constants,  # (K,) of the transform, or None
-    flags,  # (row tiles, class tiles) int8: a target lies in the tile
+    flags,  # (row tiles, class tiles) int8, see flag_kernel
     lse,  # (N,)
     grad_lse,  # (N,)
     grad_sum,  # (N,) or None
@@ -147,6 +148,7 @@ def gradient_kernel(
     dscale,  # (class tiles, row tiles) sums over a tile, or None
     N,
     C,
+    labels,  # of a row, None: one
     D_TILES,
     first_tile,  # the class tiles of this launch
     stop_tile,
@@ -171,15 +173,15 @@ def gradient_kernel(
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _gradient_tile(
                 index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
-                grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, D_TILES, first_tile, stop_tile,
-                class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION, BLOCK_N,
-                BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
+                grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, labels, D_TILES, first_tile,
+                stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION,
+                BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
             )  # fmt: skip
     else:
         index = tl.program_id(0)  # a loop would take registers
         _gradient_tile(
             index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
-            grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, D_TILES, first_tile, stop_tile,
-            class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION, BLOCK_N,
-            BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
+            grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, labels, D_TILES, first_tile,
+            stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION,
+            BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
         )  # fmt: skip

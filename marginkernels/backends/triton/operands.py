@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import numerics
 from . import configs
 from .configs import Config
-from .row_kernels import flag_kernel, prepare_rows_kernel, project_kernel
+from .row_kernels import prepare_rows_kernel, project_kernel
+from .target_kernels import flag_kernel
 from .transforms import Transform
 
 # a class is an int32 in the kernels, up to the end of 128 tiles; offsets have 64 bits
@@ -59,7 +60,8 @@ class Operands:
     x: Tensor  # (N, width) in the compute type
     w: Tensor  # (C, D) as the caller gave it, or more rows with an index
     rows: Tensor | None  # (C, width) of w as the kernels read them; None: rounded by chunks
-    y: Tensor  # (N,)
+    y: Tensor  # (N L,), L targets of each row
+    labels: int | None  # L, None: one
     scale: Tensor  # ()
     bias: Tensor | None  # (C,) continued to the end of the last tile
     index: Tensor | None  # (C,) rows of w that are swept; w then has more than C
@@ -71,7 +73,7 @@ class Operands:
         cls,
         x: Tensor,  # (N, D)
         w: Tensor,  # (C, D)
-        y: Tensor,  # (N,)
+        y: Tensor,  # (N,) or (N, L)
         scale: Tensor,  # ()
         bias: Tensor | None,  # (C,)
         index: Tensor | None,  # (C,)
@@ -112,7 +114,8 @@ class Operands:
             x=rows,
             w=w,
             rows=w_rows,
-            y=y.contiguous(),
+            y=y.contiguous().flatten(),
+            labels=None if y.ndim == 1 or y.shape[1] == 1 else y.shape[1],
             scale=scale,
             bias=None if bias is None else _continued(bias, config.block_c),
             index=None if index is None else index.contiguous(),
@@ -201,7 +204,7 @@ class Operands:
             yield first, stop, rows
 
     def target_row(self) -> Tensor:
-        """Returns the row of w that holds the target, (N,), or -1."""
+        """Returns the rows of w that hold targets, (N L,), or -1."""
         if self.index is None or len(self.index) == 0:
             return self.y
         return torch.where(self.y >= 0, self.index[self.y.clamp_min(0)], -1)
@@ -211,10 +214,10 @@ class Operands:
         return (self.w, self.target_row()) if self.rows is None else (self.rows, self.y)
 
     def lasting_target_table(self) -> tuple[Tensor, Tensor | None]:
-        """Returns such a table that a later change of w does not reach; None: the row's own row."""
+        """Returns such a table that a later change of w does not reach; None: each its own row."""
         if self.rows is not None and self.rows is not self.w:
             return self.rows, self.y
-        table = self.w.new_empty(len(self.x), self.width)
+        table = self.w.new_empty(len(self.y), self.width)
         self.prepare(self.w, table, None, self.target_row())
         return table, None
 
@@ -244,6 +247,7 @@ class Operands:
         gradient: Tensor,  # (R, width) fp32
         rows: Tensor,  # (R, width)
         *others: Tensor | None,  # see project_kernel
+        labels: int | None = None,
         **flags: bool,
     ) -> None:
         """Turns the gradient along unit rows into that of raw rows, see project_kernel."""
@@ -254,20 +258,21 @@ class Operands:
         unit, settings = math.gcd(d, stride, UNIT), self.held_rows
         project_kernel[(ceil_div(len(rows), settings["BLOCK_R"]),)](
             gradient, rows, *others,
-            R=len(rows), D_UNITS=d // unit, table_units=stride // unit, table_stride_d=stride_d,
-            inverse_limit=self.inverse_limit, UNIT=unit, **flags, **settings,
+            R=len(rows), D_UNITS=d // unit, labels=labels, table_units=stride // unit,
+            table_stride_d=stride_d, inverse_limit=self.inverse_limit, UNIT=unit,
+            **flags, **settings,
         )  # fmt: skip
 
     def flags(self, slot: Tensor | None = None) -> Tensor:
-        """Returns (row tiles, class tiles) int8, 1 where a target lies.
+        """Returns (row tiles, class tiles) int8, not 0 where a target lies, see flag_kernel.
 
         Sets ``slot`` (C,) int32 to -1, where it is given.
         """
         flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
         flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, 128),)](
-            self.y, flags, slot, N=len(self.y), C=self.classes, class_tiles=self.class_tiles,
-            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
-            num_warps=4, enable_fp_fusion=True,
+            self.y, flags, slot, N=len(self.x), C=self.classes, labels=self.labels,
+            class_tiles=self.class_tiles, BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c,
+            BLOCK_T=128, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return flags
 
@@ -302,9 +307,9 @@ class Operands:
         """Returns the settings that both tile kernels are compiled for."""
         config = self.config
         return dict(
-            inverse_limit=self.inverse_limit, D_TILES=self.d_tiles, PRECISION=self.precision,
-            BLOCK_N=config.block_n, BLOCK_C=config.block_c, BLOCK_D=config.block_d,
-            DESCRIPTORS=config.descriptors, FLATTEN=config.flatten,
+            inverse_limit=self.inverse_limit, labels=self.labels, D_TILES=self.d_tiles,
+            PRECISION=self.precision, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            BLOCK_D=config.block_d, DESCRIPTORS=config.descriptors, FLATTEN=config.flatten,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

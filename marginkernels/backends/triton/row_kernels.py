@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Holds the kernels that are linear in N, C D or N D: norms, targets, merges, projections.
+"""Holds the kernels that are linear in N, C D or N D: norms, merges, projections.
 
-What: everything beside the tiles, in fp32 and in a fixed order; no atomics anywhere.
-Never materialised: normalised rows, one-hot labels, a second copy of dw.
+What: what is beside the tiles and target_kernels.py, in fp32, in a fixed order, without atomics.
+Never materialised: normalised rows, a second copy of dw.
 Fast because: each row of x, w and dw is read or written once per sweep, by one program.
 """
 
@@ -58,52 +58,25 @@ def prepare_rows_kernel(
         tl.store(inverse + row, tl.minimum(1 / norm, inverse_limit), mask=there)
 
 
-@triton.jit(do_not_specialize=["N", "C", "class_tiles"])
-def flag_kernel(
-    y,  # (N,) int64
-    flags,  # (row tiles, class tiles) int8
-    slot,  # (C,) int32, or None: set to -1 for target_kernel
-    N,
-    C,
-    class_tiles,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Writes 1 for the tiles that hold a target, 0 for the others: only the first need a mask."""
-    row_tiles = tl.cdiv(N, BLOCK_N)
-    row_tile = tl.program_id(0) % row_tiles
-    first = tl.program_id(0) // row_tiles * BLOCK_T
-    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
-    tile = first + tl.arange(0, BLOCK_T)
-    of_label = tl.where(label >= 0, label // BLOCK_C, -1)
-    hit = tl.max((of_label[:, None] == tile[None, :]).to(tl.int32), 0)
-    own = flags + row_tile.to(tl.int64) * class_tiles
-    tl.store(own + tile, hit.to(tl.int8), mask=tile < class_tiles)
-    if slot is not None:
-        col = first * BLOCK_C + tl.arange(0, BLOCK_T * BLOCK_C)
-        tl.store(slot + col, -1, mask=col < tl.where(row_tile == 0, C, 0))
-
-
 @triton.jit(
-    do_not_specialize=["N", "D", "D_TILES", "columns", "w_stride_c", "w_stride_d"],
+    do_not_specialize=["N", "D", "labels", "D_TILES", "columns", "w_stride_c", "w_stride_d"],
 )
 def finish_rows_kernel(
     x,  # (N, D_TILES * TILE_D)
     w,  # (., D) of any type and strides
-    y,  # (N,) int64, -1: no target here
-    w_row,  # (N,) int64, the target's row of w
+    y,  # (N,) or (N, labels) int64, -1: no target here
+    w_row,  # like y, the target's row of w
     x_inv,  # (N,)
     w_inv,  # (C,)
     partials,  # (PLANES, columns, N), see statistics_kernel
     lse,  # (N,)
-    target_cosine,  # (N,)
-    w_norm,  # (N,)
+    target_cosine,  # like y
+    w_norm,  # like y
     logit_sum,  # (N,) or None
     logit_max,  # (N,) or None
     N,
     D,
+    labels,  # of a row, None: one
     D_TILES,
     w_stride_c,
     w_stride_d,
@@ -148,11 +121,47 @@ def finish_rows_kernel(
     if logit_max is not None:
         tl.store(logit_max + row, tl.where(none, float("-inf"), top * UNIT), mask=row < N)
 
-    label = tl.load(y + row, mask=row < N, other=-1)
+    if labels is None:
+        _finish_target(
+            x, w, y, w_row, x_inv, w_inv, target_cosine, w_norm, row, row, N, D, D_TILES,
+            w_stride_c, w_stride_d, NORMALIZE_W, TILE_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        for l in range(labels):
+            _finish_target(
+                x, w, y, w_row, x_inv, w_inv, target_cosine, w_norm, row, row * labels + l, N, D,
+                D_TILES, w_stride_c, w_stride_d, NORMALIZE_W, TILE_D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish_target(
+    x,
+    w,
+    y,
+    w_row,
+    x_inv,
+    w_inv,
+    target_cosine,
+    w_norm,
+    row,
+    pair,  # where one target of each row stands in y
+    N,
+    D,
+    D_TILES,
+    w_stride_c,
+    w_stride_d,
+    NORMALIZE_W: tl.constexpr,
+    TILE_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Writes the cosine and the norm of a target; the arguments are those of the kernel."""
+    label = tl.load(y + pair, mask=row < N, other=-1)
     owned = label >= 0
     dot = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     x_row = x + row.to(tl.int64)[:, None] * (D_TILES * TILE_D)
-    picked = w + tl.load(w_row + row, mask=owned, other=0)[:, None] * w_stride_c
+    picked = w + tl.load(w_row + pair, mask=owned, other=0)[:, None] * w_stride_c
     for start in range(0, D, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)[None, :]
         there = owned[:, None] & (k < D)
@@ -163,8 +172,8 @@ def finish_rows_kernel(
     cosine = tl.sum(dot, 1) * tl.load(x_inv + row, mask=row < N, other=1.0)
     if NORMALIZE_W:
         cosine *= q
-    tl.store(target_cosine + row, cosine, mask=row < N)
-    tl.store(w_norm + row, tl.where(owned, 1 / q, 0.0), mask=row < N)
+    tl.store(target_cosine + pair, cosine, mask=row < N)
+    tl.store(w_norm + pair, tl.where(owned, 1 / q, 0.0), mask=row < N)
 
 
 @triton.jit
@@ -179,91 +188,6 @@ def _log_sum(m, UNIT: tl.constexpr, l):
     # ln 2 in two parts: the product with the first one is exact
     small = tl.fma(exponent, -2.12194440e-4, tl.log(mantissa))
     return tl.fma(exponent, 0.693359375, tl.fma(m, UNIT, small))
-
-
-@triton.jit(do_not_specialize=["N", "D_TILES"])
-def target_kernel(
-    x,  # (N, D_TILES * TILE_D)
-    y,  # (N,) int64, -1: no target here; sorted where there is an order
-    order,  # (N,) rows in the order of y, or None: as they come
-    x_inv,  # (N,)
-    w_inv,  # (C,)
-    scale,  # ()
-    grad_target,  # (N,)
-    grad_w_norm,  # (N,) or None
-    coefficient,  # (N,): weight of w_y in a row's dx, 0 without a target
-    slot,  # (C,) int32, -1 before: the row whose sums are those of a class
-    sums,  # (N, D_TILES * TILE_D) fp32: the targets' part of a class's dw
-    radial,  # (N,) or None: the gradient of the class's norm
-    N,
-    D_TILES,
-    NORMALIZE_W: tl.constexpr,
-    TILE_D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,  # rows that are added together
-    BLOCK_D: tl.constexpr,
-):
-    """Writes the weight of w_y in a row's dx, and the targets' part of each class's dw.
-
-    This is the target's column of G, in fp32, outside the GEMMs: one program per place in y and
-    slice of D. The first row of each class adds up the parts of all rows of the class, in their
-    order.
-    """
-    BLOCK_N: tl.constexpr = GROUPS * GROUP
-    place = tl.program_id(0)
-    label = tl.load(y + place)
-    first_slice = tl.program_id(1) == 0
-    row = place.to(tl.int64) if order is None else tl.load(order + place)
-    if label < 0:
-        tl.store(coefficient + row, 0.0, mask=first_slice)
-    else:
-        factor = tl.load(scale)
-        if NORMALIZE_W:
-            factor *= tl.load(w_inv + label)
-        own = tl.load(grad_target + row) * tl.load(x_inv + row) * factor
-        tl.store(coefficient + row, own, mask=first_slice)
-
-        earlier = 0
-        if order is None:
-            for start in range(0, place, BLOCK_N):
-                k = start + tl.arange(0, BLOCK_N)
-                earlier += tl.max((tl.load(y + k, mask=k < place, other=-1) == label).to(tl.int32))
-        else:
-            earlier = (tl.load(y + place - 1, mask=place > 0, other=-1) == label).to(tl.int32)
-        if earlier == 0:
-            width = D_TILES * TILE_D
-            col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-            group = tl.arange(0, GROUPS)
-            member = tl.arange(0, GROUP)
-            total = tl.zeros((BLOCK_D,), tl.float32)
-            radial_total = tl.zeros((GROUP,), tl.float32)
-            start = place // GROUP * GROUP
-            while start < N:
-                block = start + group[:, None] * GROUP + member[None, :]
-                hit = tl.load(y + block, mask=block < N, other=-1) == label
-                left = tl.where(tl.max(hit.to(tl.int32), 1) > 0, group, GROUPS)
-                nearest = tl.min(left)
-                while nearest < GROUPS:
-                    k = start + nearest * GROUP + member
-                    same = tl.load(y + k, mask=k < N, other=-1) == label
-                    rows = k.to(tl.int64) if order is None else tl.load(order + k, mask=same)
-                    g = tl.load(grad_target + rows, mask=same, other=0.0)
-                    g *= tl.load(x_inv + rows, mask=same, other=0.0) * factor
-                    there = same[:, None] & (col < width)[None, :]
-                    x_rows = tl.load(x + rows[:, None] * width + col[None, :], there, other=0.0)
-                    total += tl.sum(g[:, None] * x_rows.to(tl.float32), 0)
-                    if radial is not None:
-                        radial_total += tl.load(grad_w_norm + rows, mask=same, other=0.0)
-                    left = tl.where(left > nearest, left, GROUPS)
-                    nearest = tl.min(left)
-                start += BLOCK_N
-                if order is not None:
-                    goes_on = tl.load(y + start, mask=start < N, other=-1) == label
-                    start = tl.where(goes_on, start, N)
-            tl.store(sums + row * width + col, total, mask=col < width)
-            tl.store(slot + label, row.to(tl.int32), mask=first_slice)
-            if radial is not None:
-                tl.store(radial + row, tl.sum(radial_total, 0), mask=first_slice)
 
 
 @triton.jit(do_not_specialize=["N", "D_TILES"])
@@ -302,21 +226,22 @@ def saved_rows_kernel(
     tl.store(weighted + at, (v * weight[:, None]).to(weighted.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["R", "D_UNITS", "D_TILES", "table_units"])
+@triton.jit(do_not_specialize=["R", "D_UNITS", "labels", "D_TILES", "table_units"])
 def project_kernel(
     gradient,  # (R, D_TILES * TILE_D) fp32, along the unit rows
     rows,  # (R, D_TILES * TILE_D), in the compute type
     inverse,  # (R,)
     weight,  # (R,) of a gradient that lacks 1 / |row| too, or None
     factor,  # () of the gradient, or None
-    index,  # (R,) row of the table, -1: none; or None: as they come
+    index,  # (R,) or (R, labels) row of the table, -1: none; or None: as they come
     table,  # (., D or more): rows that are added, see ROUND_TABLE
-    coefficient,  # (R,) of the row added, or None
-    radial,  # by row of the table: gradient of the row's norm, or None
+    coefficient,  # of the rows added, (R,) or (R, labels), or None
+    radial,  # by row of the table: gradient of the row's norm, or None; with one label
     out,  # (R, D), or more rows with an index
     out_index,  # (R,) rows of out, or None: as they come
     R,
     D_UNITS,
+    labels,  # rows of the table that a row gets, None: one
     D_TILES,
     table_units,  # its stride, in UNITs
     table_stride_d,
@@ -348,30 +273,63 @@ def project_kernel(
     if factor is not None:
         g *= tl.load(factor)
 
-    picked = row.to(tl.int64)
-    if index is not None:
-        picked = tl.load(index + row, mask=there, other=-1).to(tl.int64)
-    added = there & (picked >= 0)
-    in_table = picked[:, None] * (table_units * UNIT) + k.to(tl.int64) * table_stride_d
-    t = tl.load(table + in_table, mask=added[:, None] & (k < D), other=0.0)
-    if ROUND_TABLE:
-        t = t.to(rows.dtype.element_ty)
-    t = t.to(tl.float32)
-    if coefficient is not None:
-        t *= tl.load(coefficient + row, mask=added, other=0.0)[:, None]
-    g += t
+    table_stride = table_units * UNIT
+    ROUNDED: tl.constexpr = rows.dtype.element_ty if ROUND_TABLE else table.dtype.element_ty
+    if labels is None:
+        picked = _picked(index, row, there)
+        g += _row_of_table(
+            row, picked, k, D, table, table_stride, table_stride_d, coefficient, ROUNDED
+        )  # fmt: skip
+    else:
+        for l in range(labels):
+            pair = row * labels + l
+            g += _row_of_table(
+                pair, _picked(index, pair, there), k, D, table, table_stride, table_stride_d,
+                coefficient, ROUNDED,
+            )  # fmt: skip
 
     radius = tl.zeros((BLOCK_R,), tl.float32)
     if NORMALIZE:
         # of the unit row: the radius of a small row itself could overflow
         radius = -tl.sum(g * v, 1) * inv
     if radial is not None:
-        radius += tl.load(radial + picked, mask=added, other=0.0)
+        radius += tl.load(radial + picked, mask=picked >= 0, other=0.0)
     g = projected(g, v, inv, radius, inv >= inverse_limit, radial, NORMALIZE)
     out_row = row.to(tl.int64)
     if out_index is not None:
         out_row = tl.load(out_index + row, mask=there, other=0)
     tl.store(out + out_row[:, None] * D + k, g.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _picked(index, place, there):
+    """Returns the row of the table for each place, -1: none."""
+    if index is None:
+        picked = tl.where(there, place.to(tl.int64), -1)
+    else:
+        picked = tl.load(index + place, mask=there, other=-1).to(tl.int64)
+    return picked
+
+
+@triton.jit
+def _row_of_table(
+    place,
+    picked,
+    k,
+    D,
+    table,
+    stride,
+    stride_d,
+    coefficient,
+    ROUNDED: tl.constexpr,  # the type that it is rounded to
+):
+    """Returns a row of the table for each place, times its coefficient; 0 where there is none."""
+    added = picked >= 0
+    at = picked[:, None] * stride + k.to(tl.int64) * stride_d
+    t = tl.load(table + at, mask=added[:, None] & (k < D), other=0.0).to(ROUNDED).to(tl.float32)
+    if coefficient is not None:
+        t *= tl.load(coefficient + place, mask=added, other=0.0)[:, None]
+    return t
 
 
 @triton.jit

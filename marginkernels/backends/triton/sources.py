@@ -19,8 +19,8 @@ class Incoming(NamedTuple):
     x_inv: Tensor  # (N,)
     w_inv: Tensor  # (C,)
     grad_lse: Tensor  # (N,)
-    grad_target: Tensor  # (N,)
-    grad_w_norm: Tensor | None  # (N,)
+    grad_target: Tensor  # (N,) or (N, L)
+    grad_w_norm: Tensor | None  # likewise
     grad_sum: Tensor | None  # (N,)
 
     def contiguous(self) -> "Incoming":

@@ -26,7 +26,7 @@ _HELD = 2048
 def head_step(
     x: Tensor,  # (N, D), N > 0
     w: Tensor,  # (C, D), or more rows with an index; updated
-    y: Tensor,  # (N,)
+    y: Tensor,  # (N,) or (N, L)
     scale: Tensor,  # ()
     bias: Tensor | None,  # (C,)
     index: Tensor | None,  # (C,) rows of w
@@ -35,8 +35,8 @@ def head_step(
     w_inv: Tensor,  # (C,), updated
     tiles: Tensor,  # (N, classes of all tiles), or (0,)
     grad_lse: Tensor,  # (N,)
-    grad_target: Tensor,  # (N,)
-    grad_w_norm: Tensor | None,  # (N,)
+    grad_target: Tensor,  # as y
+    grad_w_norm: Tensor | None,  # as y
     grad_sum: Tensor | None,  # (N,)
     state: list[Tensor],  # (rows of w, D) or (rows of w, 1) each, updated
     numbers: Tensor,  # (NUMBERS,)

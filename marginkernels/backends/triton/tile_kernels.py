@@ -12,7 +12,7 @@ Names, as in csrc/cuda/tile.cuh:
     r            row factor, scale / |x_i|, or scale where x is not normalised
     q            1 / |w_j|, or 1 where w is not normalised
     v            <x_i, w_j>; then, as the same tile, times q, a cosine, the transformed cosine
-    excluded     pairs that take no part: a row's target, and classes from C on; their v is -inf
+    excluded     pairs that take no part: a row's targets, and classes from C on; their v is -inf
     rate         factor of a row that turns v into a logit
     unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
     z, slope     the logit, after the transform where there is one; d value / d cosine
@@ -42,7 +42,7 @@ from .constants import (
     OFFSET_START,
 )
 
-SIZES = ["N", "C", "D_TILES", "first_tile", "class_tiles"]
+SIZES = ["N", "C", "labels", "D_TILES", "first_tile", "class_tiles"]
 
 
 @triton.jit
@@ -94,12 +94,32 @@ def row_factor(x_inv, scale, row, N):
 
 
 @triton.jit
-def exclude(v, flag, label, start, C, BLOCK_C: tl.constexpr):
-    """Sets the excluded to -inf. Only flagged tiles and the last one pay for it."""
+def only_label(y, labels, row, N):
+    """Returns the label of each row; None where rows have several."""
+    label = None
+    if labels is None:
+        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    return label
+
+
+@triton.jit
+def exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C: tl.constexpr):
+    """Sets the excluded to -inf. Only flagged tiles and the last one pay for it.
+
+    Of several labels a tile looks at those whose bit is set in its flag.
+    """
     col = start + tl.arange(0, BLOCK_C)
-    if (tl.load(flag) != 0) | (start + BLOCK_C > C):
-        excluded = (label[:, None] == col[None, :]) | (col >= C)[None, :]
-        v = tl.where(excluded, float("-inf"), v)
+    bits = tl.load(flag)
+    if (bits != 0) | (start + BLOCK_C > C):
+        if labels is None:
+            excluded = (label[:, None] == col[None, :]) | (col >= C)[None, :]
+            v = tl.where(excluded, float("-inf"), v)
+        else:
+            v = tl.where((col >= C)[None, :], float("-inf"), v)
+            for l in range(labels):
+                if (bits.to(tl.int32) >> (l % 8)) & 1 != 0:
+                    own = tl.load(y + row * labels + l, mask=row < N, other=-1).to(tl.int32)
+                    v = tl.where(own[:, None] == col[None, :], float("-inf"), v)
     return v
 
 
@@ -107,18 +127,19 @@ def exclude(v, flag, label, start, C, BLOCK_C: tl.constexpr):
 def statistics_kernel(
     x,  # (N, D_TILES * BLOCK_D)
     w,  # ((stop_tile - first_tile) * BLOCK_C, D_TILES * BLOCK_D): the classes of this launch
-    y,  # (N,) int64, -1: no target here
+    y,  # (N,) or (N, labels) int64, -1: no target here
     x_inv,  # (N,)
     w_inv,  # (C,) and on to the end of the last tile
     scale,  # ()
     bias,  # (C,) and on to the end of the last tile, or None
     row_parameter,  # (N,) of the transform, or None
     constants,  # (K,) of the transform, or None
-    flags,  # (row tiles, class tiles) int8: a target lies in the tile
+    flags,  # (row tiles, class tiles) int8, see flag_kernel
     partials,  # (PLANES, columns, N), see constants.py
     tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
     N,
     C,
+    labels,  # of a row, None: one
     D_TILES,
     first_tile,  # the class tiles of this launch
     stop_tile,
@@ -151,7 +172,7 @@ def statistics_kernel(
     row_tile = tl.program_id(0) % row_tiles
     column = tl.program_id(0) // row_tiles
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+    label = only_label(y, labels, row, N)
     if TRANSFORM is None:
         r = row_factor(x_inv, scale, row, N) * PER_UNIT
     else:
@@ -194,7 +215,7 @@ def statistics_kernel(
         if TRANSFORM is not None:
             v *= inverse
         flag = flags + row_tile.to(tl.int64) * class_tiles + tile
-        v = exclude(v, flag, label, start, C, BLOCK_C)
+        v = exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C)
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
