@@ -41,6 +41,12 @@ __device__ __forceinline__ A exp_of(A x) {
     return ptx::exp2(x * A(1 / kLn2));
 }
 
+// Returns log(1 + exp(z)) and its derivative.
+template <class A>
+__device__ __forceinline__ mk::Softplus<A> softplus_of(A z) {
+    return mk::softplus(z, exp_of(z < 0 ? z : -z));
+}
+
 // Takes softmax statistics of every `slices`-th batch of classes of the chunk, a thread per row.
 template <class A, class F>
 __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
@@ -81,20 +87,28 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
             const DenseLogit<A, F> logit(products[class_ * chunk.stride] * inverse * q, scale,
                                          at_or(chunk.bias, class_, A(0)), parameter, constants);
             f[k] = logit.f;
-            highest = highest > f[k] ? highest : f[k];
-            total += logit.f;
             top = top > logit.z ? top : logit.z;
+            if constexpr (F::kOneVersusRest) {
+                const auto term = softplus_of(logit.f);
+                l += term.value;
+                total += term.slope;
+            } else {
+                highest = highest > f[k] ? highest : f[k];
+                total += logit.f;
+            }
         }
-        if (call.save_tiles) highest = offset;
-        l *= exp_of(m - highest);
-        m = highest;
+        if constexpr (!F::kOneVersusRest) {  // there m stays as it is, and merging just adds
+            if (call.save_tiles) highest = offset;
+            l *= exp_of(m - highest);
+            m = highest;
 #pragma unroll
-        for (int k = 0; k < kDenseBatch; ++k) {
-            const A p = exp_of(f[k] - m);
-            l += p;
-            if (!call.save_tiles || first + k >= chunk.classes) continue;
-            const A q = at_or(chunk.q, first + k, A(1));
-            products[(first + k) * chunk.stride] = p * (q < A(chunk.inverse_limit) ? q : A(1));
+            for (int k = 0; k < kDenseBatch; ++k) {
+                const A p = exp_of(f[k] - m);
+                l += p;
+                if (!call.save_tiles || first + k >= chunk.classes) continue;
+                const A q = at_or(chunk.q, first + k, A(1));
+                products[(first + k) * chunk.stride] = p * (q < A(chunk.inverse_limit) ? q : A(1));
+            }
         }
     }
     partial[kMaximum * plane] = m;
@@ -124,8 +138,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
         A lse = static_cast<const A*>(call.lse)[row];
         // no negatives, or only such as a bias masks: the exponential is 0, or a target's
         if (lse == -INFINITY) lse = 0;
-        A g = static_cast<const A*>(call.grad_lse)[row] * exp_of(logit.f - lse) +
-              at_or(call.grad_sum, row, A(0));
+        A p;
+        if constexpr (F::kOneVersusRest) {
+            p = softplus_of(logit.f).slope;
+        } else {
+            p = exp_of(logit.f - lse);
+        }
+        A g = static_cast<const A*>(call.grad_lse)[row] * p + at_or(call.grad_sum, row, A(0));
         g = chunk.y[row] == chunk.first_class + class_ ? A(0) : g;
         dbias += g;
         dscale += g * logit.value;

@@ -52,7 +52,7 @@ class TileStatistics {
         q_ = operands.normalize_w ? results.w_inv : at::ones_like(results.w_inv);
         rate_ = operands.statistics({operands.rows});
         const bool transformed = operands.transform != Transform::kIdentity;
-        log2_units = !operands.bias.has_value();
+        log2_units = !operands.bias.has_value() && !operands.one_versus_rest;
         StatisticsRowsCall call = {};
         call.targets = operands.target_tiles(flags_);
         call.x_inv = floats(results.x_inv);
@@ -160,6 +160,7 @@ void finish_rows(const Operands& operands, const Results& results, const Source&
     call.maximum_plane = source.maximum_plane;
     call.normalize_w = operands.normalize_w;
     call.log2_units = source.log2_units;
+    call.one_versus_rest = operands.one_versus_rest;
     launch_finish_rows(call, operands.type, operands.stream);
 }
 
@@ -180,7 +181,10 @@ void take_statistics(Operands& operands, Source&& source, const Results& results
     operands.for_each_chunk(chunk_classes, norms, [&](int64_t first, const Tensor& w_chunk) {
         if (operands.n > 0) source.add(first, w_chunk);
     });
-    if (operands.c == 0) source.partials.zero_();  // no negatives
+    if (operands.c == 0) {  // no negatives
+        source.partials.zero_();
+        source.partials.select(0, kLogitMaximum).fill_(kNoMaximum);
+    }
     finish_rows(operands, results, source);
 }
 

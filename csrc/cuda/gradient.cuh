@@ -3,7 +3,8 @@
 
 // The backward sweep: G of a chunk of classes, recomputed by the tile program.
 //
-// What: G_ij = (a_i exp(z_ij - lse_i) + u_i) slope_ij r_i q_j of the negatives, 0 at the targets.
+// What: G_ij = (a_i exp(z_ij - lse_i) + u_i) slope_ij r_i q_j of the negatives, 0 at the targets,
+// or with sigmoid(z_ij) for the exponential where a transform is one versus rest.
 // It has the compute type, and a class's rows next to each other, as the vendor's GEMMs read it.
 // Never materialised: logits, exponentials, G of more than the chunk. Fast because: a logit takes
 // five instructions, the numbers of a row or a class are loaded 16 bytes at a time, and eight rows
@@ -72,7 +73,13 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
             // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
             const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
                                                             : scale * made.value + bias[k];
-            float g = a[row] * ptx::exp2((z - lse[row]) * kLog2E) + u[row];
+            float p;
+            if constexpr (F::kOneVersusRest) {
+                p = softplus(z).slope;
+            } else {
+                p = ptx::exp2((z - lse[row]) * kLog2E);
+            }
+            float g = a[row] * p + u[row];
             g = target == k || k >= classes ? 0.0F : g;
             dbias[k] += g;
             dscale += g * made.value;

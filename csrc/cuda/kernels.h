@@ -187,7 +187,7 @@ struct FinishRowsCall {
     void *logit_sum, *logit_max;         // (N,) A, or null
     int n, width, partials_per_row;
     int maximum_plane;  // kMaximum or kLogitMaximum
-    bool normalize_w, log2_units;
+    bool normalize_w, log2_units, one_versus_rest;
 };
 void launch_finish_rows(const FinishRowsCall&, Type, Stream);
 

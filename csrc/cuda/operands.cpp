@@ -93,6 +93,8 @@ int64_t columns_of(int64_t slots, int64_t row_tiles, int64_t class_tiles) {
 Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     check_shapes(p.x, p.w, p.y);
     transform = checked_transform(p.transform, p.bias, p.row_parameter, p.constants, p.x.size(0));
+    mk::visit(transform,
+              [&](auto functor) { one_versus_rest = decltype(functor)::kOneVersusRest; });
     type = type_of(p.compute, "compute_dtype");
     type_of(p.x.scalar_type(), "x"), type_of(p.w.scalar_type(), "w");
     TORCH_CHECK_VALUE(p.w.size(0) < kMostRows, "w: expected fewer than ", kMostRows,

@@ -97,8 +97,9 @@ class Operands {
     Type type;
     Transform transform;
     at::ScalarType compute;
-    bool tiled;  // whether the tile program runs
-    bool small;  // whether it runs with small tiles
+    bool one_versus_rest;  // how the transform brings the logits of a row together
+    bool tiled;            // whether the tile program runs
+    bool small;            // whether it runs with small tiles
     bool normalize_w;
     double inverse_limit;    // 1 / norm of a zero row
     int64_t n, c, d, width;  // c classes take part: all, or those of the index

@@ -202,9 +202,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     }
     dot = sum_over_warp(dot);
     if (lane != 0 || !there) return;
-    const bool none = l == 0;  // no negatives
+    // no negatives; one versus rest their sum may vanish, and all partials have the same m, so that
+    // merging just adds
+    const bool none = call.one_versus_rest ? top == A(kNoMaximum) : l == 0;
     const auto set = [&](void* to, A value) { static_cast<A*>(to)[row] = value; };
-    set(call.lse, none ? -INFINITY : log_sum(m, unit, l));
+    set(call.lse, call.one_versus_rest ? l : none ? -INFINITY : log_sum(m, unit, l));
     if (call.logit_sum) set(call.logit_sum, total * unit);
     if (call.logit_max) set(call.logit_max, none ? -INFINITY : top * unit);
     const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);

@@ -27,12 +27,14 @@ struct StatisticsOptions {
     static constexpr bool kSaveTiles = kSaveTiles_;      // exponentials with a constant offset
     static constexpr bool kSeparateMax = kSeparateMax_;  // of the logits, where m is not that
     static constexpr bool kTransformed = !std::is_same_v<F, mk::Identity>;
+    static constexpr bool kOneVersusRest = F::kOneVersusRest;
     // logits are in units of ln 2 where the row's factor takes that in; with a bias they are plain,
-    // which keeps the digits of a large one
-    static constexpr float kToLog2 = kBias ? kLog2E : 1.0F;
+    // which keeps the digits of a large one, and so they are where softplus reads them
+    static constexpr float kToLog2 = kBias || kOneVersusRest ? kLog2E : 1.0F;
 };
 
-// The statistics that a thread keeps of its 8 rows.
+// The statistics that a thread keeps of its 8 rows. One versus rest, l is the sum of softplus(z),
+// total that of sigmoid(z), and m stays as it is, so that merging just adds.
 template <class Options>
 struct RowStatistics {
     float m[8], l[8];
@@ -116,6 +118,28 @@ __device__ __forceinline__ float to_logits(float (&v)[8], float rate, const floa
     }
 }
 
+// Adds a tile's row to the statistics, one versus rest.
+template <class Options, class Sums>
+__device__ __forceinline__ void add_row_one_versus_rest(RowStatistics<Options>& stats, Sums& sums,
+                                                        int row, float rate,
+                                                        const float (&bias)[Sums::kClassBlocks][8],
+                                                        float parameter, const TileCall& call,
+                                                        float scale) {
+#pragma unroll
+    for (int b = 0; b < Sums::kClassBlocks; ++b) {
+        float z[8], total = 0.0F;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) z[k] = sums.at(row, b, k);
+        to_logits<Options>(z, rate, bias[b], parameter, call, scale, stats.top[row], total);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const auto term = softplus(z[k]);
+            stats.l[row] += term.value;
+            stats.total[row] += term.slope;
+        }
+    }
+}
+
 // Adds a tile's row to the statistics. Leaves exponentials in the tile where they are saved.
 template <class Options, class Sums>
 __device__ __forceinline__ void add_row(RowStatistics<Options>& stats, Sums& sums, int row,
@@ -162,7 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     const int64_t plane = static_cast<int64_t>(tile_call.columns) * Tile::kClassWarps * tile_call.n;
     float* const partials = call.partials + static_cast<int64_t>(partial) * tile_call.n + first_row;
 
-    const float scale = *tile_call.scale * kLog2E;
+    const float scale = *tile_call.scale * (Options::kOneVersusRest ? 1.0F : kLog2E);
     // both sides are normalised and s < mk::kOffsetScaleLimit: exp(z - offset) neither overflows
     // nor vanishes
     const float offset = fmaxf(scale - mk::kOffsetStart * kLog2E, 0.0F);
@@ -191,8 +215,14 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
             for_each_excluded(tile_call, position, tile,
                               [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
-        for (int row = 0; row < 8; ++row)
-            add_row(stats, sums, row, rate[row], bias, parameter[row], tile_call, scale);
+        for (int row = 0; row < 8; ++row) {
+            if constexpr (Options::kOneVersusRest) {
+                add_row_one_versus_rest(stats, sums, row, rate[row], bias, parameter[row],
+                                        tile_call, scale);
+            } else {
+                add_row(stats, sums, row, rate[row], bias, parameter[row], tile_call, scale);
+            }
+        }
         if constexpr (Options::kSaveTiles) {
 #pragma unroll
             for (int b = 0; b < Sums::kClassBlocks; ++b)

@@ -233,6 +233,11 @@ __device__ __forceinline__ void for_each_excluded(const TileCall& call,
     }
 }
 
+// Returns log(1 + exp(z)) and its derivative.
+__device__ __forceinline__ mk::Softplus<float> softplus(float z) {
+    return mk::softplus(z, ptx::exp2(-fabsf(z) * kLog2E));
+}
+
 // Loads eight numbers of neighbouring rows or classes.
 __device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
 #pragma unroll
