@@ -276,9 +276,9 @@ def test_offsets_beyond_32_bits():
     partials = torch.zeros(4, tiles, n)
     triton_adapter.run(
         statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None, None, None,
-        torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, d // 64, 0, tiles, tiles,
-        tiles, 0, 0, TRANSFORM=None, NORMALIZE_W=True, SAVE_TILES=False, WANT_SUM=False,
-        SEPARATE_MAX=False,
+        torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, None, d // 64, 0, tiles,
+        tiles, tiles, 0, 0, TRANSFORM=None, ONE_VERSUS_REST=False, NORMALIZE_W=True,
+        SAVE_TILES=False, WANT_SUM=False, SEPARATE_MAX=False,
         PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3, DESCRIPTORS=False,
         FLATTEN=False,
         ctas=range(tiles - 1, tiles), **common,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...transforms import TRANSFORMS
 from . import configs
 from .configs import Config
 from .constants import LOGIT_MAXIMUM, MAXIMUM, PLANES
@@ -36,6 +37,8 @@ def head_fwd(
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
+    if save_tiles and TRANSFORMS[transform].one_versus_rest:
+        raise ValueError(f"save_tiles: expected False with the transform {transform!r}, got True")
     x_inv = x.new_empty(len(x), dtype=torch.float32)
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
@@ -67,8 +70,6 @@ def head_fwd(
     partials = _take_statistics(operands, results, unknown, save_tiles, want_sum, separate_max)
     if n:
         _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
-    if want_sum and bias is not None:
-        _mask_sums(results.logit_sum, y, bias)
     return results
 
 
@@ -98,7 +99,6 @@ def _take_statistics(
                 N=n, C=operands.classes, first_tile=first, stop_tile=stop,
                 class_tiles=operands.class_tiles, columns=columns, carry=int(first > 0),
                 tiles_stride=tiles.shape[-1] // operands.config.block_c,
-                TRANSFORM=operands.transform.apply, NORMALIZE_W=operands.normalize_w,
                 SAVE_TILES=save_tiles, WANT_SUM=want_sum, SEPARATE_MAX=separate_max,
                 **operands.tile_settings(),
             )  # fmt: skip
@@ -122,22 +122,8 @@ def _finish_rows(
         results.logit_sum if want_sum else None, results.logit_max if want_max else None,
         N=n, D=operands.w.shape[1], labels=operands.labels, w_stride_c=w.stride(0),
         w_stride_d=w.stride(1), columns=partials.shape[1], NORMALIZE_W=operands.normalize_w,
-        LOG2_UNITS=operands.bias is None,
+        LOG2_UNITS=operands.bias is None and not operands.transform.one_versus_rest,
+        ONE_VERSUS_REST=operands.transform.one_versus_rest,
         MAXIMUM_PLANE=(LOGIT_MAXIMUM if separate_max else MAXIMUM).value,
         BLOCK_N=4, BLOCK_P=64, BLOCK_D=256, **operands.row_settings(),
     )  # fmt: skip
-
-
-def _mask_sums(
-    logit_sum: Tensor,  # (N,)
-    y: Tensor,  # (N,) or (N, L)
-    bias: Tensor,  # (C,)
-) -> None:
-    """Sets sums with a class that its bias masks to -inf: the kernel leaves such classes out."""
-    masked = bias == -torch.inf
-    labels = y.reshape(len(y), -1)
-    if labels.shape[1] > 1:  # each target once
-        labels = labels.sort(1).values
-        labels[:, 1:].masked_fill_(labels[:, 1:] == labels[:, :-1], -1)
-    own = torch.where(labels >= 0, masked[labels.clamp_min(0)].long(), 0)
-    logit_sum.masked_fill_(masked.sum() > own.sum(1), -torch.inf)

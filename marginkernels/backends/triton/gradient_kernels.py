@@ -12,6 +12,7 @@ tile_kernels.py has the tile, and says what the names mean.
 import triton
 import triton.language as tl
 
+from .arithmetic import softplus
 from .constants import LOG2E
 from .tile_kernels import SIZES, dot, exclude, only_label, row_factor
 
@@ -46,6 +47,7 @@ def _gradient_tile(
     g_tiles,
     inverse_limit,
     TRANSFORM: tl.constexpr,
+    ONE_VERSUS_REST: tl.constexpr,
     NORMALIZE_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,7 +96,9 @@ def _gradient_tile(
         if row_parameter is not None:
             parameter = tl.load(row_parameter + row, mask=row < N, other=0.0)[:, None]
         v, slope = TRANSFORM(v, parameter, constants)
-    if bias is not None:
+    if ONE_VERSUS_REST:
+        _, p = softplus(v * rate[:, None])
+    elif bias is not None:
         # with the bits that z had in the statistics: its error is an error of exp(z - lse)
         z = tl.fma(v, r[:, None], tl.load(bias + col)[None, :])
         p = tl.exp2((z - row_lse[:, None]) * LOG2E)
@@ -156,6 +160,7 @@ def gradient_kernel(
     g_tiles,  # width of g, in class tiles
     inverse_limit,  # 1 / norm of a zero row
     TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
+    ONE_VERSUS_REST: tl.constexpr,  # the sums, which a transform may ask for
     NORMALIZE_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -166,7 +171,8 @@ def gradient_kernel(
 ):
     """Computes G_ij = (a_i exp(z_ij - lse_i) + u_i) r_i q_j of the negatives, 0 at the targets.
 
-    With a transform, its slope is another factor.
+    One versus rest a sigmoid is in the place of exp(z_ij - lse_i). With a transform, its slope is
+    another factor.
     """
     if FLATTEN:
         tiles = tl.cdiv(N, BLOCK_N) * (stop_tile - first_tile)
@@ -174,14 +180,14 @@ def gradient_kernel(
             _gradient_tile(
                 index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
                 grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, labels, D_TILES, first_tile,
-                stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION,
-                BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
+                stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, ONE_VERSUS_REST,
+                NORMALIZE_W, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
             )  # fmt: skip
     else:
         index = tl.program_id(0)  # a loop would take registers
         _gradient_tile(
             index, x, w, y, x_inv, w_inv, scale, bias, row_parameter, constants, flags, lse,
             grad_lse, grad_sum, g_scale, g, dbias, dscale, N, C, labels, D_TILES, first_tile,
-            stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, NORMALIZE_W, PRECISION,
-            BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
+            stop_tile, class_tiles, g_tiles, inverse_limit, TRANSFORM, ONE_VERSUS_REST,
+            NORMALIZE_W, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D, DESCRIPTORS, FLATTEN,
         )  # fmt: skip

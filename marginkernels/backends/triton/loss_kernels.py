@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ... import numerics
+from .arithmetic import log1p_of_unit
 
 LEAST_SINE = tl.constexpr(numerics.LEAST_SINE)
 
@@ -33,21 +34,6 @@ def held_kernel(
     label = tl.load(labels + row, mask=row < N, other=0)
     here = (label >= first) & (label - first < count) & (label != ignore_index)
     tl.store(held + row, tl.where(here, label - first, -1), mask=row < N)
-
-
-@triton.jit
-def _log1p_of_unit(e):
-    """Returns log(1 + e) for e in [0, 1], as 2 atanh(s) with s up to 1/3."""
-    s = e / (2.0 + e)
-    square = s * s
-    p = square * (1.0 / 15.0) + 1.0 / 13.0
-    p = p * square + 1.0 / 11.0
-    p = p * square + 1.0 / 9.0
-    p = p * square + 1.0 / 7.0
-    p = p * square + 1.0 / 5.0
-    p = p * square + 1.0 / 3.0
-    p = p * square + 1.0
-    return 2.0 * s * p
 
 
 @triton.jit
@@ -118,7 +104,7 @@ def loss_kernel(
         # -log sigmoid(excess), exact also where it is near 0, and 1 - p of the target
         excess = s * t - tl.load(lse + row, mask=inside, other=0.0)
         e = tl.exp(tl.where(excess < 0.0, excess, -excess))
-        nll = tl.where(excess < 0.0, -excess, 0.0) + _log1p_of_unit(e)
+        nll = tl.where(excess < 0.0, -excess, 0.0) + log1p_of_unit(e)
         missed = tl.where(excess < 0.0, 1.0, e) / (1.0 + e)
 
         # a label that no rank holds must not pass for a loss; its row has no gradient

@@ -305,8 +305,10 @@ class Operands:
 
     def tile_settings(self) -> dict[str, Any]:
         """Returns the settings that both tile kernels are compiled for."""
-        config = self.config
+        config, transform = self.config, self.transform
         return dict(
+            TRANSFORM=transform.apply, ONE_VERSUS_REST=transform.one_versus_rest,
+            NORMALIZE_W=self.normalize_w,
             inverse_limit=self.inverse_limit, labels=self.labels, D_TILES=self.d_tiles,
             PRECISION=self.precision, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
             BLOCK_D=config.block_d, DESCRIPTORS=config.descriptors, FLATTEN=config.flatten,

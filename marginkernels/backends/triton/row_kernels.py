@@ -14,7 +14,17 @@ Fast because: each row of x, w and dw is read or written once per sweep, by one 
 import triton
 import triton.language as tl
 
-from .constants import EXPONENTIALS, LN2, LOG2E, LOGIT_SUM, MAXIMUM, NO_MAXIMUM, OFFSET_START
+from .arithmetic import log_sum
+from .constants import (
+    EXPONENTIALS,
+    LN2,
+    LOG2E,
+    LOGIT_SUM,
+    MASKED,
+    MAXIMUM,
+    NO_MAXIMUM,
+    OFFSET_START,
+)
 
 
 @triton.jit(do_not_specialize=["R", "D_UNITS", "D_TILES", "stride_units"])
@@ -83,6 +93,7 @@ def finish_rows_kernel(
     columns,
     NORMALIZE_W: tl.constexpr,
     LOG2_UNITS: tl.constexpr,  # of the partials: logits in units of ln 2
+    ONE_VERSUS_REST: tl.constexpr,  # then all partial maxima are equal, and l is the sum
     MAXIMUM_PLANE: tl.constexpr,  # of the logits: MAXIMUM or LOGIT_MAXIMUM
     TILE_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,13 +124,17 @@ def finish_rows_kernel(
         if logit_max is not None:
             part_top = tl.load(slot + MAXIMUM_PLANE * plane, mask=there, other=NO_MAXIMUM)
             top = tl.maximum(top, tl.max(part_top, 0))
-    none = l == 0  # no negatives
-    value = _log_sum(m, UNIT, tl.where(none, 1.0, l))
-    tl.store(lse + row, tl.where(none, float("-inf"), value), mask=row < N)
+    value = l
+    if not ONE_VERSUS_REST:
+        none = l == 0  # no negatives
+        value = tl.where(none, float("-inf"), log_sum(m, UNIT, tl.where(none, 1.0, l)))
+    tl.store(lse + row, value, mask=row < N)
     if logit_sum is not None:
-        tl.store(logit_sum + row, total * UNIT, mask=row < N)
+        total = tl.where(total <= MASKED, float("-inf"), total * UNIT)
+        tl.store(logit_sum + row, total, mask=row < N)
     if logit_max is not None:
-        tl.store(logit_max + row, tl.where(none, float("-inf"), top * UNIT), mask=row < N)
+        top = tl.where(top == NO_MAXIMUM, float("-inf"), top * UNIT)
+        tl.store(logit_max + row, top, mask=row < N)
 
     if labels is None:
         _finish_target(
@@ -174,20 +189,6 @@ def _finish_target(
         cosine *= q
     tl.store(target_cosine + pair, cosine, mask=row < N)
     tl.store(w_norm + pair, tl.where(owned, 1 / q, 0.0), mask=row < N)
-
-
-@triton.jit
-def _log_sum(m, UNIT: tl.constexpr, l):
-    """Returns m UNIT + log(l) of a normal l > 0, rounded once where it is large.
-
-    An error of lse is a relative error of every probability, and log(l) alone may be 50.
-    """
-    bits = l.to(tl.int32, bitcast=True)
-    exponent = ((bits >> 23) - 127).to(tl.float32)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    # ln 2 in two parts: the product with the first one is exact
-    small = tl.fma(exponent, -2.12194440e-4, tl.log(mantissa))
-    return tl.fma(exponent, 0.693359375, tl.fma(m, UNIT, small))
 
 
 @triton.jit(do_not_specialize=["N", "D_TILES"])

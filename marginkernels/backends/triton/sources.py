@@ -97,7 +97,6 @@ class TileGradient(GradientSource):
             *operands.factors(w_chunk), *self.arguments,
             N=len(operands.x), C=operands.classes, first_tile=first, stop_tile=stop,
             class_tiles=operands.class_tiles, g_tiles=self.chunk_tiles,
-            TRANSFORM=operands.transform.apply, NORMALIZE_W=operands.normalize_w,
             **operands.tile_settings(),
         )  # fmt: skip
         return self.g[: len(operands.x), : len(w_chunk)]

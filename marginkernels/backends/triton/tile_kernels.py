@@ -17,9 +17,10 @@ Names, as in csrc/cuda/tile.cuh:
     unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
     z, slope     the logit, after the transform where there is one; d value / d cosine
     offset       constant in the place of m where exponentials are saved
-    m, l         running maximum of z, and sum of exp(z - m)
-    total, top   sum of z, and maximum of the logits before the transform
-    p            exp(z - m), or exp(z - lse)
+    term         exp(z - m), or softplus(z) one versus rest
+    m, l         running maximum of z, and sum of the terms
+    total, top   sum of z, or of p one versus rest, and maximum of the logits before the transform
+    p            exp(z - lse), or sigmoid(z) one versus rest
     a, u         grad_lse and grad_sum of a row, here times fold: G = (a p + u) slope q
     fold         r as G has it: 1 for a zero row; in fp16 times a power of two
     shift        lse of a row in units of ln 2
@@ -32,11 +33,13 @@ Names, as in csrc/cuda/tile.cuh:
 import triton
 import triton.language as tl
 
+from .arithmetic import softplus
 from .constants import (
     EXPONENTIALS,
     LOG2E,
     LOGIT_MAXIMUM,
     LOGIT_SUM,
+    MASKED,
     MAXIMUM,
     NO_MAXIMUM,
     OFFSET_START,
@@ -149,6 +152,7 @@ def statistics_kernel(
     tiles_stride,  # width of the saved tiles, in class tiles
     inverse_limit,  # 1 / norm of a zero row
     TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
+    ONE_VERSUS_REST: tl.constexpr,  # the sums, which a transform may ask for
     NORMALIZE_W: tl.constexpr,
     SAVE_TILES: tl.constexpr,
     WANT_SUM: tl.constexpr,
@@ -163,9 +167,10 @@ def statistics_kernel(
     """Takes softmax statistics of the negatives in a row tile and every ``columns``-th class tile.
 
     Logits are in units of ln 2 where the row factor can take that in: an exponential is then one
-    FFMA and one EX2. With a bias logits are plain, which keeps the digits of a large bias.
+    FFMA and one EX2. With a bias logits are plain, which keeps the digits of a large bias, and so
+    are they one versus rest.
     """
-    PER_UNIT: tl.constexpr = LOG2E if bias is None else 1.0  # 1 / unit
+    PER_UNIT: tl.constexpr = LOG2E if bias is None and not ONE_VERSUS_REST else 1.0  # 1 / unit
     TO_LOG2: tl.constexpr = 1.0 if bias is None else LOG2E
     # row tiles vary fastest: programs that run together share their tile of w in L2
     row_tiles = tl.cdiv(N, BLOCK_N)
@@ -210,7 +215,7 @@ def statistics_kernel(
             v *= q[None, :]
         rate = r  # the logits are v * rate
         if bias is not None:
-            v = tl.fma(v, rate[:, None], tl.load(bias + col)[None, :])
+            v = tl.fma(v, rate[:, None], tl.maximum(tl.load(bias + col), MASKED)[None, :])
             rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
@@ -220,22 +225,26 @@ def statistics_kernel(
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:
             v, _ = TRANSFORM(v, parameter, constants)
-        if WANT_SUM:
+        if WANT_SUM and not ONE_VERSUS_REST:
             total += tl.sum(tl.where(v == float("-inf"), 0.0, v), 1) * rate
-        if SAVE_TILES:
-            p = tl.exp2(v * rate[:, None] - offset)
+        if ONE_VERSUS_REST:
+            term, p = softplus(v * rate[:, None])
+            if WANT_SUM:
+                total += tl.sum(p, 1)
+        elif SAVE_TILES:
+            term = tl.exp2(v * rate[:, None] - offset)
             row64 = row.to(tl.int64)[:, None] * (tiles_stride * BLOCK_C)
             q = tl.where(q < inverse_limit, q, 1.0)
-            stored = (p * q[None, :]).to(tiles.dtype.element_ty)
+            stored = (term * q[None, :]).to(tiles.dtype.element_ty)
             tl.store(tiles + row64 + col[None, :], stored, mask=(row < N)[:, None])
         else:
             # a constant factor may be taken out of the maximum, a row at a time
             higher = tl.maximum(m, tl.max(v, 1) * rate)
             z = v if bias is not None else v * rate[:, None]
-            p = tl.exp2((z - higher[:, None]) * TO_LOG2)
+            term = tl.exp2((z - higher[:, None]) * TO_LOG2)
             l *= tl.exp2((m - higher) * TO_LOG2)
             m = higher
-        l += tl.sum(p, 1)
+        l += tl.sum(term, 1)
 
     tl.store(slot + MAXIMUM * plane, m, mask=row < N)
     tl.store(slot + EXPONENTIALS * plane, l, mask=row < N)

@@ -119,6 +119,7 @@ class Transform(NamedTuple):
     apply: JITFunction | None
     operands: tuple[Tensor | None, Tensor | None]  # row parameter (N,), constants (K,)
     steepest: Tensor | float  # most of |slope|, on the device where it depends on a constant
+    one_versus_rest: bool  # the sums, see the definition
 
     @classmethod
     def of(
@@ -137,9 +138,10 @@ class Transform(NamedTuple):
         _, row_parameter, constants = definitions.checked(
             "triton", FUNCTORS, name, row_parameter, constants, rows=rows, has_bias=has_bias
         )
-        steepest = definitions.TRANSFORMS[name].steepest_slope(constants)
+        definition = definitions.TRANSFORMS[name]
+        steepest = definition.steepest_slope(constants)
         operands = (
             None if row_parameter is None else row_parameter.contiguous(),
             None if constants is None else constants.contiguous(),
         )
-        return cls(FUNCTORS[name], operands, steepest)
+        return cls(FUNCTORS[name], operands, steepest, definition.one_versus_rest)
