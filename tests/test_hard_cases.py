@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from marginkernels import ArcFace, CosFace, MagFace, NSoftmax, margin_cross_entropy, numerics
+from marginkernels.margins.target import BRANCHES
 from marginkernels.testing import assert_within_budget, row_errors
 from tests.support import hard_cases
 from tests.support.problems import Problem, random_problem
@@ -17,7 +18,7 @@ TYPES = pytest.mark.parametrize("compute_dtype", [F32, BF16, F16], ids=["fp32", 
 
 
 @TYPES
-@pytest.mark.parametrize("branch", ["hard", "easy", "none", "keep", "continuous", "monotone"])
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_target_cosine_of_plus_and_minus_one(branch, compute_dtype, backend, device):
     w = torch.randn(40, 24, device=device)
     y = torch.arange(20, device=device)

@@ -43,6 +43,7 @@ MARGINS = [
     (NSoftmax(), math.cos, []),
     (CosFace(0.35), lambda t: math.cos(t) - 0.35, []),
     (AMSoftmax(2.0), lambda t: math.cos(t) - 2, []),
+    (CosFace(-0.3), lambda t: math.cos(t) + 0.3, []),
     (ArcFace(0.5), arc(0.5, lambda c: c - 0.5 * math.sin(0.5)), [PI - 0.5]),
     (
         ArcFace(0.5, branch="easy"),
@@ -53,6 +54,7 @@ MARGINS = [
     (ArcFace(0.5, branch="keep"), arc(0.5, lambda c: c), [PI - 0.5]),
     (ArcFace(0.5, branch="continuous"), arc(0.5, lambda c: c - 1 - math.cos(PI - 0.5)), [PI - 0.5]),
     (ArcFace(0.5, branch="monotone"), lambda t: monotone(t + 0.5), [PI - 0.5]),
+    (ArcFace(0.5, branch="clip"), lambda t: math.cos(min(t + 0.5, PI)), [PI - 0.5]),
     (ArcFace(0.0), math.cos, []),
     (ArcFace(3.1), arc(3.1, lambda c: c - 3.1 * math.sin(3.1)), [PI - 3.1]),
     (
@@ -107,9 +109,9 @@ def test_branches_are_continuous_where_they_say_so():
     c = torch.tensor([math.cos(PI - 0.5 - 1e-9), math.cos(PI - 0.5 + 1e-9)], dtype=torch.float64)
     jump = {
         b: float(ArcFace(0.5, branch=b)(c, rows(2)).diff().abs())
-        for b in ("hard", "none", "continuous", "monotone", "keep")
+        for b in ("hard", "none", "continuous", "monotone", "keep", "clip")
     }
-    assert all(jump[branch] < 1e-8 for branch in ("none", "continuous", "monotone"))
+    assert all(jump[branch] < 1e-8 for branch in ("none", "continuous", "monotone", "clip"))
     assert jump["hard"] == pytest.approx(
         0.5 * math.sin(0.5) + math.cos(PI - 0.5) * -1 - 1, abs=1e-6
     )

@@ -5,9 +5,9 @@
 from .angles import safe_acos, safe_sin
 from .annealed import ASoftmax, LSoftmax
 from .base import Margin, MarginHooks, Rows, adapted, name_of, straight_through
-from .negatives import AirFace, ArcNegFace, CurricularFace, InterClassFilter, MVSoftmax
+from .negatives import AirFace, ArcNegFace, Circle, CurricularFace, InterClassFilter, MVSoftmax
 from .norms import AdaFace, MagFace
-from .parametric import Interval, ParametricMargin
+from .parametric import Interval, ParametricMargin, SharedMargin
 from .per_class import AdaMSoftmax, margins_from_counts
 from .random import ElasticFace
 from .target import AMSoftmax, ArcFace, CombinedMargin, CosFace, NSoftmax, SphereFace, X2Softmax
@@ -20,6 +20,7 @@ __all__ = [
     "AirFace",
     "ArcFace",
     "ArcNegFace",
+    "Circle",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -34,6 +35,7 @@ __all__ = [
     "NSoftmax",
     "ParametricMargin",
     "Rows",
+    "SharedMargin",
     "SphereFace",
     "X2Softmax",
     "adapted",

@@ -11,9 +11,9 @@ from .. import arguments
 from ..transforms import Transform
 from .angles import safe_acos
 from .base import Bounded, Margin, MarginHooks, Rows, adapted
-from .parametric import Interval, ParametricMargin
+from .parametric import Interval, ParametricMargin, SharedMargin
 from .statistics import Stateful, masked_mean, moved_average
-from .target import ArcFace, arc
+from .target import BRANCHES, ArcFace, arc
 
 
 def _constants(like: Tensor, *numbers: float) -> Tensor:
@@ -108,33 +108,53 @@ class InterClassFilter(Margin):
 
 
 class MVSoftmax(ParametricMargin):
-    """Computes t = c - m where c > m else c ("am"), cos(theta + m) where c > 0 else c ("arc");
-    others (t + 1) c_j + t where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
+    """Computes t = c - m ("am") or cos(theta + m) ("arc") by the branch, others (t + 1) c_j + t
+    where misclassified: MV-Softmax (Wang et al., 2020, arXiv:1912.00833).
 
     A class is misclassified, a support vector, if its cosine exceeds c_y - m ("am") or
     cos(theta_y + m) ("arc"). This is the paper's adaptive weight, exp(s t (c_j + 1)). Usual values:
     m = 0.35 with "am", 0.5 with "arc", t = 0.2, scale 32: those of the authors' SV-X-Softmax
-    (FaceX-Zoo has t = 0.12). The target has the easy branch, without which training has been seen
-    to diverge. For "am" the branch is c > m as in FaceX-Zoo; the authors' code has c > 0.
+    (FaceX-Zoo has t = 0.12).
+
+    ``branch`` says where the target has its margin. Elsewhere t = c. Without a branch training has
+    been seen to diverge. "arc" has those of :class:`ArcFace`, "am" has three:
+
+    - "above_m" (default of "am"): c > m; FaceX-Zoo
+    - "easy" (default of "arc"): c > 0; the authors' code for both kinds
+    - "none": everywhere; the paper
 
     Args:
         m: margin: a float, 0-d tensor or table (num_classes,).
         kind: "am" or "arc".
+        branch: see above.
         t: how much misclassified classes are emphasised, a number >= 0.
     """
 
     interval = Interval(0, math.pi, open_high=True)
 
-    def __init__(self, m: float | Tensor = 0.35, *, kind: str = "am", t: float = 0.2):
+    def __init__(
+        self,
+        m: float | Tensor = 0.35,
+        *,
+        kind: str = "am",
+        branch: str | None = None,
+        t: float = 0.2,
+    ):
         super().__init__(m)
         if kind not in ("am", "arc"):
             raise ValueError(f"kind: expected 'am' or 'arc', got {kind!r}")
+        allowed = ("above_m", "easy", "none") if kind == "am" else BRANCHES
+        self.branch = ("above_m" if kind == "am" else "easy") if branch is None else branch
+        if self.branch not in allowed:
+            raise ValueError(f"branch: expected one of {allowed} for {kind!r}, got {branch!r}")
         self.kind, self.t = kind, arguments.number("t", t, least=0)
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
-        if self.kind == "am":
-            return torch.where(c > m, c - m, c)
-        return arc(c, m, "easy")
+        if self.kind == "arc":
+            return arc(c, m, self.branch)
+        if self.branch == "none":
+            return c - m
+        return torch.where(c > (m if self.branch == "above_m" else 0), c - m, c)
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         m = self.of_rows(c, rows)
@@ -142,7 +162,34 @@ class MVSoftmax(ParametricMargin):
         return Transform("mv_softmax", threshold, _constants(c, self.t))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kind={self.kind!r}, t={self.t:g}"
+        settings = f"kind={self.kind!r}, branch={self.branch!r}, t={self.t:g}"
+        return f"{super().extra_repr()}, {settings}"
+
+
+class Circle(SharedMargin):
+    """Computes t = a (c - 1 + m) with a = max(1 + m - c, 0), others a_j (c_j - m) with a_j =
+    max(c_j + m, 0): Circle loss for classes (Sun et al., 2020, arXiv:2002.10857).
+
+    The weights a and a_j are taken as constants in the gradient. So each similarity is pulled to
+    its optimum, 1 + m for the target and -m for the others, the harder the farther it is. A row
+    decides at the circle (c - 1)^2 + c_j^2 = 2 m^2. The scale is the paper's gamma. Usual values:
+    m = 0.25 with scale 256 for faces (the paper, FaceX-Zoo), m = 0.35 with scale 64 in fast-reid.
+
+    Args:
+        m: relaxation, a number in [0, 1].
+    """
+
+    interval = Interval(0, 1)
+    needs_target_cosine = False
+
+    def __init__(self, m: float = 0.25):
+        super().__init__(m)
+
+    def target(self, c: Tensor, m: Tensor) -> Tensor:
+        return (1 + m - c.detach()).clamp_min(0) * (c - 1 + m)
+
+    def negatives(self, c: Tensor, rows: Rows) -> Transform:
+        return Transform("circle", None, _constants(rows.x_norm, self.m))
 
 
 class CurricularFace(Stateful, ArcFace):

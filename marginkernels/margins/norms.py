@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import number
+from ..arguments import boolean, number
 from .angles import safe_acos
 from .base import Margin, Rows
 from .parametric import Interval, ParametricMargin
@@ -23,18 +23,20 @@ class AdaFace(Stateful, ParametricMargin):
     (low norm) the margin is ArcFace's, for q = 0 CosFace's, and for q = 1 the difficult rows weigh
     most. No gradient flows through q. Norms are clipped to [0.001, 100], the angle theta - m q to
     [0.001, pi - 0.001], so that a row of high quality within m q of its class is pulled no further.
+    ``clip=False`` leaves the angle as it is.
     Usual values: m = 0.4, h = 0.333, scale 64.
 
     ``batch_mean`` and ``batch_std`` are moving averages, updated in training mode before they are
     used; a batch of one row leaves them. t_alpha, the share of the new batch, is 0.01 as in the
     authors' training script (their class has 1, no memory). Unlike the authors' code this one does
     not clamp all cosines to 0.999 in size, which stops the gradient of confident rows.
-    ``gradient="straight_through"`` is CVLface's.
+    CVLface has ``clip=False`` and ``gradient="straight_through"``.
 
     Args:
         m: a float, 0-d tensor or table (num_classes,).
         h: how much of the spread of the norms makes q = 1.
         t_alpha: share of the new batch in the moving averages, in (0, 1].
+        clip: whether the angle is clipped.
         gradient: "exact" or "straight_through", see :class:`ParametricMargin`.
     """
 
@@ -49,9 +51,12 @@ class AdaFace(Stateful, ParametricMargin):
         *,
         h: float = 0.333,
         t_alpha: float = 0.01,
+        clip: bool = True,
         gradient: str = "exact",
     ):
         super().__init__(m, gradient)
+        boolean("clip", clip)
+        self.clip = clip
         self.h = number("h", h, above=0)
         self.t_alpha = number("t_alpha", t_alpha, above=0, most=1)
         self.remember(batch_mean=20.0, batch_std=100.0)
@@ -61,8 +66,9 @@ class AdaFace(Stateful, ParametricMargin):
 
         def target(cosine: Tensor) -> Tensor:
             angle = safe_acos(cosine) - m * quality
-            clipped = angle.clamp(self._EPSILON, math.pi - self._EPSILON)
-            return torch.cos(clipped) - m - m * quality
+            if self.clip:
+                angle = angle.clamp(self._EPSILON, math.pi - self._EPSILON)
+            return torch.cos(angle) - m - m * quality
 
         return self.with_gradient(target, c)
 
@@ -81,7 +87,8 @@ class AdaFace(Stateful, ParametricMargin):
         return (self.h * (norm - mean) / (std + self._EPSILON)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, h={self.h:g}, t_alpha={self.t_alpha:g}"
+        settings = f"h={self.h:g}, t_alpha={self.t_alpha:g}, clip={self.clip}"
+        return f"{super().extra_repr()}, {settings}"
 
 
 class MagFace(Margin):

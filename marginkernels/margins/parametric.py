@@ -148,3 +148,25 @@ class ParametricMargin(Margin):
     def extra_repr(self) -> str:
         m = f"<{tuple(self.m.shape)} tensor>" if isinstance(self.m, Tensor) else f"{self.m:g}"
         return f"m={m}" if self.gradient == "exact" else f"m={m}, gradient={self.gradient!r}"
+
+
+class SharedMargin(ParametricMargin):
+    """Computes t = ``target(c, m)`` with one number m for all classes, and for their transform."""
+
+    takes_row_margin = False
+    m: float
+
+    def check_type(self) -> None:
+        """Raises TypeError unless ``m`` is a number."""
+        arguments.number("m", self.m)
+
+    def check(
+        self,
+        num_classes: int,
+        device: torch.device | None = None,
+        row_margin: Tensor | None = None,
+    ) -> None:
+        if row_margin is not None:
+            name = type(self).__name__
+            raise ValueError(f"row_margin: expected None for {name}, which has one m for all rows")
+        super().check(num_classes, device)

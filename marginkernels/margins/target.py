@@ -13,7 +13,7 @@ from .angles import safe_acos, safe_sin
 from .base import Margin, Rows
 from .parametric import Interval, ParametricMargin
 
-BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone")
+BRANCHES = ("hard", "easy", "none", "keep", "continuous", "monotone", "clip")
 
 
 def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
@@ -26,6 +26,7 @@ def arc(c: Tensor, m: Tensor, branch: str) -> Tensor:
         return torch.where(c > 0, phi, c)
     past = {
         "hard": c - m * sin_m, "keep": c, "continuous": c - 1 + cos_m, "monotone": -2 - phi,
+        "clip": -torch.ones_like(c),
     }[branch]  # fmt: skip
     return torch.where(c > -cos_m, phi, past)
 
@@ -40,6 +41,7 @@ def arc_rotation(m: float, branch: str) -> Rotation:
     past = {
         "hard": dict(shift=-m * sin), "keep": {}, "continuous": dict(shift=cos - 1),
         "monotone": dict(shift=-2.0, past_cosine=0.0, past_phi=-1.0),
+        "clip": dict(shift=-1.0, past_cosine=0.0),
     }[branch]  # fmt: skip
     return Rotation(cos, sin, -cos, **past)
 
@@ -66,13 +68,14 @@ class NSoftmax(Margin):
 
 
 class CosFace(ParametricMargin):
-    """Computes t = c - m, 0 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also
+    """Computes t = c - m, -2 <= m <= 2: CosFace (Wang et al., 2018, arXiv:1801.09414), also
     AM-Softmax (Wang et al., 2018, arXiv:1801.05599).
 
-    Usual values: m = 0.35 or 0.4 with scale 64 for faces, m = 0.2 with scale 30 for speakers.
+    Usual values: m = 0.35 or 0.4 with scale 64 for faces, m = 0.2 with scale 30 for speakers. A
+    negative m makes classes overlap, as for few-shot learning (Liu et al., 2020, arXiv:2003.12060).
     """
 
-    interval = Interval(0, 2)
+    interval = Interval(-2, 2)
 
     def __init__(self, m: float | Tensor = 0.4):
         super().__init__(m)
@@ -101,6 +104,8 @@ class ArcFace(ParametricMargin):
     - "continuous": cos(theta) - 1 - cos(pi - m), which meets cos(theta + m) at -1; wespeaker,
       3D-Speaker
     - "monotone": -2 - cos(theta + m), which does so too; Keras_insightface
+    - "clip": -1, the cosine of min(theta + m, pi), without gradient; opensphere and AdaFace's
+      repository, which stop at pi less 1e-5 and 1e-3
 
     Usual values: m = 0.5 with scale 64 for faces, m = 0.2 with scale 32 for speakers.
 
@@ -193,7 +198,10 @@ class SphereFace(ParametricMargin):
 
     Usual values: m = 1.35 with scale 64, m = 1.7 with scale 30. opensphere's
     SphereFace-R has the straight-through gradient; its projection of w onto the sphere at every
-    step is left to the optimizer. :class:`ASoftmax` is SphereFace as published, which keeps |x|.
+    step is left to the optimizer. What PLSC, pytorch-adacos and cvqluu's angular losses call
+    SphereFace is cos(m theta), which rises again beyond pi / m: that is
+    ``CombinedMargin(1.35, 0, 0, branch="none")``. :class:`ASoftmax` is SphereFace as published,
+    which keeps |x|.
     """
 
     interval = Interval(1, 1e4)

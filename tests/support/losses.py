@@ -9,6 +9,7 @@ cosines before the scale and the norms that are kept. It also returns a term of 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,11 +71,12 @@ def x2_softmax(c: Tensor, _: Any) -> Tensor:
     return (-0.9 * torch.acos(c) ** 2 + 0.65).detach() + c - c.detach()
 
 
-def adaface(c: Tensor, x_norm: Tensor) -> Tensor:
+def adaface(c: Tensor, x_norm: Tensor, clip: bool = True) -> Tensor:
     n = x_norm.detach()
     mean, std = 0.01 * n.mean() + 0.99 * 20, 0.01 * n.std() + 0.99 * 100
     h = ((n - mean) / (std + 1e-3) * 0.333).clip(-1, 1)
-    return torch.cos((torch.acos(c) - 0.4 * h).clip(1e-3, PI - 1e-3)) - (0.4 + 0.4 * h)
+    angle = torch.acos(c) - 0.4 * h
+    return torch.cos(angle.clip(1e-3, PI - 1e-3) if clip else angle) - (0.4 + 0.4 * h)
 
 
 def magface(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
@@ -127,9 +129,21 @@ def curricular(c: Tensor, c_y: Tensor) -> Tensor:
     return torch.where(c > threshold, c * (t + c), c)
 
 
+def mv_am(c: Tensor, c_y: Tensor) -> Tensor:
+    return torch.where(c > (c_y - 0.35).detach(), 1.2 * c + 0.2, c)
+
+
 def arc_negative(c: Tensor, c_y: Tensor) -> Tensor:
     t = (1.2 * torch.exp(-((c - hard(c_y)) ** 2) / 2)).detach()
     return t * c + t - 1
+
+
+def circle(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
+    m = 0.25
+    target, other = (1 + m - c).clip(0).detach(), (c + m).clip(0).detach()
+    return with_negatives(
+        lambda c_y: target.gather(1, y[:, None]) * (c_y - (1 - m)), lambda c, _: other * (c - m)
+    )(c, y, x_norm)
 
 
 @dataclass
@@ -156,11 +170,21 @@ LOSSES = {
     "CosFace": Loss(mk.CosFace, on_target(lambda c, _: c - 0.4)),
     "ArcFace": Loss(mk.ArcFace, on_target(lambda c, _: hard(c))),
     "ArcFace easy": Loss(lambda: mk.ArcFace(branch="easy"), on_target(lambda c, _: easy(c))),
+    "ArcFace clipped": Loss(
+        lambda: mk.ArcFace(branch="clip"),
+        on_target(lambda c, _: torch.cos((torch.acos(c) + 0.5).clip(max=PI))),
+    ),
+    "CosFace with a negative margin": Loss(
+        lambda: mk.CosFace(-0.3), on_target(lambda c, _: c + 0.3)
+    ),
     "combined": Loss(
         lambda: mk.CombinedMargin(1.0, 0.3, 0.2), on_target(lambda c, _: hard(c, 0.3) - 0.2)
     ),
     "X2-Softmax": Loss(mk.X2Softmax, on_target(x2_softmax)),
     "AdaFace": Loss(mk.AdaFace, on_target(adaface)),
+    "AdaFace unclipped": Loss(
+        lambda: mk.AdaFace(clip=False), on_target(partial(adaface, clip=False))
+    ),
     "MagFace": Loss(lambda: mk.MagFace(1.5, 4.0), magface),
     "ElasticFace": Loss(lambda: elastic_margin(False), elastic(False)),
     "ElasticFace+": Loss(lambda: elastic_margin(True), elastic(True)),
@@ -172,10 +196,15 @@ LOSSES = {
     ),
     "MV-AM-Softmax": Loss(
         lambda: mk.MVSoftmax(0.35, kind="am"),
-        with_negatives(
-            lambda c_y: torch.where(c_y > 0.35, c_y - 0.35, c_y),
-            lambda c, c_y: torch.where(c > (c_y - 0.35).detach(), 1.2 * c + 0.2, c),
-        ),
+        with_negatives(lambda c_y: torch.where(c_y > 0.35, c_y - 0.35, c_y), mv_am),
+    ),
+    "MV-AM-Softmax of the paper": Loss(
+        lambda: mk.MVSoftmax(0.35, kind="am", branch="none"),
+        with_negatives(lambda c_y: c_y - 0.35, mv_am),
+    ),
+    "MV-AM-Softmax of the authors": Loss(
+        lambda: mk.MVSoftmax(0.35, kind="am", branch="easy"),
+        with_negatives(lambda c_y: torch.where(c_y > 0, c_y - 0.35, c_y), mv_am),
     ),
     "MV-Arc-Softmax": Loss(
         lambda: mk.MVSoftmax(0.5, kind="arc", t=0.12),
@@ -188,6 +217,7 @@ LOSSES = {
     ),
     "CurricularFace": Loss(mk.CurricularFace, with_negatives(hard, curricular)),
     "ArcNegFace": Loss(mk.ArcNegFace, with_negatives(hard, arc_negative)),
+    "Circle": Loss(mk.Circle, circle, scale=20.0),
 }
 
 

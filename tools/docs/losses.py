@@ -20,6 +20,7 @@ MARGINS = [
     mk.NSoftmax, mk.LSoftmax, mk.ASoftmax, mk.SphereFace, mk.CosFace, mk.ArcFace, mk.CombinedMargin,
     mk.X2Softmax, mk.ElasticFace, mk.AdaMSoftmax, mk.AdaFace, mk.MagFace, mk.AirFace,
     mk.InterClassFilter, mk.MVSoftmax, mk.CurricularFace, mk.ArcNegFace,
+    mk.Circle,
 ]  # fmt: skip
 OTHERS = [mk.AdaCos, mk.TripletLoss, mk.margins_from_counts]
 REQUIRED = dict(num_classes=10, margin=mk.CosFace())
