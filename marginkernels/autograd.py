@@ -50,9 +50,9 @@ class _Once(torch.autograd.Function):
 class HeadFunction(torch.autograd.Function):
     """Maps (x, w, bias, scale) to lse, target_cosine, w_norm, logit_sum and logit_max.
 
-    Each is (N,) or (0,), as :mod:`marginkernels.ops` says. logit_max has no gradient. Saves the
-    operands and 3 N + C numbers besides (and the tiles and the rounded w, where ``settings`` ask
-    for them). Where an optimizer updates w in backward, w gets no gradient.
+    Each is (N,), (N, L) or (0,), as :mod:`marginkernels.ops` says. logit_max has no gradient. Saves
+    the operands and 3 N + C numbers besides (and the tiles and the rounded w, where ``settings``
+    ask for them). Where an optimizer updates w in backward, w gets no gradient.
     """
 
     @staticmethod
@@ -121,7 +121,8 @@ class HeadFunction(torch.autograd.Function):
         operands = (
             x, w, y, scale, bias, index, lse, x_inv, w_inv, tiles,
             torch.zeros_like(lse) if grad_lse is None else grad_lse,
-            torch.zeros_like(lse) if grad_target_cosine is None else grad_target_cosine / scale,
+            torch.zeros_like(y, dtype=lse.dtype)
+            if grad_target_cosine is None else grad_target_cosine / scale,
             grad_w_norm,
             # a compiled graph hands in zeros for an output that nobody used, here of (0,)
             grad_sum if s.want_sum and not TRANSFORMS[s.transform].one_versus_rest else None,

@@ -27,10 +27,11 @@ class Operands(NamedTuple):
 
     x: Tensor  # (n, D)
     w: Tensor  # (C, D)
-    y: Tensor  # (n,)
+    y: Tensor  # (n,) or (n, L)
     bias: Tensor | None  # (C,)
     sample_weight: Tensor | None  # (n,)
     row_margin: Tensor | None  # (n,)
+    label_weights: Tensor | None  # (n, L)
 
 
 class Call(NamedTuple):
@@ -40,9 +41,10 @@ class Call(NamedTuple):
     x: Tensor  # (n, D), wide where its gradients have to be added up before they are rounded
     w: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
-    label: Tensor  # (n,), y after the check of all values
+    label: Tensor  # (n,) or (n, L), y after the check of all values
     sample_weight: Tensor | None  # (n,)
     row_margin: Tensor | None  # (n,)
+    label_weights: Tensor | None  # (n, L)
     margin: MarginHooks
     scale: float | Tensor
     observer: AdaptiveScale | None  # the scale's module, where it wants to observe
@@ -72,7 +74,7 @@ def check(
     validation.check_settings(settings)
     arguments.boolean("return_stats", return_stats)
     validation.check_operands(operands, shard)
-    x, w, y, bias, sample_weight, row_margin = operands
+    x, w, y, bias, sample_weight, row_margin, label_weights = operands
     observer = observer_of(scale)
     value: float | Tensor
     if isinstance(scale, nn.Module):
@@ -90,6 +92,8 @@ def check(
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sum(hooks, settings)
+    if y.ndim == 2 and observer is not None:
+        raise ValueError(f"y: expected labels ({len(x)},) with {type(observer).__name__}")
     validation.check_sampling(sampling, settings.label_smoothing, hooks, observer)
     backend = backends.select(settings.backend, x.device, compute_dtype, _work(x, w, shard))
     if update is not None and not backends.get(backend).updates:
@@ -99,7 +103,7 @@ def check(
         )
     if update is not None and not torch.compiler.is_compiling():
         update.check(w)
-    obstacles = _tile_obstacles(settings, bias, hooks, value, sampling, compute_dtype, backend)
+    obstacles = _tile_obstacles(settings, y, bias, hooks, value, sampling, compute_dtype, backend)
     if settings.save_tiles is True and obstacles:
         raise ValueError("save_tiles: cannot be True with " + ", ".join(obstacles))
     x_dtype = x.dtype
@@ -107,7 +111,8 @@ def check(
         x = x.to(stats_dtype)
     call = Call(
         settings=settings, x=x, w=w, bias=bias, label=y,
-        sample_weight=sample_weight, row_margin=row_margin, margin=hooks, scale=value,
+        sample_weight=sample_weight, row_margin=row_margin, label_weights=label_weights,
+        margin=hooks, scale=value,
         observer=observer, learns_scale=learns_scale, sampling=sampling, update=update,
         x_dtype=x_dtype, compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
         # a compiler fuses what it sees, and compiles no graph for each number
@@ -123,7 +128,10 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
     described: object = type(scale).__name__ if isinstance(scale, Tensor) else scale
     if isinstance(scale, nn.Module):
         training, described = (margin.training, scale.training), _described(scale)
-    given = dict(sample_weight=call.sample_weight, row_margin=call.row_margin)
+    given = dict(
+        sample_weight=call.sample_weight, row_margin=call.row_margin,
+        label_weights=call.label_weights,
+    )  # fmt: skip
     return {
         "margin": _described(margin),
         "training": training,
@@ -132,6 +140,7 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
         **shared(call.settings),
         "compute_dtype": call.compute_dtype,  # as it was resolved
+        "labels": f"(rows{''.join(f', {size}' for size in call.label.shape[1:])})",
         "bias": "None" if call.bias is None else "given",
         "optimizer": "None" if call.update is None else call.update.described(),
         "sampling": "None" if call.sampling is None else call.sampling.described(),
@@ -178,6 +187,7 @@ def _work(x: Tensor, w: Tensor, shard: ClassShard | None) -> float:
 
 def _tile_obstacles(
     settings: Settings,
+    y: Tensor,
     bias: Tensor | None,
     margin: MarginHooks,
     scale: float | Tensor,
@@ -189,6 +199,7 @@ def _tile_obstacles(
     is_number = not isinstance(scale, Tensor)
     obstacles = {
         f"normalize={settings.normalize!r}": settings.normalize != "both",
+        "several labels": y.ndim == 2,
         "a bias": bias is not None,
         "logq": sampling is not None and sampling.logq,
         "label_smoothing": settings.label_smoothing > 0,

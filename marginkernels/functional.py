@@ -60,6 +60,8 @@ def margin_cross_entropy(
     focal_gamma: float = 0.0,
     sample_weight: Tensor | None = None,
     row_margin: Tensor | None = None,
+    label_weights: Tensor | None = None,
+    other_labels: str = "exclude",
     compute_dtype: torch.dtype | None = None,
     save_tiles: str | bool = "auto",
     backend: str = "auto",
@@ -87,7 +89,9 @@ def margin_cross_entropy(
         x: embeddings (N, D); float16, bfloat16, float32 or float64. N may be 0.
         w: class weights (C, D), row-major; any of the same dtypes, also another than x's.
         y: labels (N,), int64, in [0, C) or ``ignore_index``. Where values are not checked, as on a
-            GPU, a row of any other label has the loss NaN and no gradient.
+            GPU, a row of any other label has the loss NaN and no gradient. Several labels of a row
+            are (N, L), where a label may come twice, and a row with fewer is filled up with
+            ``ignore_index``. Its loss is the sum of weight * cross-entropy over its labels.
         margin: a module of :mod:`marginkernels.margins`, or any ``nn.Module`` with
             ``forward(c, rows) -> t``; :mod:`marginkernels.margins.base` says what else it may have.
         scale: s > 0: a number, a 0-d tensor (learnable if it requires grad), or a module whose call
@@ -107,6 +111,13 @@ def margin_cross_entropy(
             probability: the focal loss (arXiv:1708.02002).
         sample_weight: (N,) weights >= 0, or None.
         row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
+        label_weights: (N, L) weights >= 0 of several labels, as mixup and CutMix have them (L = 2);
+            a label of weight 0 is none. None: equal ones that add up to 1 in each row.
+        other_labels: what the other labels of a row are to the cross-entropy of one: "exclude"
+            leaves them out, so that each label stands against the classes that the row has not;
+            with "negatives" they compete without a margin, as in L softmaxes of one label each. A
+            margin sees each pair of a row and a label. A transform of the other classes takes the
+            label with the greatest cosine for the target.
         compute_dtype: the type that x and w are rounded to; accumulation and statistics are fp32
             (fp64 for float64). None: autocast's where that is on, else x's; float64 if x or w is.
         save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
@@ -137,9 +148,9 @@ def margin_cross_entropy(
     """
     settings = Settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-        save_tiles, backend,
+        save_tiles, backend, other_labels,
     )  # fmt: skip
-    operands = Operands(x, w, y, bias, sample_weight, row_margin)
+    operands = Operands(x, w, y, bias, sample_weight, row_margin, label_weights)
     exchange, call = opened(
         shard, x, w,
         lambda: check(settings, operands, margin, scale, shard, sampling, update, return_stats),
@@ -154,7 +165,7 @@ def margin_cross_entropy(
 
     rotation = rotated_loss.rotation_of(call)
     if rotation is None:
-        value, seen = loss.loss(call, batch, result, s, return_stats)
+        value, seen = loss.loss(call, batch, result, s, sweep.transform, return_stats)
     else:
         value, seen = rotated_loss.loss(call, batch, result, s, rotation, return_stats)
     return value if seen is None else (value, seen)

@@ -56,7 +56,7 @@ class MarginSoftmaxHead(nn.Module):
         embedding_size: D.
         num_classes: C.
         margin, scale, normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma,
-        compute_dtype, save_tiles, backend:
+        other_labels, compute_dtype, save_tiles, backend:
             see :func:`margin_cross_entropy`. ``margin`` and ``scale`` may be reassigned at any
             step; a ``scale`` that is an ``nn.Parameter`` or module is trained and saved with the
             head, a plain tensor is saved as a buffer.
@@ -99,6 +99,7 @@ class MarginSoftmaxHead(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         focal_gamma: float = 0.0,
+        other_labels: str = "exclude",
         compute_dtype: torch.dtype | None = None,
         save_tiles: str | bool = "auto",
         backend: str = "auto",
@@ -119,7 +120,7 @@ class MarginSoftmaxHead(nn.Module):
         hooks = validation.check_margin(margin, num_classes)
         self.settings = Settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-            save_tiles, backend,
+            save_tiles, backend, other_labels,
         )  # fmt: skip
         validation.check_settings(self.settings)
         self.embedding_size, self.num_classes = embedding_size, num_classes
@@ -221,6 +222,7 @@ class MarginSoftmaxHead(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         row_margin: Tensor | None = None,
+        label_weights: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -232,6 +234,7 @@ class MarginSoftmaxHead(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         row_margin: Tensor | None = None,
+        label_weights: Tensor | None = None,
         return_stats: Literal[True],
     ) -> tuple[Tensor, HeadStats]: ...
 
@@ -243,6 +246,7 @@ class MarginSoftmaxHead(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         row_margin: Tensor | None = None,
+        label_weights: Tensor | None = None,
         return_stats: bool,
     ) -> Tensor | tuple[Tensor, HeadStats]: ...
 
@@ -253,9 +257,10 @@ class MarginSoftmaxHead(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         row_margin: Tensor | None = None,
+        label_weights: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, HeadStats]:
-        """Computes the loss of embeddings (N, D) with labels (N,).
+        """Computes the loss of embeddings (N, D) with labels (N,), or (N, L) of several each.
 
         See :func:`margin_cross_entropy`.
         """
@@ -265,7 +270,7 @@ class MarginSoftmaxHead(nn.Module):
         loss = self._eager_loss if eager else self._loss
         return loss(
             embeddings, labels, sample_weight=sample_weight, row_margin=row_margin,
-            return_stats=return_stats,
+            label_weights=label_weights, return_stats=return_stats,
         )  # fmt: skip
 
     def _loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Any:

@@ -338,8 +338,8 @@ def _checked_labels(
         wrong &= y != ignore_index
         expected += f" or ignore_index={ignore_index}"
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"{expected}, got {int(y[row])} in row {row}")
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"{expected}, got {int(y[wrong][0])} in row {row}")
     return y.clone()
 
 

@@ -25,6 +25,8 @@ class Options(TypedDict, total=False):
     focal_gamma: float
     sample_weight: Tensor | None
     row_margin: Tensor | None
+    label_weights: Tensor | None
+    other_labels: str
     compute_dtype: torch.dtype | None
     save_tiles: str | bool
     backend: str

@@ -16,8 +16,9 @@ class SweepResult(NamedTuple):
     """
 
     lse: Tensor  # (N,) log-sum-exp of the logits
-    target_cosine: Tensor  # (N,) the target's logit over the scale, without margin and bias
-    w_norm: Tensor  # (N,) norm of the target's weights; this and the cosine are 0 without a target
+    # as the labels, (N,) or (N, L): the target's logit over the scale, without margin and bias
+    target_cosine: Tensor
+    w_norm: Tensor  # as they: norm of the target's weights; both are 0 without a target
     logit_sum: Tensor  # (N,) or (0,)
     logit_max: Tensor  # (N,) or (0,)
-    bias_y: Tensor | None = None  # (N,) the target's bias, where there are biases
+    bias_y: Tensor | None = None  # as they: the target's bias, where there are biases

@@ -26,6 +26,7 @@ def rotation_of(call: Call) -> Rotation | None:
     s, weight = call.settings, call.sample_weight
     if (
         not call.fuses_rows
+        or call.label.ndim == 2
         or s.normalize != "both"
         or s.label_smoothing > 0
         or s.z_loss > 0

@@ -207,7 +207,8 @@ def sampled(
     bias = None if bias is None else bias.index_select(0, index)
     if logq:
         of_rows = torch.zeros(num_sample + 1, dtype=torch.bool, device=index.device)
-        of_rows = of_rows.index_fill_(0, torch.where(owned, places, num_sample), True)[:-1]
+        held = torch.where(owned, places, num_sample).flatten()
+        of_rows = of_rows.index_fill_(0, held, True)[:-1]
         positives = of_rows.sum().to(dtype)
         log_pi = torch.log((num_sample - positives) / (num_classes - positives))
         correction = torch.where(of_rows, 0, -log_pi)  # 0 / 0 where all are positives

@@ -19,6 +19,7 @@ class Settings(NamedTuple):
     compute_dtype: torch.dtype | None
     save_tiles: str | bool
     backend: str
+    other_labels: str = "exclude"
 
 
 def shared(settings: Settings) -> dict[str, object]:

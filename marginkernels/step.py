@@ -162,7 +162,8 @@ def _gradients(
 def _no_rows(rows: RowGradients) -> RowGradients:
     """Returns a row without a class and without a gradient, for a batch that has none."""
     one = [None if t is None else t.new_zeros(1, *t.shape[1:]) for t in rows]
-    return RowGradients(*one)._replace(y=rows.y.new_full((1,), -1))  # type: ignore[arg-type]
+    without = rows.y.new_full((1, *rows.y.shape[1:]), -1)
+    return RowGradients(*one)._replace(y=without)  # type: ignore[arg-type]
 
 
 def _head_step_fake(

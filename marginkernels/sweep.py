@@ -38,7 +38,7 @@ class Sweep:
         self.usable: Tensor | None = None  # whether the sample can be used, a bool () on the device
         self.index: Tensor | None = None  # the rows of w that are swept
         if call.sampling is not None:
-            sample = call.sampling.choose(exchange, position, w.shape[0])
+            sample = call.sampling.choose(exchange, position.flatten(), w.shape[0])
             if sample is not None:
                 self.usable, self.index = sample.valid, sample.classes
                 bias, position = sampled(
@@ -50,7 +50,8 @@ class Sweep:
             w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
             self.state = [F.pad(t, (0, 0, 0, 1)) for t in self.state]
         self.w, self.bias = w, bias
-        self.position = position  # (N,) of the row's class among those that are swept, or -1
+        self.position = position  # as labels: of the class among those that are swept, or -1
+        self.transform = IDENTITY  # of the negatives
 
     @property
     def num_classes(self) -> int:
@@ -74,10 +75,10 @@ class Sweep:
         """Makes the sweep that trains, and returns the results of all ranks."""
         call = self.call
         with torch.no_grad():
-            transform = self._transform(scale.detach())
+            self.transform = self._transform(scale.detach())
         result = self._swept(
             self.exchange.scale(scale, call.learns_scale),
-            transform,
+            self.transform,
             save_tiles=self._learns() and saves_tiles(
                 call.settings.save_tiles, call.tile_obstacles, self.batch.x.shape[0],
                 self.num_classes, call.compute_dtype, call.backend,
@@ -152,10 +153,10 @@ class Sweep:
         margin, dtype = self.call.margin, self.call.stats_dtype
         if not margin.transforms_negatives:
             return IDENTITY
-        rows = self.batch.rows(None, scale)
         c = self.batch.x.new_empty(0, dtype=dtype)
         if margin.needs_target_cosine:
             c = self.exchange.total(self._target_cosine())
+        rows, c = self.batch.rows(scale, c)
         name, row_parameter, constants = margin.negatives(c, rows)
         if TRANSFORMS[name].one_versus_rest != margin.one_versus_rest:
             raise ValueError(
@@ -175,14 +176,17 @@ class Sweep:
         return Transform(name, row_parameter, constants)
 
     def _target_cosine(self) -> Tensor:
-        """Computes the cosine of each row and its class, (N,), as the sweep does.
+        """Computes the cosine of each row and its class, as labels are, as the sweep does.
 
         It is 0 where the class is not here.
         """
-        dtype, w_y = self.call.compute_dtype, self.w[self.batch.local_class.clamp_min(0)]
-        dot = (ops.rounded(self.batch.x, dtype) * ops.rounded(w_y, dtype)).sum(1)
-        norms = self.batch.x_norm() * row_norm(w_y, dtype)
-        return torch.where(self.position >= 0, dot / norms, 0)
+        dtype, local_class = self.call.compute_dtype, self.batch.local_class
+        count = self.batch.labels_per_row
+        w_y = self.w[local_class.clamp_min(0).flatten()]
+        x = ops.rounded(self.batch.x, dtype).repeat_interleave(count, 0)
+        norms = self.batch.x_norm().repeat_interleave(count) * row_norm(w_y, dtype)
+        cosine = (x * ops.rounded(w_y, dtype)).sum(1) / norms
+        return torch.where(self.position >= 0, cosine.view(local_class.shape), 0)
 
 
 def saves_tiles(

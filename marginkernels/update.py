@@ -43,12 +43,12 @@ class RowGradients(NamedTuple):
     """Holds what the gradient of w is made of: the operands of a backward sweep, by rows of x."""
 
     x: Tensor  # (N, D) in the compute type
-    y: Tensor  # (N,)
+    y: Tensor  # (N,) or (N, L)
     lse: Tensor  # (N,)
     x_inv: Tensor  # (N,)
     grad_lse: Tensor  # (N,)
-    grad_target: Tensor  # (N,)
-    grad_w_norm: Tensor | None  # (N,)
+    grad_target: Tensor  # as y
+    grad_w_norm: Tensor | None  # as y
     grad_sum: Tensor | None  # (N,)
     row_parameter: Tensor | None  # (N,)
 
@@ -229,6 +229,12 @@ class Update(ABC):
                 "accumulate: expected the same scale and the same state of the margin in all "
                 "batches of a step, which one sweep updates the weights with, but they have moved. "
                 "Put the margin or the adaptive scale into eval mode for the step"
+            )
+        if self._kept and self._kept[0].y.shape[1:] != rows.y.shape[1:]:
+            raise RuntimeError(
+                "accumulate: expected as many labels in a row in all batches of a step, got "
+                f"{tuple(rows.y.shape)} after {tuple(self._kept[0].y.shape)}. Fill up with "
+                "ignore_index"
             )
         if not self._kept:
             self._kept_place = _place(self.weight())

@@ -31,6 +31,7 @@ def check_settings(settings: Settings) -> None:
     _check_choice("normalize", settings.normalize, ("both", "weight", "none"))
     _check_choice("reduction", settings.reduction, ("mean", "sum", "none"))
     _check_choice("save_tiles", settings.save_tiles, ("auto", True, False))
+    _check_choice("other_labels", settings.other_labels, ("exclude", "negatives"))
     ignored, smoothing = settings.ignore_index, settings.label_smoothing
     if not isinstance(ignored, numbers.Integral) or isinstance(ignored, bool):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignored).__name__}")
@@ -49,7 +50,7 @@ def check_settings(settings: Settings) -> None:
 
 def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
     """Checks types, shapes and devices of the tensors of one call."""
-    x, w, y, bias, sample_weight, row_margin = operands
+    x, w, y, bias, sample_weight, row_margin, label_weights = operands
     check_tensor("x", x)
     check_tensor("w", w, like=x)
     for name, t in (("x", x), ("w", w)):
@@ -69,8 +70,10 @@ def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
         came = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected an int64 tensor, got {came}")
     check_local("y", y)
-    if tuple(y.shape) != (n,):
-        raise ValueError(f"y: expected shape ({n},), one label per row of x, got {tuple(y.shape)}")
+    if y.ndim not in (1, 2) or y.shape[0] != n or 0 in y.shape[1:]:
+        raise ValueError(
+            f"y: expected shape ({n},), one label per row of x, or ({n}, L), got {tuple(y.shape)}"
+        )
     if y.device != x.device:
         raise ValueError(f"y: expected device {x.device} as x, got {y.device}")
     for name, given, size in (
@@ -80,6 +83,10 @@ def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
     ):
         if given is not None:
             check_tensor(name, given, like=x, shape=(size,))
+    if label_weights is not None:
+        if y.ndim == 1:
+            raise ValueError(f"label_weights: expected None for labels ({n},): see sample_weight")
+        check_tensor("label_weights", label_weights, like=x, shape=tuple(y.shape))
 
 
 def check_tensor(
@@ -234,6 +241,9 @@ def check_values(call: "Call") -> Tensor:
     if call.sample_weight is not None:
         what = "sample_weight: expected finite weights >= 0"
         label = _checked(label, call.sample_weight, 0, statistics.max, what)
+    if call.label_weights is not None:
+        what = "label_weights: expected finite weights >= 0"
+        label = _checked(label, call.label_weights, 0, statistics.max, what)
     bounded = call.margin.bounded(call.row_margin)
     if bounded is not None:
         low, high = max(bounded.low, statistics.min), min(bounded.high, statistics.max)

@@ -33,6 +33,7 @@ from marginkernels.results import SweepResult
 from marginkernels.rotation import Rotation, rotated
 from marginkernels.settings import Settings
 from marginkernels.testing import assert_within_budget
+from marginkernels.transforms import IDENTITY
 from tests.emulation import host, simulate
 from tests.support.simulation import needs_triton, simulated
 
@@ -76,13 +77,16 @@ def in_pytorch(
     operands = [t.requires_grad_() for t in (lse, c, scale)]
     settings = Settings("both", reduction, IGNORED, 0.0, 0.0, 0.0, dtype, False, "reference")
     value, stats = loss.loss(
-        SimpleNamespace(settings=settings, margin=margin, x=None),
+        SimpleNamespace(settings=settings, margin=margin, x=None, label=swept.label, num_classes=C),
         SimpleNamespace(
             sample_weight=weight,
+            label=swept.label,
             labelled=lambda: swept.label != IGNORED,
-            rows=lambda w_norm: Rows(swept.label, w_norm, w_norm, None),
+            has_label=lambda: swept.label != IGNORED,
+            over_labels=lambda losses: losses,
+            pairs=lambda w_norm, scale: Rows(swept.label, w_norm, w_norm, None),
         ),
-        SweepResult(lse, c, w_norm, lse[:0], logit_max), scale, True,
+        SweepResult(lse, c, w_norm, lse[:0], logit_max), scale, IDENTITY, True,
     )  # fmt: skip
     slopes = torch.autograd.grad(value.sum(), operands)
     return [value.detach(), *slopes, stats.row_loss, stats.correct]

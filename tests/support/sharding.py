@@ -99,6 +99,15 @@ def with_settings(make, **settings):
     return make_all
 
 
+def several_labels():
+    """Returns labels (N, 3), some twice in a row, some missing."""
+    y = torch.randint(0, C, (N, 3), generator=torch.Generator().manual_seed(3))
+    y[::5, 1] = y[::5, 0]
+    y[1::5, 1:] = -100
+    y[2] = -100
+    return y
+
+
 class FixedNoise(ElasticFace):
     """Draws the same numbers for the same rows, however they are split."""
 
@@ -136,6 +145,18 @@ SETTINGS = {
     "transform, learnable scale": with_settings(
         CurricularFace, scale=lambda: learnable(8.0), label_smoothing=0.1
     ),
+    "several labels": with_settings(
+        lambda: ArcFace(torch.nn.Parameter(torch.rand(C))),
+        scale=lambda: learnable(8.0),
+        y=lambda: several_labels(),
+        other_labels="negatives",
+        label_weights=lambda: torch.rand(N, 3, dtype=F64),
+        label_smoothing=0.1,
+        bias=lambda: torch.randn(C, dtype=F64),
+    ),
+    "several labels, transform": with_settings(
+        lambda: CurricularFace(alpha=0.3), y=lambda: several_labels(), other_labels="negatives"
+    ),
     "AdaCos": with_settings(NSoftmax, scale=lambda: AdaCos(C)),
     "AdaCos delayed": with_settings(NSoftmax, scale=lambda: AdaCos(C, delayed=True)),
     "AdaFace": with_settings(lambda: AdaFace(t_alpha=0.3)),
@@ -160,7 +181,10 @@ def solve_step(x, w, y, settings, modules, shard):
     step. The gradients are by this rank's rows and classes and by everything learnable.
     """
     rows, classes = my_rows(len(x)), slice(shard.start, shard.stop)
-    parts = dict(x=rows, w=classes, bias=classes, sample_weight=rows, row_margin=rows)
+    parts = dict(
+        x=rows, w=classes, bias=classes, sample_weight=rows, row_margin=rows, label_weights=rows
+    )
+    y = settings.get("y", y)
     given = dict(settings, x=x, w=w, y=y)
     leaves = {k: given[k].detach().clone() for k in parts if k in given}
     sharded = "shard" in settings
