@@ -4,6 +4,7 @@
 // head_bwd and head_step: take G chunk by chunk from a source, and hand it to the GEMMs that make
 // dx and dw. head_bwd stores dw; head_step moves w and its state by it.
 
+#include "../arguments.h"
 #include "sources.h"
 #include "step.h"
 #include "vendor_gemm.h"
@@ -11,22 +12,21 @@
 namespace marginkernels::cuda {
 namespace {
 
-// The target's column of G, see target_kernel.
+// The targets' columns of G, see target_kernel.
 struct Targets {
-    Tensor coefficient, label_rows, slot, sums;
+    Tensor dx, slot, sums;
     OptionalTensor radial;
 
     Targets(const Operands& operands, const Incoming& incoming)
-        : coefficient(operands.statistics({operands.n})),
-          label_rows(operands.statistics({operands.n, operands.width})),
+        : dx(operands.statistics({operands.pairs(), operands.width})),
           slot(operands.empty({operands.c}, at::kInt)),
-          sums(operands.statistics({operands.n, operands.width})) {
-        if (incoming.grad_w_norm.has_value()) radial = operands.statistics({operands.n});
+          sums(operands.statistics({operands.pairs(), operands.width})) {
+        if (incoming.grad_w_norm.has_value()) radial = operands.statistics({operands.pairs()});
         Tensor sorted, order;
         TargetCall call = {};
-        if (operands.n > kMostScannedRows) {
-            std::tie(sorted, order) =
-                at::sort(operands.y, std::optional<bool>(true), /*dim=*/0, /*descending=*/false);
+        if (operands.pairs() > kMostScannedPairs) {
+            std::tie(sorted, order) = at::sort(operands.y, std::optional<bool>(true),
+                                               /*dim=*/0, /*descending=*/false);
             call.sorted = sorted.const_data_ptr<int64_t>();
             call.order = order.const_data_ptr<int64_t>();
         }
@@ -38,15 +38,17 @@ struct Targets {
         call.scale = operands.scale.const_data_ptr();
         call.grad_target = incoming.grad_target.const_data_ptr();
         call.grad_w_norm = pointer(incoming.grad_w_norm);
-        call.coefficient = coefficient.mutable_data_ptr();
-        call.label_rows = label_rows.mutable_data_ptr();
+        call.dx = dx.mutable_data_ptr();
         call.slot = slot.mutable_data_ptr<int>();
         call.sums = sums.mutable_data_ptr();
         call.radial = radial.has_value() ? radial->mutable_data_ptr() : nullptr;
+        call.pairs = static_cast<int>(operands.pairs());
         call.n = static_cast<int>(operands.n);
         call.width = static_cast<int>(operands.width);
         call.normalize_w = operands.normalize_w;
         launch_target(call, operands.type, operands.stream);
+        if (operands.targets > 1)
+            dx = dx.view({operands.targets, operands.n, operands.width}).sum(0);
     }
 };
 
@@ -81,9 +83,9 @@ class Sweep {
           incoming_(incoming),
           in_place_(in_place),
           need_w_(need_w),
-          source_(gradient_source(operands, incoming, tiles, dbias,
-                                  need_w && !in_place.defined() ? dw_bytes() : 0)),
-          targets_(operands, incoming) {}
+          targets_(operands, incoming),
+          source_(gradient_source(operands, incoming, tiles, targets_.slot, dbias,
+                                  need_w && !in_place.defined() ? dw_bytes() : 0)) {}
 
     // Writes dx and dscale where they are not empty. Calls take(raw rows) for dw chunk by chunk,
     // only after the chunk of w has given its share to dx.
@@ -108,8 +110,8 @@ class Sweep {
     const Incoming& incoming_;
     const Tensor in_place_;
     const bool need_w_;
+    const Targets targets_;
     std::unique_ptr<GradientSource> source_;
-    Targets targets_;
 
     int64_t dw_bytes() const {  // of a class
         return operands_.width * static_cast<int64_t>(incoming_.lse.element_size());
@@ -135,7 +137,7 @@ class Sweep {
         raw.factor = pointer(source_->dw_factor);
         raw.slot = targets_.slot.const_data_ptr<int>() + first;
         raw.y = operands_.y.const_data_ptr<int64_t>();
-        raw.targets = static_cast<int>(operands_.n);
+        raw.pairs = static_cast<int>(operands_.pairs());
         raw.first = first;
         raw.table = targets_.sums.const_data_ptr();
         raw.radial = pointer(targets_.radial);
@@ -149,8 +151,7 @@ class Sweep {
         call.raw = raw_gradient(sums, incoming_.x_inv);
         call.raw.factor = pointer(source_->dx_factor);
         call.raw.factor_stride = source_->dx_factor.has_value() && source_->dx_factor->dim() == 1;
-        call.raw.table = targets_.label_rows.const_data_ptr();
-        call.raw.coefficient = targets_.coefficient.const_data_ptr();
+        call.raw.table = targets_.dx.const_data_ptr();
         call.raw.normalize = normalize_x;
         call.rows = operands_.x.const_data_ptr();
         call.out = dx.mutable_data_ptr();
@@ -182,6 +183,12 @@ bool holds_sums(const Operands& operands, const Tensor& dw, const Incoming& inco
            dw.scalar_type() == incoming.lse.scalar_type() && dw.is_contiguous();
 }
 
+// Returns numbers of pairs, which come shaped as y, in the order of the kernels.
+OptionalTensor checked_by_target(const OptionalTensor& t, const char* name, const Tensor& y) {
+    check_per_target(t, name, y);
+    return t.has_value() ? OptionalTensor(by_target(*t)) : t;
+}
+
 OptionalTensor contiguous(const OptionalTensor& t) {
     return t.has_value() ? OptionalTensor(t->contiguous()) : t;
 }
@@ -191,7 +198,7 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& x,                    // (N, D)
     const Tensor& w,                    // (C, D)
-    const Tensor& y,                    // (N,)
+    const Tensor& y,                    // (N,) or (N, targets)
     const Tensor& scale,                // ()
     const OptionalTensor& bias,         // (c,), c of the C classes take part
     const OptionalTensor& index,        // (c,)
@@ -200,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& w_inv,                // (c,)
     const Tensor& tiles,                // (c, N up to a multiple of 16), or (0,)
     const Tensor& grad_lse,             // (N,)
-    const Tensor& grad_target,          // (N,)
-    const OptionalTensor& grad_w_norm,  // (N,)
+    const Tensor& grad_target,          // shaped as y
+    const OptionalTensor& grad_w_norm,  // shaped as y
     const OptionalTensor& grad_sum,     // (N,)
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w,
     bool need_bias, bool need_scale, c10::string_view transform,
@@ -218,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
                                x_inv.contiguous(),
                                w_inv.contiguous(),
                                grad_lse.contiguous(),
-                               grad_target.contiguous(),
-                               contiguous(grad_w_norm),
+                               *checked_by_target(grad_target, "grad_target", y),
+                               checked_by_target(grad_w_norm, "grad_w_norm", y),
                                contiguous(grad_sum),
                                need_bias,
                                need_scale};
@@ -235,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
 std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& x,                    // (N, D)
     const Tensor& w,                    // (C, D), written
-    const Tensor& y,                    // (N,)
+    const Tensor& y,                    // (N,) or (N, targets)
     const Tensor& scale,                // ()
     const OptionalTensor& bias,         // (c,)
     const OptionalTensor& index,        // (c,)
@@ -244,8 +251,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& w_inv,                // (c,), written
     const Tensor& tiles,                // (c, N up to a multiple of 16), or (0,)
     const Tensor& grad_lse,             // (N,)
-    const Tensor& grad_target,          // (N,)
-    const OptionalTensor& grad_w_norm,  // (N,)
+    const Tensor& grad_target,          // shaped as y
+    const OptionalTensor& grad_w_norm,  // shaped as y
     const OptionalTensor& grad_sum,     // (N,)
     at::TensorList state,               // (C, D) or (C, 1) each, written
     const Tensor& numbers,              // (kUpdateNumbers,)
@@ -267,8 +274,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
                                x_inv.contiguous(),
                                step.w_inv(),
                                grad_lse.contiguous(),
-                               grad_target.contiguous(),
-                               contiguous(grad_w_norm),
+                               *checked_by_target(grad_target, "grad_target", y),
+                               checked_by_target(grad_w_norm, "grad_w_norm", y),
                                contiguous(grad_sum),
                                need_bias,
                                need_scale};

@@ -47,6 +47,11 @@ __device__ __forceinline__ mk::Softplus<A> softplus_of(A z) {
     return mk::softplus(z, exp_of(z < 0 ? z : -z));
 }
 
+// Returns the bit that stands for a class of a batch, or 0 for a class that is not in it.
+__device__ __forceinline__ unsigned bit_of_batch(int class_) {
+    return class_ >= 0 && class_ < kDenseBatch ? 1U << class_ : 0U;
+}
+
 // Takes softmax statistics of every `slices`-th batch of classes of the chunk, a thread per row.
 template <class A, class F>
 __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
@@ -62,7 +67,10 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
     const A inverse = static_cast<const A*>(chunk.x_inv)[row];
     const A parameter = at_or(chunk.row_parameter, row, A(0));
     const auto* const constants = static_cast<const A*>(chunk.constants);
-    const int64_t target = chunk.y[row] - chunk.first_class;
+    const auto target = [&](int l) {
+        return static_cast<int>(chunk.y[l * int64_t{chunk.n} + row] - chunk.first_class);
+    };
+    const int first_target = target(0);
     // both sides are normalised and s < mk::kOffsetScaleLimit: exp(z - offset) neither overflows
     // nor vanishes
     const A start = mk::kOffsetStart;
@@ -78,11 +86,13 @@ __global__ void __launch_bounds__(kDenseRows, kRowBlocksPerSm)
     for (int first = slice * kDenseBatch; first < chunk.classes;
          first += call.slices * kDenseBatch) {
         A f[kDenseBatch], highest = m;
+        unsigned excluded = bit_of_batch(first_target - first);
+        for (int l = 1; l < chunk.targets; ++l) excluded |= bit_of_batch(target(l) - first);
 #pragma unroll
         for (int k = 0; k < kDenseBatch; ++k) {
             f[k] = -INFINITY;
             const int class_ = first + k;
-            if (class_ >= chunk.classes || class_ == target) continue;
+            if (class_ >= chunk.classes || (excluded >> k & 1) != 0) continue;
             const A q = at_or(chunk.q, class_, A(1));
             const DenseLogit<A, F> logit(products[class_ * chunk.stride] * inverse * q, scale,
                                          at_or(chunk.bias, class_, A(0)), parameter, constants);
@@ -130,6 +140,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     const A class_fold = q < limit ? q : A(1);
     const auto* const constants = static_cast<const A*>(chunk.constants);
     A* const products = static_cast<A*>(chunk.products) + class_ * chunk.stride;
+    const int64_t label = chunk.first_class + class_;
+    const int pairs = chunk.targets * chunk.n;
+    const bool has_target = is_target(call.slot[class_], chunk.y, pairs, label);
     A dbias = 0, dscale = 0;
     for (int64_t row = lane; row < chunk.n; row += kWarp) {
         const A inverse = static_cast<const A*>(chunk.x_inv)[row];
@@ -145,7 +158,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
             p = exp_of(logit.f - lse);
         }
         A g = static_cast<const A*>(call.grad_lse)[row] * p + at_or(call.grad_sum, row, A(0));
-        g = chunk.y[row] == chunk.first_class + class_ ? A(0) : g;
+        for (int64_t pair = row; has_target && pair < pairs; pair += chunk.n)
+            g = chunk.y[pair] == label ? A(0) : g;
         dbias += g;
         dscale += g * logit.value;
         products[row] = g * logit.slope * class_fold * (inverse < limit ? inverse * scale : A(1));

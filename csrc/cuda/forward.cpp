@@ -18,16 +18,18 @@ constexpr int64_t kWChunkBytes = 256 * kMiB;
 
 // The results of the op; marginkernels/ops.py says what they are.
 struct Results {
-    Tensor lse, target_cosine, w_norm;  // (N,)
+    Tensor lse;                    // (N,)
+    Tensor target_cosine, w_norm;  // shaped as y
     bool want_sum, want_max;
     Tensor logit_sum, logit_max;  // (N,), or (0,)
     Tensor x_inv, w_inv;          // (N,), (classes,)
     Tensor tiles;                 // (c, N up to a multiple of 16), or (0,)
 
-    Results(const Operands& operands, bool save_tiles, bool want_sum, bool want_max)
+    Results(const Operands& operands, const Tensor& y, bool save_tiles, bool want_sum,
+            bool want_max)
         : lse(operands.statistics({operands.n})),
-          target_cosine(operands.statistics({operands.n})),
-          w_norm(operands.statistics({operands.n})),
+          target_cosine(operands.statistics(y.sizes())),
+          w_norm(operands.statistics(y.sizes())),
           want_sum(want_sum),
           want_max(want_max),
           logit_sum(operands.statistics({want_sum ? operands.n : 0})),
@@ -155,6 +157,7 @@ void finish_rows(const Operands& operands, const Results& results, const Source&
     call.logit_sum = results.want_sum ? results.logit_sum.mutable_data_ptr() : nullptr;
     call.logit_max = results.want_max ? results.logit_max.mutable_data_ptr() : nullptr;
     call.n = static_cast<int>(operands.n);
+    call.targets = static_cast<int>(operands.targets);
     call.width = static_cast<int>(operands.width);
     call.partials_per_row = static_cast<int>(source.partials.size(1));
     call.maximum_plane = source.maximum_plane;
@@ -193,7 +196,7 @@ void take_statistics(Operands& operands, Source&& source, const Results& results
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x,                    // (N, D)
     const Tensor& w,                    // (C, D)
-    const Tensor& y,                    // (N,)
+    const Tensor& y,                    // (N,) or (N, targets)
     const Tensor& scale,                // ()
     const OptionalTensor& bias,         // (c,), c of the C classes take part
     const OptionalTensor& index,        // (c,)
@@ -221,11 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                       save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
-                        operands.transform == Transform::kIdentity && compute_dtype != at::kHalf),
-        "save_tiles: needs both sides normalised, no bias, no sum, the identity and float32 or "
-        "bfloat16, got ",
-        compute_dtype);
-    const Results results(operands, save_tiles, want_sum, want_max);
+                        operands.transform == Transform::kIdentity && compute_dtype != at::kHalf &&
+                        operands.targets == 1),
+        "save_tiles: needs both sides normalised, no bias, no sum, the identity, one target of a "
+        "row and float32 or bfloat16, got ",
+        compute_dtype, " and y ", y.sizes());
+    const Results results(operands, y, save_tiles, want_sum, want_max);
     operands.read_x(normalize_x ? OptionalTensor(results.x_inv) : OptionalTensor());
     if (!normalize_x) results.x_inv.fill_(1);
     const bool norms_are_known = known_w_inv.has_value();

@@ -39,18 +39,16 @@ __device__ __forceinline__ void plain_gradient(Accumulator<Tile>& sums, const Gr
 }
 
 // The general case, with every option: a transform, a bias, gradients of the bias and of the scale.
-// The excluded are set to 0 before sums are taken.
+// G of the excluded, whose products are -inf, is 0.
 template <class F, class Tile>
 __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const GradientCall& call,
-                                                 int first_row, int tile, int first_class,
+                                                 int first_row, int first_class,
                                                  const float (&q)[8], float (&dbias)[8],
                                                  float& dscale) {
     const TileCall& tile_call = call.tile;
     const float* const rows = call.rows + first_row;
     const int64_t plane = tile_call.row_tiles * Tile::kRows;
     const float scale = *tile_call.scale;
-    const bool flagged = is_flagged(tile_call, tile);
-    const int classes = flagged ? tile_call.c - first_class : 8;  // that exist
     float bias[8] = {}, rate[8], lse[8], a[8], u[8], row_fold[8], parameter[8] = {};
     if (tile_call.bias) load_eight(bias, tile_call.bias + first_class);
     if (tile_call.row_parameter) load_eight(parameter, tile_call.row_parameter + first_row);
@@ -61,14 +59,12 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
     load_eight(row_fold, rows + kFold * plane);
 #pragma unroll
     for (int row = 0; row < 8; ++row) {
-        const bool labelled = flagged && first_row + row < tile_call.n;
-        const int label = labelled ? static_cast<int>(tile_call.y[first_row + row]) : -1;
-        const int target = label - first_class;
         const float row_rate = rate[row] * scale;  // as statistics_rows_kernel makes it
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             float& v = sums.at(row, 0, k);
-            const float product = v * q[k];
+            const bool excluded = v == -INFINITY;
+            const float product = excluded ? 0.0F : v * q[k];
             const auto made = F::apply(product * rate[row], parameter[row], tile_call.constants);
             // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
             const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
@@ -80,7 +76,7 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
                 p = ptx::exp2((z - lse[row]) * kLog2E);
             }
             float g = a[row] * p + u[row];
-            g = target == k || k >= classes ? 0.0F : g;
+            g = excluded ? 0.0F : g;
             dbias[k] += g;
             dscale += g * made.value;
             v = g * made.slope * row_fold[row];
@@ -111,6 +107,9 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
         const int first_class = tile * kTileClasses + position.class_;
         const int64_t in_launch = first_class - tile_call.first_tile * kTileClasses;
         float class_fold[Sums::kClassBlocks][8];
+        if constexpr (kGeneral)
+            for_each_excluded(tile_call, position, tile,
+                              [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
         for (int b = 0; b < Sums::kClassBlocks; ++b) {
             float q[8], dbias[8] = {};
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
 #pragma unroll
             for (int k = 0; k < 8; ++k) class_fold[b][k] = q[k] < call.inverse_limit ? q[k] : 1.0F;
             if constexpr (kGeneral) {
-                general_gradient<F>(sums, call, first_row, tile, first_class, q, dbias, dscale);
+                general_gradient<F>(sums, call, first_row, first_class, q, dbias, dscale);
                 if (call.dbias == nullptr) continue;
                 const int64_t classes = (tile_call.stop_tile - tile_call.first_tile) * kTileClasses;
 #pragma unroll
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
                 plain_gradient(sums, call, first_row, b, q);
             }
         }
-        if (!kGeneral && is_flagged(tile_call, tile))
+        if constexpr (!kGeneral)
             for_each_excluded(tile_call, position, tile,
                               [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
         store_classes<T>(sums, class_fold, call.g, call.g_stride, in_launch, first_row,

@@ -68,15 +68,16 @@ constexpr int kMostStages = 4, kFewestStages = 3;
 struct TileCall {
     const void* x;               // (row tiles * rows of a tile, width), zeros from N on
     const void* w;               // (., width): the classes of this launch
-    const int64_t* y;            // (N,), -1: no target here
-    const uint8_t* flags;        // (row tiles, flag_stride): a target lies in the tile
+    const int64_t* y;            // (targets, N), -1: no target here
+    const uint8_t* flags;        // (row tiles, flag_stride): see TargetTiles
     const float* q;              // (class tiles * kTileClasses,) 1 / |w_j|, or 1
     const float* bias;           // (class tiles * kTileClasses,) or null
     const float* scale;          // ()
     const float* row_parameter;  // (row tiles * rows of a tile,) or null: of the transform
     const float* constants;      // (K,) or null: of the transform
     int n, c;
-    int steps;  // width / kTileFeatures
+    int targets;  // of a row
+    int steps;    // width / kTileFeatures
     int row_tiles, flag_stride;
     int first_tile, stop_tile;  // the class tiles of this launch
     int columns;                // blocks per row tile
@@ -149,11 +150,14 @@ struct RoundCall {
 };
 void launch_round(const RoundCall&, Type, Stream);
 
-// Which class tiles hold a target of a row tile.
+constexpr int kFlagBits = 8;
+
+// Which class tiles hold a target of a row tile: bit l % kFlagBits of the flag stands for the l-th
+// target of the rows.
 struct TargetTiles {
-    const int64_t* y;  // (N,)
+    const int64_t* y;  // (targets, N)
     uint8_t* flags;    // (row tiles, stride), written
-    int n, tile_rows;
+    int n, targets, tile_rows;
     int stride;  // the class tiles, up to a multiple of 16
 };
 
@@ -179,31 +183,34 @@ void launch_gradient_rows(const GradientRowsCall&, int row_tiles, Stream);
 struct FinishRowsCall {
     const void* x;  // (N, width)
     StoredRows w;
-    const int64_t* y;                    // (N,)
-    const void* x_inv;                   // (N,) A
-    const void* w_inv;                   // (C,) A
-    const void* partials;                // (kPlanes, partials_per_row, N) A
-    void *lse, *target_cosine, *w_norm;  // (N,) A
-    void *logit_sum, *logit_max;         // (N,) A, or null
-    int n, width, partials_per_row;
+    const int64_t* y;              // (targets, N)
+    const void* x_inv;             // (N,) A
+    const void* w_inv;             // (C,) A
+    const void* partials;          // (kPlanes, partials_per_row, N) A
+    void* lse;                     // (N,) A
+    void *target_cosine, *w_norm;  // (N, targets) A
+    void *logit_sum, *logit_max;   // (N,) A, or null
+    int n, targets, width, partials_per_row;
     int maximum_plane;  // kMaximum or kLogitMaximum
     bool normalize_w, log2_units, one_versus_rest;
 };
 void launch_finish_rows(const FinishRowsCall&, Type, Stream);
 
+// A pair is a row of x and one of its targets, by targets and then by rows: pair p has row p % N.
+// There are P = targets N.
 struct TargetCall {
     const void* x;  // (N, width)
     StoredRows w;
-    const int64_t* y;                                 // (N,)
-    const int64_t *sorted, *order;                    // (N,) labels and rows by label, or null
-    const void *x_inv, *w_inv, *scale, *grad_target;  // (N,), (C,), (), (N,) A
-    const void* grad_w_norm;                          // (N,) A, or null
-    void* coefficient;                                // (N,) A: weight of w_y in a row's dx
-    void* label_rows;  // (N, width) A: w_y, rounded; zeros without a target
-    int* slot;     // (C,): the row whose sums are those of a class, of classes with a target only
-    void* sums;    // (N, width) A: the targets' part of a class's dw
-    void* radial;  // (N,) A: the gradient of the class's norm, or null
-    int n, width;
+    const int64_t* y;                   // (P,)
+    const int64_t *sorted, *order;      // (P,) labels and pairs by label, or null
+    const void *x_inv, *w_inv, *scale;  // (N,), (C,), () A
+    const void* grad_target;            // (P,) A
+    const void* grad_w_norm;            // (P,) A, or null
+    void* dx;                           // (P, width) A: a pair's part of dx, zeros without a target
+    int* slot;     // (C,): the pair whose sums are those of a class, of classes with a target only
+    void* sums;    // (P, width) A: the targets' part of a class's dw
+    void* radial;  // (P,) A: the gradient of the class's norm, or null
+    int pairs, n, width;
     bool normalize_w;
 };
 void launch_target(const TargetCall&, Type, Stream);
@@ -214,12 +221,11 @@ struct RawGradient {
     const void* inverse;  // (count,) A: 1 / norm of the rows
     const void* factor;   // of the sums: (count,) or () A, or null
     const int* slot;      // (count,) row of the table that is added, or null: its own
-    const int64_t* y;     // (targets,): a slot counts where its row has the class as label
-    int targets;
-    int64_t first;            // class
-    const void* table;        // (., width) A
-    const void* coefficient;  // (count,) A: of the row added, or null for 1
-    const void* radial;       // by row of the table: gradient of the row's norm, A, or null
+    const int64_t* y;     // (pairs,): a slot counts where its pair has the class as label
+    int pairs;
+    int64_t first;       // class
+    const void* table;   // (., width) A
+    const void* radial;  // by row of the table: gradient of the row's norm, A, or null
     int width;
     int factor_stride;  // 0: one factor for all rows
     double inverse_limit;
@@ -275,7 +281,7 @@ void launch_update(const UpdateCall&, const UpdateVariant&, Stream);
 struct DenseCall {
     void* products;             // (classes, stride) A
     int64_t stride;             // N or more
-    const int64_t* y;           // (N,)
+    const int64_t* y;           // (targets, N)
     const void* x_inv;          // (N,) A
     const void* q;              // (classes,) A, or null for 1
     const void* bias;           // (classes,) A, or null
@@ -283,7 +289,7 @@ struct DenseCall {
     const void* row_parameter;  // (N,) A, or null
     const void* constants;      // (K,) A, or null
     double inverse_limit;
-    int n, classes;
+    int n, classes, targets;
     int64_t first_class;
 };
 
@@ -298,6 +304,7 @@ struct DenseStatisticsCall {
 struct DenseGradientCall {
     DenseCall chunk;
     const void *lse, *grad_lse, *grad_sum;  // (N,) A, the last one may be null
+    const int* slot;                        // (classes,): see TargetCall
     void *dbias, *dscale;                   // (classes,) A, or null
 };
 

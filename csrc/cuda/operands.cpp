@@ -106,6 +106,11 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     normalize_w = p.normalize_w;
     inverse_limit = inverse_norm_limit(compute);
     n = p.x.size(0), d = p.x.size(1);
+    targets = targets_per_row(p.y);
+    TORCH_CHECK_VALUE(targets > 0 && pairs() < kMostRows,
+                      "y: expected at least 1 label of a row "
+                      "and fewer than ",
+                      kMostRows, " in all, got ", p.y.sizes());
     c = p.index.has_value() ? p.index->size(0) : p.w.size(0);
 
     tiled = type == Type::kBFloat16 || type == Type::kFloat16;
@@ -124,7 +129,7 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
             : at::empty({rows, width}, p.x.options().dtype(compute));
     if (p.index.has_value()) index = p.index->contiguous();
     read_w(p);
-    y = p.y.contiguous(), scale = p.scale;
+    y = by_target(p.y), scale = p.scale;
     if (p.bias.has_value()) bias = padded(*p.bias, classes, 0);
     if (p.row_parameter.has_value()) row_parameter = padded(*p.row_parameter, rows, 0);
     if (p.constants.has_value()) constants = p.constants->contiguous();
@@ -225,7 +230,8 @@ Tensor Operands::flags() const {
 }
 
 TargetTiles Operands::target_tiles(const Tensor& flags) const {
-    return {y.const_data_ptr<int64_t>(), flags.mutable_data_ptr<uint8_t>(), static_cast<int>(n),
+    return {y.const_data_ptr<int64_t>(), flags.mutable_data_ptr<uint8_t>(),
+            static_cast<int>(n),         static_cast<int>(targets),
             static_cast<int>(tile_rows), static_cast<int>(flags.size(1))};
 }
 
@@ -243,6 +249,7 @@ TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor&
     call.constants = floats(constants);
     call.n = static_cast<int>(n);
     call.c = static_cast<int>(c);
+    call.targets = static_cast<int>(targets);
     call.steps = static_cast<int>(width / kTileFeatures);
     call.row_tiles = static_cast<int>(row_tiles());
     call.flag_stride = static_cast<int>(flags.size(1));
@@ -276,6 +283,7 @@ DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tens
     call.inverse_limit = inverse_limit;
     call.n = static_cast<int>(n);
     call.classes = static_cast<int>(products.size(0));
+    call.targets = static_cast<int>(targets);
     call.first_class = first;
     return call;
 }

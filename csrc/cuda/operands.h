@@ -20,14 +20,15 @@
 
 namespace marginkernels::cuda {
 
-// The unit of workspace sizes, and the rows above which those of a class are found by a sort, which
-// is several launches. On the host both are small, so that tests meet several chunks and the sort.
+// The unit of workspace sizes, and the pairs above which those of a class are found by a sort,
+// which is several launches. On the host both are small, so that tests meet several chunks and the
+// sort.
 #if defined(MK_ON_HOST)
 constexpr int64_t kMiB = 1 << 8;
-constexpr int64_t kMostScannedRows = 32;
+constexpr int64_t kMostScannedPairs = 32;
 #else
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kMostScannedRows = 4096;
+constexpr int64_t kMostScannedPairs = 4096;
 #endif
 
 // The dot products of a chunk of classes in fp32 or fp64, which should still be in L2 when they are
@@ -41,7 +42,7 @@ Stream current_stream(const Tensor& x);
 
 // The arguments that all ops are called with.
 struct SharedArguments {
-    Tensor x, w, y;        // (N, D), (C, D), (N,)
+    Tensor x, w, y;        // (N, D), (C, D), (N,) or (N, targets)
     Tensor scale;          // ()
     OptionalTensor bias;   // (classes,)
     OptionalTensor index;  // (classes,) the rows of w that are the classes, or all
@@ -58,6 +59,11 @@ inline int64_t ceil_div(int64_t value, int64_t divisor) {
 }
 inline int64_t round_up(int64_t value, int64_t multiple) {
     return ceil_div(value, multiple) * multiple;
+}
+
+// Returns (N,) or (N, targets) numbers by targets, then by rows.
+inline Tensor by_target(const Tensor& t) {
+    return (t.dim() == 1 ? t : t.t()).contiguous().view(-1);
 }
 
 // Kernels take null for a tensor that is not there.
@@ -103,15 +109,17 @@ class Operands {
     bool normalize_w;
     double inverse_limit;    // 1 / norm of a zero row
     int64_t n, c, d, width;  // c classes take part: all, or those of the index
+    int64_t targets;         // of a row
     int64_t rows;            // N up to a multiple of the tile's
     int64_t classes;         // c up to a multiple of the tile's
     int64_t tile_rows;
     Tensor x;                                 // (rows, width) in the compute type, zeros from N on
-    Tensor y, scale;                          // (N,), ()
+    Tensor y, scale;                          // (pairs,), ()
     OptionalTensor bias, index;               // (classes,), (c,)
     OptionalTensor row_parameter, constants;  // (rows,), (K,)
     Tensor w_rounded;  // (c, D), filled chunk by chunk where it is to be kept, else (0,)
 
+    int64_t pairs() const { return n * targets; }  // of a row and a target, see TargetCall
     int64_t row_tiles() const { return rows / tile_rows; }
     int64_t class_tiles() const { return classes / kTileClasses; }
     // Whether a chunk of w has to be written before kernels can read it.

@@ -20,12 +20,11 @@ class RowGradient {
         factor_ = raw.factor ? static_cast<const A*>(raw.factor)[row * raw.factor_stride] : A(1);
         int64_t picked = row;
         is_added_ = true;
-        if (raw.slot) {  // of a class without a target it is any number
+        if (raw.slot) {
             picked = raw.slot[row];
-            is_added_ = picked >= 0 && picked < raw.targets && raw.y[picked] == raw.first + row;
+            is_added_ = is_target(picked, raw.y, raw.pairs, raw.first + row);
         }
         added_ = static_cast<const A*>(raw.table) + picked * raw.width;
-        weight_ = raw.coefficient ? static_cast<const A*>(raw.coefficient)[row] : A(1);
         radial_ = raw.radial && is_added_ ? static_cast<const A*>(raw.radial)[picked] : A(0);
         is_zero_ = inverse >= A(raw.inverse_limit);
         is_erased_ = is_zero_ && raw.normalize;
@@ -41,7 +40,7 @@ class RowGradient {
         if (is_added_) {
             const auto more = load_four(added_ + k);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) g.v[e] += weight_ * more.v[e];
+            for (int e = 0; e < 4; ++e) g.v[e] += more.v[e];
         }
         return g;
     }
@@ -59,7 +58,7 @@ class RowGradient {
 
   private:
     const A *sums_, *added_;
-    A factor_, weight_, radial_;
+    A factor_, radial_;
     bool is_added_, is_zero_, is_erased_;
 };
 

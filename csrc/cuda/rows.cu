@@ -49,8 +49,8 @@ void launch_finish_rows(const FinishRowsCall& call, Type type, Stream stream) {
 
 void launch_target(const TargetCall& call, Type type, Stream stream) {
     with_type(type, [&](auto value) {
-        launch("target_kernel", target_kernel<decltype(value)>, blocks_of(call.n, kRowsPerBlock),
-               kRowThreads, 0, stream, call);
+        launch("target_kernel", target_kernel<decltype(value)>,
+               blocks_of(call.pairs, kRowsPerBlock), kRowThreads, 0, stream, call);
     });
 }
 

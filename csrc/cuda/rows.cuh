@@ -76,16 +76,21 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm) round_kernel(con
         static_cast<A*>(call.inverse)[row] = inverse_norm(squares, A(call.inverse_limit));
 }
 
-// Marks the class tiles that hold a target of the block's row tile: only those pay for a mask.
+// Marks the class tiles that hold a target of the block's row tile: only those pay for a mask, and
+// only for the targets that are there.
 __device__ __forceinline__ void flag_targets(const TargetTiles& targets) {
     uint8_t* const flags = targets.flags + static_cast<int64_t>(blockIdx.x) * targets.stride;
     for (int k = threadIdx.x * 16; k < targets.stride; k += kRowThreads * 16)
         *reinterpret_cast<Four<uint32_t>*>(flags + k) = {};
-    __syncthreads();
-    for (int i = threadIdx.x; i < targets.tile_rows; i += kRowThreads) {
-        const int row = static_cast<int>(blockIdx.x) * targets.tile_rows + i;
-        // rows that share a tile store the same value
-        if (row < targets.n && targets.y[row] >= 0) flags[targets.y[row] / kTileClasses] = 1;
+    for (int bit = 0; bit < kFlagBits && bit < targets.targets; ++bit) {
+        __syncthreads();  // between barriers, all that share a flag store the same value
+        for (int i = threadIdx.x; i < targets.tile_rows; i += kRowThreads) {
+            const int row = static_cast<int>(blockIdx.x) * targets.tile_rows + i;
+            for (int l = bit; row < targets.n && l < targets.targets; l += kFlagBits) {
+                const int64_t label = targets.y[l * int64_t{targets.n} + row];
+                if (label >= 0) flags[label / kTileClasses] |= 1 << bit;
+            }
+        }
     }
 }
 
@@ -158,7 +163,30 @@ __device__ __forceinline__ double log_sum(double m, double unit, double l) {
     return m * unit + log(l);
 }
 
-// Merges the partial statistics of a row, and takes <x_i, w_y>.
+// Writes the cosine of a row and its l-th target, and the target's norm.
+template <class T>
+__device__ __forceinline__ void finish_target(const FinishRowsCall& call, int64_t row, int l) {
+    using A = statistics_t<T>;
+    const int64_t label = call.y[l * int64_t{call.n} + row], result = row * call.targets + l;
+    const int lane = threadIdx.x % kWarp;
+    A dot = 0;
+    if (label >= 0) {
+        const T* const x = static_cast<const T*>(call.x) + row * call.width;
+        for (int k = lane * 4; k < call.width; k += kWarp * 4) {
+            const auto a = load_four(x + k), b = load_rounded<T>(call.w, label, k);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dot += a.v[e] * b.v[e];
+        }
+    }
+    dot = sum_over_warp(dot);
+    if (lane != 0) return;
+    const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);
+    const A inverse = static_cast<const A*>(call.x_inv)[row];
+    static_cast<A*>(call.target_cosine)[result] = dot * inverse * (call.normalize_w ? q : A(1));
+    static_cast<A*>(call.w_norm)[result] = label >= 0 ? 1 / q : A(0);
+}
+
+// Merges the partial statistics of a row, and takes <x_i, w_y> of its targets.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     finish_rows_kernel(const FinishRowsCall call) {
@@ -190,18 +218,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     }
     total = sum_over_warp(total);
 
-    const int64_t label = there ? call.y[row] : -1;
-    A dot = 0;
-    if (label >= 0) {
-        const T* const x = static_cast<const T*>(call.x) + row * call.width;
-        for (int k = lane * 4; k < call.width; k += kWarp * 4) {
-            const auto a = load_four(x + k), b = load_rounded<T>(call.w, label, k);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) dot += a.v[e] * b.v[e];
-        }
-    }
-    dot = sum_over_warp(dot);
-    if (lane != 0 || !there) return;
+    if (!there) return;
+    for (int target = 0; target < call.targets; ++target) finish_target<T>(call, row, target);
+    if (lane != 0) return;
     // no negatives; one versus rest their sum may vanish, and all partials have the same m, so that
     // merging just adds
     const bool none = call.one_versus_rest ? top == A(kNoMaximum) : l == 0;
@@ -209,10 +228,6 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     set(call.lse, call.one_versus_rest ? l : none ? -INFINITY : log_sum(m, unit, l));
     if (call.logit_sum) set(call.logit_sum, total * unit);
     if (call.logit_max) set(call.logit_max, none ? -INFINITY : top * unit);
-    const A q = label >= 0 ? static_cast<const A*>(call.w_inv)[label] : A(1);
-    const A inverse = static_cast<const A*>(call.x_inv)[row];
-    set(call.target_cosine, dot * inverse * (call.normalize_w ? q : A(1)));
-    set(call.w_norm, label >= 0 ? 1 / q : A(0));
 }
 
 }  // namespace marginkernels::cuda

@@ -125,9 +125,9 @@ class TileGradient final : public GradientSource {
 // Recomputes G chunk by chunk over the vendor's GEMM, in one buffer.
 class GemmGradient final : public GradientSource {
   public:
-    GemmGradient(Operands& operands, const Incoming& incoming, const Tensor& dbias,
-                 int64_t other_bytes)
-        : operands_(operands), incoming_(incoming), dbias_(dbias) {
+    GemmGradient(Operands& operands, const Incoming& incoming, const Tensor& slot,
+                 const Tensor& dbias, int64_t other_bytes)
+        : operands_(operands), incoming_(incoming), slot_(slot), dbias_(dbias) {
         x = operands.x;
         const int64_t class_bytes = operands.n * operands.x.element_size();
         chunk_classes = std::min(
@@ -144,6 +144,7 @@ class GemmGradient final : public GradientSource {
         call.lse = incoming_.lse.const_data_ptr();
         call.grad_lse = incoming_.grad_lse.const_data_ptr();
         call.grad_sum = pointer(incoming_.grad_sum);
+        call.slot = slot_.const_data_ptr<int>() + first;
         Tensor dscale;
         if (dbias_.numel() > 0)
             call.dbias = dbias_.narrow(0, first, w_chunk.size(0)).mutable_data_ptr();
@@ -159,7 +160,7 @@ class GemmGradient final : public GradientSource {
   private:
     Operands& operands_;
     const Incoming& incoming_;
-    Tensor g_, dbias_;
+    Tensor g_, slot_, dbias_;
 };
 
 // Hands out exp(z - offset) q_j as forward saved it, which is G but for a factor per row. For dw
@@ -194,13 +195,15 @@ class SavedGradient final : public GradientSource {
 }  // namespace
 
 std::unique_ptr<GradientSource> gradient_source(Operands& operands, const Incoming& incoming,
-                                                const Tensor& tiles, const Tensor& dbias,
-                                                int64_t other_bytes) {
+                                                const Tensor& tiles, const Tensor& slot,
+                                                const Tensor& dbias, int64_t other_bytes) {
+    TORCH_CHECK_VALUE(tiles.numel() == 0 || operands.targets == 1,
+                      "tiles: expected (0,) with several targets of a row, got ", tiles.sizes());
     if (tiles.numel() > 0)
         return std::make_unique<SavedGradient>(operands, incoming, tiles, other_bytes);
     if (operands.tiled)
         return std::make_unique<TileGradient>(operands, incoming, dbias, other_bytes);
-    return std::make_unique<GemmGradient>(operands, incoming, dbias, other_bytes);
+    return std::make_unique<GemmGradient>(operands, incoming, slot, dbias, other_bytes);
 }
 
 }  // namespace marginkernels::cuda

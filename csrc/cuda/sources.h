@@ -14,8 +14,9 @@ namespace marginkernels::cuda {
 
 // Results of the forward sweep, and the gradients that arrive for them.
 struct Incoming {
-    Tensor lse, x_inv, w_inv, grad_lse, grad_target;  // (N,), (N,), (C,), (N,), (N,)
-    OptionalTensor grad_w_norm, grad_sum;             // (N,)
+    Tensor lse, x_inv, w_inv, grad_lse;    // (N,), (N,), (C,), (N,)
+    Tensor grad_target;                    // (pairs,)
+    OptionalTensor grad_w_norm, grad_sum;  // (pairs,), (N,)
     bool need_bias, need_scale;
 };
 
@@ -35,11 +36,11 @@ class GradientSource {
     std::vector<Tensor> dscales;          // () each, parts of a sum
 };
 
-// Returns the source for these operands. `tiles` are what the forward sweep saved, `dbias` (c,) or
-// (0,) takes the bias's gradient, and a chunk has `other_bytes` for each class beside G. All
-// arguments have to outlive the source.
+// Returns the source for these operands. `tiles` are what the forward sweep saved, `slot` (c,) is
+// that of target_kernel, `dbias` (c,) or (0,) takes the bias's gradient, and a chunk has
+// `other_bytes` for each class beside G. All arguments have to outlive the source.
 std::unique_ptr<GradientSource> gradient_source(Operands& operands, const Incoming& incoming,
-                                                const Tensor& tiles, const Tensor& dbias,
-                                                int64_t other_bytes);
+                                                const Tensor& tiles, const Tensor& slot,
+                                                const Tensor& dbias, int64_t other_bytes);
 
 }  // namespace marginkernels::cuda

@@ -211,9 +211,8 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
 #pragma unroll
                 for (int k = 0; k < 8; ++k) sums.at(row, b, k) *= q[b][k];
         }
-        if (is_flagged(tile_call, tile))
-            for_each_excluded(tile_call, position, tile,
-                              [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
+        for_each_excluded(tile_call, position, tile,
+                          [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
         for (int row = 0; row < 8; ++row) {
             if constexpr (Options::kOneVersusRest) {

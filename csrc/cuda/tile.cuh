@@ -207,29 +207,31 @@ __device__ __forceinline__ void for_each_tile(const TileCall& call, const Positi
     ptx::wait_async<0>();
 }
 
-// Whether the tile needs a mask: it holds a target of these rows, or ends beyond the last class.
-__device__ __forceinline__ bool is_flagged(const TileCall& call, int tile) {
-    const int64_t row_tile = row_tile_of_block(call);
-    return call.flags[row_tile * call.flag_stride + tile] != 0 ||
-           (tile + 1) * kTileClasses > call.c;
-}
-
-// Calls f(row, block, class) for a thread's excluded pairs.
+// Calls f(row, block, class) for a thread's excluded pairs. Only a tile that holds a target of
+// these rows, or ends beyond the last class, needs that.
 template <class Tile, class F>
 __device__ __forceinline__ void for_each_excluded(const TileCall& call,
                                                   const Position<Tile>& position, int tile, F&& f) {
+    const int64_t row_tile = row_tile_of_block(call);
+    const bool ends = (tile + 1) * kTileClasses > call.c;
+    const unsigned flags = ends ? ~0U : call.flags[row_tile * call.flag_stride + tile];
+    if (flags == 0) return;
     const int first_class = tile * kTileClasses + position.class_;
     const int first_row = row_tile_of_block(call) * Tile::kRows + position.row;
+    for (int l = 0; l < call.targets; ++l) {
+        if ((flags >> l % kFlagBits & 1) == 0) continue;
+        const int64_t* const labels = call.y + l * int64_t{call.n};
 #pragma unroll
-    for (int row = 0; row < 8; ++row) {
-        const int64_t label = first_row + row < call.n ? call.y[first_row + row] : -1;
-        const int target = static_cast<int>(label) - first_class;
+        for (int row = 0; row < 8; ++row) {
+            const int64_t label = first_row + row < call.n ? labels[first_row + row] : -1;
+            const int target = static_cast<int>(label) - first_class;
 #pragma unroll
-        for (int block = 0; block < Accumulator<Tile>::kClassBlocks; ++block)
+            for (int block = 0; block < Accumulator<Tile>::kClassBlocks; ++block)
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                if (target == block * 32 + k || first_class + block * 32 + k >= call.c)
-                    f(row, block, k);
+                for (int k = 0; k < 8; ++k)
+                    if (target == block * 32 + k || first_class + block * 32 + k >= call.c)
+                        f(row, block, k);
+        }
     }
 }
 

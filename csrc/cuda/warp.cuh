@@ -33,6 +33,12 @@ __device__ __forceinline__ A inverse_norm(A squares, A limit) {
     return 1 / norm < limit ? 1 / norm : limit;
 }
 
+// Whether a class has a target among the pairs. `slot` is the class's, and any number where not.
+__device__ __forceinline__ bool is_target(int64_t slot, const int64_t* y, int pairs,
+                                          int64_t class_) {
+    return slot >= 0 && slot < pairs && y[slot] == class_;
+}
+
 // Loads four neighbours in the type of statistics.
 template <class T>
 __device__ __forceinline__ Four<statistics_t<T>> load_four(const T* from) {
