@@ -39,7 +39,7 @@ class Batch:
         )
         if self.label_weights is not None:
             self.label = torch.where(self.label_weights == 0, ignored, self.label)
-        first, count = exchange.first_class, call.w.shape[0]
+        first, count = exchange.first_class, call.w.shape[0] // call.settings.sub_centers
         if call.fuses_rows:
             self.local_class = row_ops.head_held(call.backend)(
                 self.label.flatten(), first=first, count=count, ignore_index=ignored

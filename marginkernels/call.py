@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     """Holds the tensors of a call as they were given."""
 
     x: Tensor  # (n, D)
-    w: Tensor  # (C, D)
+    w: Tensor  # (C K, D), K the sub_centers
     y: Tensor  # (n,) or (n, L)
     bias: Tensor | None  # (C,)
     sample_weight: Tensor | None  # (n,)
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
     settings: Settings
     x: Tensor  # (n, D), wide where its gradients have to be added up before they are rounded
-    w: Tensor  # (C, D)
+    w: Tensor  # (C K, D), K the sub_centers
     bias: Tensor | None  # (C,)
     label: Tensor  # (n,) or (n, L), y after the check of all values
     sample_weight: Tensor | None  # (n,)
@@ -73,7 +73,7 @@ def check(
     """Raises an error for the first bad argument of a call, before anything is exchanged."""
     validation.check_settings(settings)
     arguments.boolean("return_stats", return_stats)
-    validation.check_operands(operands, shard)
+    validation.check_operands(operands, shard, settings.sub_centers)
     x, w, y, bias, sample_weight, row_margin, label_weights = operands
     observer = observer_of(scale)
     value: float | Tensor
@@ -88,7 +88,7 @@ def check(
     validation.check_numbers(
         stats_dtype, scale=value, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
     )
-    num_classes = w.shape[0] if shard is None else shard.total
+    num_classes = w.shape[0] // settings.sub_centers if shard is None else shard.total
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sum(hooks, settings)
@@ -203,6 +203,7 @@ def _tile_obstacles(
         "a bias": bias is not None,
         "logq": sampling is not None and sampling.logq,
         "label_smoothing": settings.label_smoothing > 0,
+        "sub_centers": settings.sub_centers > 1,
         f"{name_of(margin)}, which transforms the negatives": margin.transforms_negatives,
         "a scale that is no number": not is_number,
         _GREAT_SCALE: is_number and scale >= numerics.OFFSET_SCALE_LIMIT,

@@ -16,7 +16,7 @@ from .norms import unit_rows
 if TYPE_CHECKING:
     from .modules import MarginSoftmaxHead
 
-# classes in a block: 8 MB of fp32 logits for 256 rows
+# rows of the weight in a block: 8 MB of fp32 logits for 256 rows
 CHUNK = 8192
 
 
@@ -77,12 +77,19 @@ def _blocks(head: "MarginSoftmaxHead", embeddings: Tensor) -> Iterator[tuple[int
     scale = head.scale() if isinstance(head.scale, nn.Module) else head.scale
     x = scale * _operand(embeddings, head.settings.normalize == "both", compute_dtype)
     first = 0 if head.shard is None else head.shard.start
-    for start in range(0, len(weight), CHUNK):
-        classes = slice(start, start + CHUNK)
-        w = _operand(weight[classes], head.settings.normalize != "none", compute_dtype)
+    k = head.sub_centers
+    count = max(1, CHUNK // k)
+    for start in range(0, len(weight) // k, count):
+        rows = weight[start * k : (start + count) * k]
+        w = _operand(rows, head.settings.normalize != "none", compute_dtype)
         with torch.autocast(x.device.type, enabled=False):
             block = x @ w.T
-        yield first + start, block if bias is None else block + bias[classes].to(w.dtype)
+        if k > 1:
+            block = block.unflatten(1, (-1, k)).max(2).values  # of the nearest centre
+        yield (
+            first + start,
+            block if bias is None else block + bias[start : start + count].to(w.dtype),
+        )
 
 
 def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:

@@ -65,6 +65,7 @@ def margin_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     save_tiles: str | bool = "auto",
     backend: str = "auto",
+    sub_centers: int = 1,
     return_stats: bool = False,
     shard: ClassShard | None = None,
     sampling: Sampling | None = None,
@@ -123,9 +124,13 @@ def margin_cross_entropy(
         save_tiles: whether forward keeps exp(z), 2 (bfloat16) or 4 (float32) bytes per logit, to
             save backward a quarter of its work. "auto" keeps at most 256 MiB. True is an error
             where they cannot be kept. They need ``normalize="both"``, a number below 73 as scale,
-            float32 or bfloat16, and a backend that can. Bias, label smoothing, logq and a margin
-            that changes the other classes forbid them.
+            float32 or bfloat16, and a backend that can. Bias, label smoothing, logq, sub_centers
+            and a margin that changes the other classes forbid them.
         backend: "auto" (the best that runs here) or a name of :func:`marginkernels.backend_report`.
+        sub_centers: K, the rows of ``w`` that each class has, its centres: ``w`` is (C K, D), and
+            class c has the rows c K to c K + K - 1. The centre with the greatest cosine (without
+            normalised weights, the greatest product) stands for its class and alone gets a
+            gradient, of equals the first (Deng et al., ECCV 2020). All else counts classes.
         return_stats: also return :class:`HeadStats`, from the same sweep.
         shard: a :class:`ClassShard`, which says which classes ``w`` and ``bias`` hold. The other
             ranks hold the other classes, and make the same call. x, y, sample_weight and row_margin
@@ -148,7 +153,7 @@ def margin_cross_entropy(
     """
     settings = Settings(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-        save_tiles, backend, other_labels,
+        save_tiles, backend, sub_centers, other_labels,
     )  # fmt: skip
     operands = Operands(x, w, y, bias, sample_weight, row_margin, label_weights)
     exchange, call = opened(

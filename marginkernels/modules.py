@@ -3,7 +3,6 @@
 """Holds ``MarginSoftmaxHead``, the ``nn.Module`` with weight, margin, scale and settings."""
 
 import dataclasses
-import warnings
 from typing import Any, Literal, overload
 
 import torch
@@ -18,9 +17,8 @@ from .distributed.shard import (
     ClassShard,
     Sharding,
     copy_first,
-    in_group,
-    is_wrapped,
     local,
+    look_for_replicas,
     refuse_ddp,
     require_agreement,
     sharded,
@@ -56,13 +54,13 @@ class MarginSoftmaxHead(nn.Module):
         embedding_size: D.
         num_classes: C.
         margin, scale, normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma,
-        other_labels, compute_dtype, save_tiles, backend:
+        other_labels, compute_dtype, save_tiles, backend, sub_centers:
             see :func:`margin_cross_entropy`. ``margin`` and ``scale`` may be reassigned at any
             step; a ``scale`` that is an ``nn.Parameter`` or module is trained and saved with the
             head, a plain tensor is saved as a buffer.
         bias: whether to learn a bias per class, from 0.
-        device, dtype: of ``weight`` (C, D), which starts as N(0, 0.01^2), as in insightface
-            arcface_torch.
+        device, dtype: of ``weight`` (C K, D), K the ``sub_centers``, which starts as N(0, 0.01^2),
+            as in insightface arcface_torch.
         sharding: splits the classes over the ranks of a process group, or of a device mesh of one
             dimension (``mesh["classes"]`` of a larger one), or as a :class:`Sharding` says. Then
             ``weight`` and ``bias`` are DTensors, Shard(0).
@@ -103,6 +101,7 @@ class MarginSoftmaxHead(nn.Module):
         compute_dtype: torch.dtype | None = None,
         save_tiles: str | bool = "auto",
         backend: str = "auto",
+        sub_centers: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sharding: Sharding | dist.ProcessGroup | DeviceMesh | None = None,
@@ -120,7 +119,7 @@ class MarginSoftmaxHead(nn.Module):
         hooks = validation.check_margin(margin, num_classes)
         self.settings = Settings(
             normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
-            save_tiles, backend, other_labels,
+            save_tiles, backend, sub_centers, other_labels,
         )  # fmt: skip
         validation.check_settings(self.settings)
         self.embedding_size, self.num_classes = embedding_size, num_classes
@@ -132,7 +131,7 @@ class MarginSoftmaxHead(nn.Module):
         validation.check_own_generator(sampling)
         self.shard = self._mesh = None
         if sharding is not None:
-            self._mesh, self.shard = sharding.split(num_classes, device)
+            self._mesh, self.shard = sharding.split(num_classes, device, sub_centers)
             self._require_agreement(
                 self.shard, bias=bias, dtype=dtype or torch.get_default_dtype(), sampling=sampling
             )
@@ -142,10 +141,15 @@ class MarginSoftmaxHead(nn.Module):
         if sampling is not None and not sampling.takes_all:
             self.sampler = step_generators(None if self.shard is None else self.shard.group)
         self.sampling = sampling
-        self.weight = self._parameter((num_classes, embedding_size), device, dtype)
+        self.weight = self._parameter((num_classes * sub_centers, embedding_size), device, dtype)
         self.bias = self._parameter((num_classes,), device, dtype) if bias else None
         self._reset_classes()
         watch_wrappers()
+
+    @property
+    def sub_centers(self) -> int:
+        """Returns the number of rows of ``weight`` that each class has."""
+        return self.settings.sub_centers
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
@@ -181,7 +185,8 @@ class MarginSoftmaxHead(nn.Module):
     ) -> nn.Parameter:
         if self.shard is None or self._mesh is None:
             return nn.Parameter(in_huge_pages(torch.empty(shape, device=device, dtype=dtype)))
-        held = in_huge_pages(torch.empty(self.shard.size, *shape[1:], device=device, dtype=dtype))
+        count = self.shard.size * (shape[0] // self.num_classes)
+        held = in_huge_pages(torch.empty(count, *shape[1:], device=device, dtype=dtype))
         return nn.Parameter(sharded(held, self._mesh, shape))
 
     def reset_parameters(self) -> None:
@@ -265,7 +270,7 @@ class MarginSoftmaxHead(nn.Module):
         See :func:`margin_cross_entropy`.
         """
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
-            self._look_for_replicas()
+            look_for_replicas(self)
         eager = self.shard is not None or not (self._update is None or COMPILES_STEPS)
         loss = self._eager_loss if eager else self._loss
         return loss(
@@ -312,24 +317,6 @@ class MarginSoftmaxHead(nn.Module):
             )
         return local(tensor)
 
-    def _look_for_replicas(self) -> None:
-        """Warns where the processes of a group would train copies of the head that drift apart."""
-        if not (in_group() and torch.is_grad_enabled() and self.weight.requires_grad):
-            return
-        self._looked_for_replicas = True
-        world = dist.get_world_size()
-        # FullyShardedDataParallel puts a view of its own in the place of the parameter
-        owned = isinstance(self.weight, nn.Parameter) and not self._split
-        if world > 1 and owned and not is_wrapped(self.weight):
-            warnings.warn(
-                f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
-                "their weights will differ. Split its classes (sharding=dist.group.WORLD, which is "
-                "None before init_process_group) or "
-                "put it into DistributedDataParallel. If you exchange its gradients yourself: "
-                "warnings.filterwarnings('ignore', 'MarginSoftmaxHead: each')",
-                stacklevel=3,
-            )
-
     def logits(self, embeddings: Tensor) -> Tensor:
         """Computes the logits (N, C) without margin, for evaluation.
 
@@ -361,8 +348,9 @@ class MarginSoftmaxHead(nn.Module):
 
         Args:
             k: a positive integer.
-            init: (k, D), the new rows of ``weight``, the same on all ranks, for instance mean
-                embeddings of the new classes; None: N(0, 0.01^2). The new biases are 0.
+            init: (k, D), or (k K, D) with K sub-centres: the new rows of ``weight``, the same on
+                all ranks, for instance mean embeddings of the new classes; None: N(0, 0.01^2). The
+                new biases are 0. Of equal centres of a class only the first would be trained.
             optimizer: one that holds the head's parameters, any of ``torch.optim`` but LBFGS: it
                 goes on with the new ones, and what it keeps for each class starts for new classes
                 as it started for old ones. The head's own, of :mod:`marginkernels.optim`, does so
@@ -393,7 +381,7 @@ class MarginSoftmaxHead(nn.Module):
             for name in ("weight", "bias"):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and not arguments.is_dtensor(value):
-                    rows = value[self.shard.start : self.shard.stop]
+                    rows = value[self.shard.rows(1 if name == "bias" else self.sub_centers)]
                     rows = rows.to(local(self.weight).device)
                     state_dict[prefix + name] = sharded(rows, self._mesh, value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -401,12 +389,14 @@ class MarginSoftmaxHead(nn.Module):
     def extra_repr(self) -> str:
         is_number = not isinstance(self.scale, Tensor | nn.Module)
         scale = f", scale={self.scale:g}" if is_number else ""
+        of_class = f", sub_centers={self.sub_centers}" if self.sub_centers > 1 else ""
         return (
-            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{scale}, "
-            f"normalize={self.settings.normalize!r}, bias={self.bias is not None}, "
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{of_class}"
+            f"{scale}, normalize={self.settings.normalize!r}, bias={self.bias is not None}, "
             f"backend={self.settings.backend!r}"
         )
 
 
 for _name in Settings._fields:
-    setattr(MarginSoftmaxHead, _name, Setting(_name))
+    if _name not in vars(MarginSoftmaxHead):
+        setattr(MarginSoftmaxHead, _name, Setting(_name))

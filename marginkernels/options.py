@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     compute_dtype: torch.dtype | None
     save_tiles: str | bool
     backend: str
+    sub_centers: int
     shard: ClassShard | None
     sampling: Sampling | None
     update: Update | None

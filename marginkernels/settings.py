@@ -19,6 +19,7 @@ class Settings(NamedTuple):
     compute_dtype: torch.dtype | None
     save_tiles: str | bool
     backend: str
+    sub_centers: int = 1
     other_labels: str = "exclude"
 
 

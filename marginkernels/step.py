@@ -135,7 +135,7 @@ def _write(
         gradients = ops.head_step(backend)(
             rows.x, w, rows.y, scale, bias, index, rows.lse, rows.x_inv, w_inv, tiles, *upstream,
             state, numbers.of_step, numbers.random, row_parameter=rows.row_parameter,
-            rule=step.rule, project=step.project, first_class=step.first_class, **settings,
+            rule=step.rule, project=step.project, first_class=step.first_row, **settings,
         )  # fmt: skip
         for old, new in zip(given, (w, *state), strict=True):
             if old.data_ptr() != new.data_ptr():  # a compiled graph may go on with its copy

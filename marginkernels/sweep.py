@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, numerics, ops
+from . import backends, centers, numerics, ops
 from .autograd import HeadFunction
 from .batch import Batch
 from .call import Call
@@ -33,29 +33,46 @@ class Sweep:
 
     def __init__(self, exchange: Exchange, call: Call, batch: Batch):
         self.exchange, self.call, self.batch = exchange, call, batch
-        w, position = call.w, batch.local_class
+        w, position, k = call.w, batch.local_class, call.settings.sub_centers
+        count = w.shape[0] // k
         bias = None if call.bias is None else call.bias.to(call.stats_dtype)
         self.usable: Tensor | None = None  # whether the sample can be used, a bool () on the device
         self.index: Tensor | None = None  # the rows of w that are swept
         if call.sampling is not None:
-            sample = call.sampling.choose(exchange, position.flatten(), w.shape[0])
+            sample = call.sampling.choose(exchange, position.flatten(), count)
             if sample is not None:
                 self.usable, self.index = sample.valid, sample.classes
                 bias, position = sampled(
-                    w.shape[0], bias, position, sample.classes, call.sampling.logq, call.stats_dtype
+                    count, bias, position, sample.classes, call.sampling.logq, call.stats_dtype
                 )
         self.state = [] if call.update is None else call.update.state()
         if w.shape[0] == 0:  # a rank without classes sweeps one that the merge leaves out
             self.index = None
-            w, bias = F.pad(w, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
-            self.state = [F.pad(t, (0, 0, 0, 1)) for t in self.state]
+            w, bias = F.pad(w, (0, 0, 0, k)), None if bias is None else F.pad(bias, (0, 1))
+            self.state = [F.pad(t, (0, 0, 0, k)) for t in self.state]
         self.w, self.bias = w, bias
-        self.position = position  # as labels: of the class among those that are swept, or -1
+        # as labels: of the target among the rows of w that are swept, and in w, or -1
+        self.position, self.target = position, batch.local_class
         self.transform = IDENTITY  # of the negatives
+        if k > 1:
+            self._choose_centers(k)
+
+    def _choose_centers(self, k: int) -> None:
+        """Goes over from classes to rows of w, k of each, the nearest of which is the target."""
+        normalize_w, dtype = self.call.settings.normalize != "none", self.call.compute_dtype
+        centre = centers.nearest(self.batch.x, self.w, self.target, k, normalize_w, dtype)
+        self.position, self.target = (
+            torch.where(place >= 0, place * k + centre, -1)
+            for place in (self.position, self.target)
+        )
+        if self.bias is not None:
+            self.bias = self.bias.repeat_interleave(k)
+        if self.index is not None:
+            self.index = centers.rows_of(self.index, k)
 
     @property
-    def num_classes(self) -> int:
-        """Returns the number of the classes that are swept."""
+    def num_rows(self) -> int:
+        """Returns the number of the rows of w that are swept."""
         return (self.w if self.index is None else self.index).shape[0]
 
     def scale(self) -> Tensor:
@@ -81,7 +98,7 @@ class Sweep:
             self.transform,
             save_tiles=self._learns() and saves_tiles(
                 call.settings.save_tiles, call.tile_obstacles, self.batch.x.shape[0],
-                self.num_classes, call.compute_dtype, call.backend,
+                self.num_rows, call.compute_dtype, call.backend,
             ),
             keep_rounded=self._learns() and self._keeps_rounded(),
             want_sum=call.settings.label_smoothing > 0 or call.margin.one_versus_rest,
@@ -105,7 +122,7 @@ class Sweep:
         if not backend.keeps_rounded(self.w.device, d) or torch.compiler.is_exporting():
             return False
         is_copied = self.index is not None or self.w.dtype != call.compute_dtype
-        size = self.num_classes * d * call.compute_dtype.itemsize
+        size = self.num_rows * d * call.compute_dtype.itemsize
         return is_copied and call.compute_dtype.itemsize == 2 and size <= _ROUNDED_BYTES
 
     def _swept(
@@ -124,6 +141,7 @@ class Sweep:
             normalize_w=call.settings.normalize != "none", compute_dtype=call.compute_dtype,
             save_tiles=save_tiles, keep_rounded=keep_rounded, want_sum=want_sum,
             want_max=want_max, transform=transform.name, check_w=self.exchange.check_w,
+            sub_centers=call.settings.sub_centers,
             update=0 if call.update is None else call.update.number,
         )  # fmt: skip
         known = None
@@ -176,17 +194,16 @@ class Sweep:
         return Transform(name, row_parameter, constants)
 
     def _target_cosine(self) -> Tensor:
-        """Computes the cosine of each row and its class, as labels are, as the sweep does.
+        """Computes the cosine of each row and its target, as labels are, as the sweep does.
 
-        It is 0 where the class is not here.
+        It is 0 where the target is not here.
         """
-        dtype, local_class = self.call.compute_dtype, self.batch.local_class
-        count = self.batch.labels_per_row
-        w_y = self.w[local_class.clamp_min(0).flatten()]
+        dtype, count = self.call.compute_dtype, self.batch.labels_per_row
+        w_y = self.w[self.target.clamp_min(0).flatten()]
         x = ops.rounded(self.batch.x, dtype).repeat_interleave(count, 0)
         norms = self.batch.x_norm().repeat_interleave(count) * row_norm(w_y, dtype)
         cosine = (x * ops.rounded(w_y, dtype)).sum(1) / norms
-        return torch.where(self.position >= 0, cosine.view(local_class.shape), 0)
+        return torch.where(self.position >= 0, cosine.view(self.position.shape), 0)
 
 
 def saves_tiles(

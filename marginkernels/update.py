@@ -114,8 +114,8 @@ class Update(ABC):
 
     @property
     @abstractmethod
-    def first_class(self) -> int:
-        """Returns the number of the first class of this rank."""
+    def first_row(self) -> int:
+        """Returns the number of this rank's first row among the weights of all ranks."""
 
     @abstractmethod
     def described(self) -> str:

@@ -31,6 +31,7 @@ def check_settings(settings: Settings) -> None:
     _check_choice("normalize", settings.normalize, ("both", "weight", "none"))
     _check_choice("reduction", settings.reduction, ("mean", "sum", "none"))
     _check_choice("save_tiles", settings.save_tiles, ("auto", True, False))
+    arguments.integer("sub_centers", settings.sub_centers)
     _check_choice("other_labels", settings.other_labels, ("exclude", "negatives"))
     ignored, smoothing = settings.ignore_index, settings.label_smoothing
     if not isinstance(ignored, numbers.Integral) or isinstance(ignored, bool):
@@ -48,7 +49,7 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
+def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: int = 1) -> None:
     """Checks types, shapes and devices of the tensors of one call."""
     x, w, y, bias, sample_weight, row_margin, label_weights = operands
     check_tensor("x", x)
@@ -57,6 +58,9 @@ def check_operands(operands: "Operands", shard: ClassShard | None) -> None:
         if t.ndim != 2:
             raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
     (n, d), (c, w_d) = x.shape, w.shape
+    if c % sub_centers:
+        raise ValueError(f"w: expected {sub_centers} rows for each class (sub_centers), got {c}")
+    c //= sub_centers
     if shard is not None and c != shard.size:
         raise ValueError(
             f"w: expected the {shard.size} classes [{shard.start}, {shard.stop}) of the shard, "

@@ -70,10 +70,10 @@ def test_gradients_that_cancel_are_exchanged_wide():
     assert all(types == [torch.float16, [F32]] for _, *types in results)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_loss_and_setting(world):
+@pytest.mark.parametrize("world, sub_centers", [(2, 1), (3, 1), (3, 2)])
+def test_every_loss_and_setting(world, sub_centers):
     """Compares row losses, statistics, all gradients and the state over several steps."""
-    workers.run(world, compare_losses)
+    workers.run(world, compare_losses, sub_centers)
 
 
 PROMISES = [{}, {"even_batches": True}, {"max_local_batch": 12}]

@@ -20,7 +20,7 @@ F64 = torch.float64
 N, C, D, L = 13, 40, 12, 3
 
 
-def operands(seed: int = 0) -> dict[str, Tensor]:
+def operands(seed: int = 0, sub_centers: int = 1) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, C, (N, L), generator=generator)
     y[0, 1] = y[0, 0]  # twice
@@ -29,7 +29,7 @@ def operands(seed: int = 0) -> dict[str, Tensor]:
     weights[4, 1] = 0
     return dict(
         x=torch.randn(N, D, generator=generator, dtype=F64),
-        w=torch.randn(C, D, generator=generator, dtype=F64),
+        w=torch.randn(C * sub_centers, D, generator=generator, dtype=F64),
         y=y, label_weights=weights, bias=torch.randn(C, generator=generator, dtype=F64),
     )  # fmt: skip
 
@@ -50,6 +50,7 @@ def expected(
     """
     y, weights, bias = given["y"], given.get("label_weights"), given.get("bias")
     c = F.normalize(given["x"]) @ F.normalize(given["w"]).T
+    c = c.unflatten(1, (C, -1)).amax(2)  # of the nearest centre
     rows = []
     for i in range(N):
         labels = [
@@ -87,11 +88,11 @@ def judged(got: Tensor, exact: Tensor, leaves: list[Tensor], their_leaves: list[
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing, sub_centers", [(0.0, 1), (0.1, 1), (0.1, 3)])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("mode", ["exclude", "negatives"])
-def test_each_label_has_a_softmax(mode, weighted, smoothing):
-    given = operands()
+def test_each_label_has_a_softmax(mode, weighted, smoothing, sub_centers):
+    given = operands(sub_centers=sub_centers)
     if not weighted:
         del given["label_weights"], given["bias"]
     scale = torch.tensor(9.0, dtype=F64)
@@ -105,7 +106,7 @@ def test_each_label_has_a_softmax(mode, weighted, smoothing):
         else:
             losses = function(
                 **own, margin=margin, scale=s, other_labels=mode, label_smoothing=smoothing,
-                reduction="none",
+                reduction="none", sub_centers=sub_centers,
             )  # fmt: skip
         sides.append((losses, [s, *(t for k, t in own.items() if k != "y")]))
     (got, leaves), (exact, theirs) = sides

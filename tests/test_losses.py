@@ -40,11 +40,11 @@ def test_every_margin_and_every_transform_has_a_loss_here():
     assert used >= TRANSFORMS.keys() - {IDENTITY.name}
 
 
-@pytest.mark.parametrize("kind", ["alone", "all"])
+@pytest.mark.parametrize("kind, sub_centers", [("alone", 1), ("all", 1), ("all", 3)])
 @EACH
-def test_the_definition_in_fp64(name, kind):
-    x, w, y = operands()
-    loss, settings = LOSSES[name], settings_of(kind, len(x))
+def test_the_definition_in_fp64(name, kind, sub_centers):
+    x, w, y = operands(sub_centers=sub_centers)
+    loss, settings = LOSSES[name], settings_of(kind, len(x)) | dict(sub_centers=sub_centers)
     ours = solve(lambda x, w: fused(loss, x, w, y, backend="reference", **settings), x, w)
     definition = solve(lambda x, w: dense(loss, x, w, y, **settings), x, w)
     for a, b in zip(ours, definition, strict=True):

@@ -90,6 +90,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     """
 
     bias: nn.Parameter | None = None
+    sub_centers = 1
     _update: Update | None = None  # of an optimizer of marginkernels.optim
 
     def __init__(

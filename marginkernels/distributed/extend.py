@@ -18,6 +18,7 @@ from ..generators import rank_generator
 from ..update import Update
 from .shard import (
     ClassShard,
+    check_whole,
     chunk,
     local,
     raising_together,
@@ -41,6 +42,10 @@ class Head(Protocol):
     _mesh: DeviceMesh | None
     _update: Update | None
     _parameters: dict[str, nn.Parameter | None]
+
+    @property
+    def sub_centers(self) -> int:
+        """Returns the number of rows of the weight that each class has."""
 
 
 class Grown(NamedTuple):
@@ -68,13 +73,14 @@ def extend(
         require_agreement(group, **given, **_states(head, optimizer))
     for name in _parameters(head):
         old = getattr(head, name)
-        grown = _grow(old, k, shard)
+        rows = k * head.sub_centers if name == "weight" else k
+        grown = _grow(old, rows, shard)
         if name == "weight":
             _fill(grown, init, shard)
         new = nn.Parameter(grown.tensor, requires_grad=old.requires_grad)
         setattr(head, name, new)
         if optimizer is not None:
-            _replace(optimizer, old, new, k, shard)
+            _replace(optimizer, old, new, rows, shard)
     head.num_classes += k
     if shard is not None:
         world, rank = dist.get_world_size(shard.group), dist.get_rank(shard.group)
@@ -106,7 +112,7 @@ def _check(
     """Raises ValueError or TypeError, before anything is changed."""
     arguments.integer("k", k)
     if init is not None:
-        validation.check_tensor("init", init, shape=(k, head.embedding_size))
+        validation.check_tensor("init", init, shape=(k * head.sub_centers, head.embedding_size))
     # gathered for its forward, a weight that fully_shard manages looks like any other
     if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
         raise ValueError("weight: expected it as the head made it, got one given to fully_shard")
@@ -115,6 +121,9 @@ def _check(
     if optimizer is not None:
         _check_optimizer(head, optimizer)
     validation.check_margin(head.margin, head.num_classes + k)
+    if head.shard is not None:
+        ranks = dist.get_world_size(head.shard.group)
+        check_whole("num_classes + k", head.num_classes + k, head.sub_centers, ranks)
 
 
 def _check_parameter(head: Head, name: str) -> None:

@@ -15,6 +15,8 @@ trainer then averages their gradients.
 
 import contextlib
 import functools
+import itertools
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -54,6 +56,21 @@ def chunk(total: int, ranks: int, rank: int) -> tuple[int, int]:
     """
     size = -(-total // ranks)
     return min(rank * size, total), min((rank + 1) * size, total)
+
+
+def check_whole(name: str, total: int, sub_centers: int, ranks: int) -> None:
+    """Raises ValueError where DTensor's split of the rows would cut a class of several."""
+
+    def fits(total: int) -> bool:
+        return chunk(total * sub_centers, ranks, 0)[1] == chunk(total, ranks, 0)[1] * sub_centers
+
+    if not fits(total):
+        nearest = next(more for more in itertools.count(total) if fits(more))
+        raise ValueError(
+            f"{name}: expected a number of classes with sub_centers={sub_centers} whose rows "
+            f"DTensor splits over {ranks} ranks without cutting a class, such as {nearest}, got "
+            f"{total}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,10 @@ class ClassShard:
         """Returns the number of classes held here."""
         return self.stop - self.start
 
+    def rows(self, per_class: int) -> slice:
+        """Returns which rows belong to the classes held here, where each class has some."""
+        return slice(self.start * per_class, self.stop * per_class)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShard":
         return self  # a process group cannot be copied, and nothing here changes
 
@@ -147,16 +168,19 @@ class Sharding:
                 f"{type(self.over).__name__}"
             )
 
-    def split(self, total: int, device: torch.device | str | None) -> tuple[DeviceMesh, ClassShard]:
+    def split(
+        self, total: int, device: torch.device | str | None, sub_centers: int = 1
+    ) -> tuple[DeviceMesh, ClassShard]:
         """Returns the mesh that ``total`` classes are split over, and this rank's part of them.
 
         Args:
             device: of the classes, or None for the default device.
 
         Raises:
-            ValueError: the group is not for this device.
+            ValueError: the group is not for this device, or the split would cut a class.
         """
         mesh = self._mesh(device)
+        check_whole("num_classes", total, sub_centers, mesh.size())
         shard = ClassShard.chunked(
             total,
             mesh.get_group(),
@@ -296,6 +320,25 @@ def _watch_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) ->
 def is_wrapped(parameter: nn.Parameter) -> bool:
     """Returns whether a wrapper exchanges the parameter's gradients between processes."""
     return any(p is parameter for module in _wrapped for p in module.parameters())
+
+
+def look_for_replicas(head: Any) -> None:
+    """Warns where the processes of a group would train copies of the head that drift apart."""
+    if not (in_group() and torch.is_grad_enabled() and head.weight.requires_grad):
+        return
+    head._looked_for_replicas = True
+    world = dist.get_world_size()
+    # FullyShardedDataParallel puts a view of its own in the place of the parameter
+    owned = isinstance(head.weight, nn.Parameter) and not head._split
+    if world > 1 and owned and not is_wrapped(head.weight):
+        warnings.warn(
+            f"MarginSoftmaxHead: each of the {world} processes trains a head of its own, and "
+            "their weights will differ. Split its classes (sharding=dist.group.WORLD, which is "
+            "None before init_process_group) or "
+            "put it into DistributedDataParallel. If you exchange its gradients yourself: "
+            "warnings.filterwarnings('ignore', 'MarginSoftmaxHead: each')",
+            stacklevel=3,
+        )
 
 
 @functools.cache  # once

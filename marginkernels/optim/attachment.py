@@ -30,10 +30,14 @@ class Head(Protocol):
     The module hands ``_update`` to :func:`marginkernels.margin_cross_entropy`, with its weight.
     """
 
-    weight: nn.Parameter  # (C, D), or a DTensor: the classes of the shard
+    weight: nn.Parameter  # (C K, D), or a DTensor: the classes of the shard
     bias: nn.Parameter | None  # (C,)
     shard: ClassShard | None
     _update: Update | None
+
+    @property
+    def sub_centers(self) -> int:
+        """Returns K."""
 
 
 class HeadUpdate(Update):
@@ -61,8 +65,9 @@ class HeadUpdate(Update):
         return self.optimizer.param_groups[0]["project"]
 
     @property
-    def first_class(self) -> int:
-        return 0 if self.head.shard is None else self.head.shard.start
+    def first_row(self) -> int:
+        shard, per_class = self.head.shard, self.head.sub_centers
+        return 0 if shard is None else shard.rows(per_class).start
 
     @property
     def group(self) -> dist.ProcessGroup | None:

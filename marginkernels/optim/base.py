@@ -181,10 +181,13 @@ class HeadOptimizer(torch.optim.Optimizer):
         numbers = self.numbers([unscale, skip, torch.inf], state["step"], dtype)
         parts = [s.name for s in rules.RULES[self.rule].state if s.name in state]
         held = [local(t)[:, None] for t in (bias.detach(), *(state[name] for name in parts))]
-        chosen = torch.arange(len(held[0]), device=held[0].device) if rows is None else rows
+        per_class = update.head.sub_centers
+        chosen = torch.arange(len(held[0]), device=held[0].device)
+        if rows is not None:
+            chosen = rows[::per_class] // per_class
         w, g, *old = (t[chosen].to(dtype) for t in (held[0], local(bias.grad)[:, None], *held[1:]))
         new_w, new = rules.applied(self.rule, w, g, old, numbers)
-        random, class_id = self.random(state["step"]), update.first_class + chosen
+        random, class_id = self.random(state["step"]), update.first_row // per_class + chosen
         for position, (t, value) in enumerate(zip(held, (new_w, *new), strict=True)):
             value = stored(value, t.dtype, position, random, class_id, of_bias=True)
             t[chosen] = torch.where(numbers[rules.SKIP] != 0, t[chosen], value)

@@ -94,4 +94,6 @@ def held(value: Any, own: Tensor, shard: ClassShard | None) -> Tensor:
             return value.to_local()
         value = value.full_tensor()
     value = torch.as_tensor(value)
-    return value[shard.start : shard.stop] if is_dtensor(own) and shard is not None else value
+    if not is_dtensor(own) or shard is None:
+        return value
+    return value[shard.rows(len(own) // shard.total)]

@@ -231,10 +231,16 @@ def dense(
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
     focal_gamma: float = 0.0,
+    sub_centers: int = 1,
 ) -> Tensor:
     """Returns the losses of the rows (N,) by the definition."""
     x_norm, w_norm = x.norm(dim=1), w.norm(dim=1)
     c = (F.normalize(x) @ F.normalize(w).T).clamp(-1, 1)
+    if sub_centers > 1:
+        logits = c * w_norm if loss.normalize == "none" else c
+        best = logits.unflatten(1, (-1, sub_centers)).argmax(2)
+        best = best + sub_centers * torch.arange(best.shape[1])
+        c, w_norm = c.gather(1, best), w_norm[best]
     t, extra = loss.define(c, y, x_norm)
     kept = dict(both=1.0, weight=x_norm[:, None], none=x_norm[:, None] * w_norm)[loss.normalize]
     logits = loss.scale * kept * t
@@ -256,14 +262,19 @@ def fused(loss: Loss, x: Tensor, w: Tensor, y: Tensor, **settings: Any) -> Tenso
 
 
 def operands(
-    n: int = 40, d: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+    n: int = 40,
+    d: int = 8,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows from far beyond the margins' branch points to close to their class."""
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(C, d, generator=generator, dtype=torch.float64)
+    w = torch.randn(C * sub_centers, d, generator=generator, dtype=torch.float64)
     y = torch.randint(0, C, (n,), generator=generator)
     lean = torch.linspace(-2, 2, n, dtype=torch.float64)[:, None]
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64) + lean * w[y]
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x += lean * w[y * sub_centers + y % sub_centers]
     return x.to(dtype), w.to(dtype), y
 
 

@@ -180,9 +180,10 @@ def solve_step(x, w, y, settings, modules, shard):
     rows with their statistics, gradients of an uneven sum of the losses, and the state after the
     step. The gradients are by this rank's rows and classes and by everything learnable.
     """
-    rows, classes = my_rows(len(x)), slice(shard.start, shard.stop)
+    rows, classes = my_rows(len(x)), shard.rows(1)
+    of_classes = shard.rows(settings.get("sub_centers", 1))
     parts = dict(
-        x=rows, w=classes, bias=classes, sample_weight=rows, row_margin=rows, label_weights=rows
+        x=rows, w=of_classes, bias=classes, sample_weight=rows, row_margin=rows, label_weights=rows
     )
     y = settings.get("y", y)
     given = dict(settings, x=x, w=w, y=y)
@@ -211,15 +212,15 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-def compare_losses(**shard_settings):
+def compare_losses(sub_centers):
     """Compares each step of each loss with that of a process that has all; fp64, to rounding."""
-    batches = [operands(seed=seed) for seed in range(2)]
-    shard = my_shard(C, **shard_settings)
+    batches = [operands(seed=seed, sub_centers=sub_centers) for seed in range(2)]
+    shard = my_shard(C)
     for name, make in SETTINGS.items():
         solutions = []
         for more in (dict(shard=shard), {}):
             torch.manual_seed(1)
-            settings = make() | more
+            settings = make() | more | dict(sub_centers=sub_centers)
             modules = [v.double() for v in settings.values() if isinstance(v, torch.nn.Module)]
             steps = [solve_step(*batch, settings, modules, shard) for batch in batches]
             for module in modules:
