@@ -204,6 +204,24 @@ def test_a_fused_step_moves_what_a_plain_one_moves(backend, device):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_call_takes_any_number_of_labels():
+    head = mk.MarginSoftmaxHead(
+        D, C, margin=mk.ArcFace(0.3), scale=16.0, backend="reference", other_labels="negatives"
+    )
+
+    def loss(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return head(x, y, label_weights=weights)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, labels in ((6, 3), (9, 3), (5, 4)):
+        given = (torch.randn(n, D), torch.randint(0, C, (n, labels)), torch.rand(n, labels))
+        results = []
+        for function in (loss, compiled):
+            value = function(*given)
+            results.append([value, *torch.autograd.grad(value, head.weight)])
+        torch.testing.assert_close(*results)
+
+
 def test_a_sample_holds_all_labels():
     given = operands()
     sampling = mk.PartialFC(0.05, generator=torch.Generator().manual_seed(0))
