@@ -95,7 +95,8 @@ def problem(case: Case, device: str) -> Problem:
     with_sum = case.extras and not one_versus_rest
     upstream = (
         torch.rand(n), torch.randn(y.shape), torch.randn(y.shape) if case.extras else None,
-        torch.randn(n) if with_sum else None,
+        # as small as label smoothing has it: the terms of dscale would cancel
+        torch.randn(n) / case.classes if with_sum else None,
     )  # fmt: skip
     per_row = TRANSFORMS[case.transform].per_row
     numbers = CONSTANTS.get(case.transform)

@@ -3,7 +3,7 @@
 
 // The backward sweep of one stripe: the logits again (or the exponentials that forward kept), G in
 // their place, and from G the stripe's part of dx and the final dw of its classes, which is written
-// out or moves them. The target's gradient is added outside the products, in fp32.
+// out or moves them. The targets' gradients are added outside the products, in fp32.
 
 #pragma once
 
@@ -38,7 +38,12 @@ float make_gradient_and_sums(const BackwardSweep& s, Functor functor, const Bloc
     for_logits(s, functor, block, column, scratch, bias,
                [&](int64_t j, float* at, vfloat z, vfloat unbiased, vfloat slope) {
                    const auto there = unbiased > mk::kNoMaximum;
-                   const vfloat g = there ? a * mk::exp(z - lse) + u : vfloat{};
+                   vfloat p;
+                   if constexpr (Functor::kOneVersusRest)
+                       p = softplus_of(z).slope;
+                   else
+                       p = mk::exp(z - lse);
+                   const vfloat g = there ? a * p + u : vfloat{};
                    weighted = g * (there ? unbiased : vfloat{}) + weighted;
                    float* dbias = scratch.dbias + j * kLanes;
                    store(dbias, load(dbias) + g);
@@ -71,7 +76,8 @@ template <class Op>
 void fill_gradient(const BackwardSweep& s, const Block& block, Scratch& scratch, double& weighted) {
     if (s.tiles != nullptr) return load_tiles(s, block, scratch);
     multiply_logits<Op>(s, block, scratch);
-    for_targets(s, block, [&](int64_t i, int64_t j) { exclude_target(block, i, j, scratch); });
+    for_targets(s, block,
+                [&](int64_t, int64_t i, int64_t j) { exclude_target(s, block, i, j, scratch); });
     const Bias bias = bias_of(s, block.first);
     if (is_plain(s))
         for (int64_t column = 0; column < block.rows; column += kLanes)
@@ -141,10 +147,10 @@ void finish_dw(const BackwardSweep& s, int64_t first, int64_t count, const Scrat
     if (s.n == 0) memset(scratch.dw, 0, count * s.padded_d * sizeof(float));
     const WritableRows dw = {s.dw, s.d, s.w.type};
     memset(scratch.radial, 0, count * sizeof(float));
-    for_targets(s, Block{first, count, 0, s.n}, [&](int64_t i, int64_t j) {
-        const float factor = s.grad_target[i] * s.row_scale[i] * scratch.q[j];
+    for_targets(s, Block{first, count, 0, s.n}, [&](int64_t t, int64_t i, int64_t j) {
+        const float factor = s.grad_target[t] * s.row_scale[i] * scratch.q[j];
         add_scaled(scratch.dw + j * s.padded_d, factor, s.x_rows + i * s.padded_d, s.padded_d);
-        if (s.grad_w_norm != nullptr) scratch.radial[j] += s.grad_w_norm[i];
+        if (s.grad_w_norm != nullptr) scratch.radial[j] += s.grad_w_norm[t];
     });
     for (int64_t j = 0; j < count; ++j) {
         float* gradient = scratch.dw + j * s.padded_d;
@@ -186,18 +192,19 @@ void backward_stripe(const BackwardSweep& s, int64_t stripe, void* memory) {
     if (s.stripe_dscale != nullptr) s.stripe_dscale[stripe] = weighted / s.scale;
 }
 
-// Reads row i's class, rounded, as the sweep saw it; returns its inverse norm.
-float read_target(const BackwardSweep& s, int64_t i, float* out) {
+// Reads the row of w that place t of y names, rounded, as the sweep saw it; returns its inverse
+// norm.
+float read_target(const BackwardSweep& s, int64_t t, float* out) {
     if (s.target_rows == nullptr) {
-        read_row(s, s.w, row_of(s, s.y[i]), s.compute, out);
-        return s.w_inv[s.y[i]];
+        read_row(s, s.w, row_of(s, s.y[t]), s.compute, out);
+        return s.w_inv[s.y[t]];
     }
-    read_row(s, {s.target_rows, s.d, s.w.type}, i, s.compute, out);
-    return s.target_inv[i];
+    read_row(s, {s.target_rows, s.d, s.w.type}, t, s.compute, out);
+    return s.target_inv[t];
 }
 
 // Completes rows [begin, end) of dx and writes them out: the stripes' parts in their order, the
-// target's part, and the projection.
+// targets' parts, and the projection.
 void finish_dx(const BackwardSweep& s, int64_t begin, int64_t end, void* memory) {
     float* gradient = static_cast<float*>(memory);
     float* w_y = gradient + s.padded_d;
@@ -209,10 +216,11 @@ void finish_dx(const BackwardSweep& s, int64_t begin, int64_t end, void* memory)
                 total += load(part + stripe * s.n * s.padded_d + k);
             store(gradient + k, total * s.row_weight[i] * s.row_scale[i]);
         }
-        if (s.y[i] >= 0) {
-            const float inverse = read_target(s, i, w_y);
+        for (int64_t t = i * s.targets; t < (i + 1) * s.targets; ++t) {
+            if (s.y[t] < 0) continue;
+            const float inverse = read_target(s, t, w_y);
             const float q = s.normalize_w ? inverse : 1.0F;
-            add_scaled(gradient, s.grad_target[i] * s.row_scale[i] * q, w_y, s.padded_d);
+            add_scaled(gradient, s.grad_target[t] * s.row_scale[i] * q, w_y, s.padded_d);
         }
         if (s.normalize_x) project(gradient, s.x_rows + i * s.padded_d, s.x_inv[i], s);
         write_row({s.dx, s.d, s.x.type}, i, s.d, gradient);

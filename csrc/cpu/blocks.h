@@ -94,12 +94,14 @@ MK_HOST_DEVICE int64_t row_of(const Problem& s, int64_t j) {
     return s.index == nullptr ? j : s.index[j];
 }
 
-// Calls f(row, class - block.first) for the rows of the block whose target is one of its classes.
+// Calls f(place in y, row, class - block.first) for the targets of the block's rows that are among
+// its classes.
 template <class F>
 MK_HOST_DEVICE void for_targets(const Problem& s, const Block& block, const F& f) {
-    const int64_t end = smaller(block.begin + block.rows, s.n);
-    for (int64_t i = block.begin; i < end; ++i)
-        if (s.y[i] >= block.first && s.y[i] < block.first + block.count) f(i, s.y[i] - block.first);
+    const int64_t end = smaller(block.begin + block.rows, s.n) * s.targets;
+    for (int64_t t = block.begin * s.targets; t < end; ++t)
+        if (s.y[t] >= block.first && s.y[t] < block.first + block.count)
+            f(t, t / s.targets, s.y[t] - block.first);
 }
 
 // Calls f(first class, count, end of the next block) for the blocks of classes of one stripe.
@@ -242,7 +244,30 @@ Panels pack_classes(const Problem& s, int64_t count, Scratch& scratch) {
     return panels;
 }
 
-// Computes <x_i, w_j> of the block, transposed.
+// Leaves of each class the centre with the greatest logit before the bias, the first of equals, and
+// takes the others out of the block.
+void leave_best_centers(const Problem& s, const Block& block, const Scratch& scratch) {
+    const int32_t centers = s.centers;
+    for (int64_t j = 0; j < block.count; j += centers) {
+        const float* const q = scratch.q + j;
+        for (int64_t column = 0; column < block.rows; column += kLanes) {
+            float* const logits = scratch.logits + j * kLogitsStride + column;
+            vfloat greatest = load(logits) * q[0];
+            vint best = {};
+            for (int32_t k = 1; k < centers; ++k) {
+                const vfloat product = load(logits + k * kLogitsStride) * q[k];
+                best = product > greatest ? k - vint{} : best;
+                greatest = max(product, greatest);
+            }
+            for (int32_t k = 0; k < centers; ++k) {
+                float* const logit = logits + k * kLogitsStride;
+                store(logit, best == k ? load(logit) : splat(-INFINITY));
+            }
+        }
+    }
+}
+
+// Computes <x_i, w_j> of the block, transposed; of a class with several centres only the greatest.
 template <class Op>
 void multiply_logits(const Problem& s, const Block& block, Scratch& scratch) {
     const float* classes =
@@ -251,12 +276,15 @@ void multiply_logits(const Problem& s, const Block& block, Scratch& scratch) {
     multiply<Op, false>(block.count, classes, scratch.class_stride, logit_panels<Op>(s),
                         block.begin / kPanel, (block.rows + kPanel - 1) / kPanel, 0, depth,
                         scratch.logits, kLogitsStride, false, scratch.ahead);
+    if (s.centers > 1) leave_best_centers(s, block, scratch);
 }
 
-// Takes the target of row i out of the block.
-MK_HOST_DEVICE void exclude_target(const Block& block, int64_t i, int64_t j,
+// Takes the class of a target of row i out of the block, with all its centres.
+MK_HOST_DEVICE void exclude_target(const Problem& s, const Block& block, int64_t i, int64_t j,
                                    const Scratch& scratch) {
-    scratch.logits[j * kLogitsStride + i - block.begin] = -INFINITY;
+    const int64_t first = j / s.centers * s.centers;
+    for (int64_t k = first; k < first + s.centers; ++k)
+        scratch.logits[k * kLogitsStride + i - block.begin] = -INFINITY;
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The marginkernels authors
 
-// The forward sweep of one stripe: per row the largest logit, the sum of exponentials, and the
-// target's cosine; where asked the exponentials to keep, and the sum and maximum of the logits.
+// The forward sweep of one stripe: per row the largest logit, the sum of exponentials, or of
+// softplus, and the targets' cosines; where asked the exponentials to keep, and the sum and maximum
+// of the logits.
 
 #pragma once
 
@@ -42,12 +43,12 @@ void start_statistics(const ForwardSweep& s, int64_t stripe) {
 // products are summed once more, in many lanes and not one after another, because an easy row's
 // loss has the error of its target.
 void take_targets(const ForwardSweep& s, const Block& block, const Scratch& scratch) {
-    for_targets(s, block, [&](int64_t i, int64_t j) {
+    for_targets(s, block, [&](int64_t t, int64_t i, int64_t j) {
         const float* row = scratch.rounded + j * scratch.class_stride;
-        s.target_cosine[i] =
+        s.target_cosine[t] =
             dot(s.x_rows + i * s.padded_d, row, s.padded_d) * scratch.q[j] * s.x_inv[i];
-        s.w_norm[i] = 1.0F / s.w_inv[block.first + j];
-        exclude_target(block, i, j, scratch);
+        s.w_norm[t] = 1.0F / s.w_inv[block.first + j];
+        exclude_target(s, block, i, j, scratch);
     });
 }
 
@@ -79,6 +80,11 @@ MK_HOST_DEVICE void for_logits(const Problem& s, Functor, const Block& block, in
     }
 }
 
+// log(1 + exp(z)) and its slope, the sigmoid.
+MK_HOST_DEVICE mk::Softplus<vfloat> softplus_of(vfloat z) {
+    return mk::softplus(z, mk::exp(z > 0 ? -z : z));
+}
+
 // Returns the largest logit of each row before a transform.
 vfloat largest_logit(const Problem& s, const Block& block, int64_t column, const Scratch& scratch,
                      Bias bias) {
@@ -88,23 +94,40 @@ vfloat largest_logit(const Problem& s, const Block& block, int64_t column, const
     return largest;
 }
 
-// Adds a vector of rows of the block to the stripe's statistics. Exponentials replace the logits
-// where they are kept.
+// Adds a vector of terms to sums.
+void add_to(double* sums, vfloat terms) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += terms[lane];
+}
+
+// Adds the softplus of a vector of rows of the block to the sums that begin at ``at``, and their
+// sigmoids where that sum is wanted. A class that was taken out adds 0.
 template <class Functor>
-void add_statistics(const ForwardSweep& s, Functor functor, int64_t stripe, const Block& block,
-                    int64_t column, const Scratch& scratch, Bias bias) {
-    const int64_t at = stripe * s.padded_n + block.begin + column;
-    if (s.stripe_logit_max != nullptr) {
-        const vfloat largest = largest_logit(s, block, column, scratch, bias);
-        store(s.stripe_logit_max + at, max(largest, load(s.stripe_logit_max + at)));
-    }
+void add_softplus(const ForwardSweep& s, Functor functor, int64_t at, const Block& block,
+                  int64_t column, const Scratch& scratch, Bias bias) {
+    const bool want_sigmoids = s.stripe_logit_sum != nullptr;
+    vfloat total = {}, sigmoids = {};
+    for_logits(s, functor, block, column, scratch, bias,
+               [&](int64_t, float*, vfloat z, vfloat, vfloat) {
+                   const auto made = softplus_of(z);
+                   total += made.value;
+                   if (want_sigmoids) sigmoids += made.slope;
+               });
+    add_to(s.stripe_sum + at, total);
+    if (want_sigmoids) add_to(s.stripe_logit_sum + at, sigmoids);
+}
+
+// Adds the exponentials of a vector of rows of the block to the sums that begin at ``at``, and
+// their logits where that sum is wanted. Exponentials replace the logits where they are kept.
+template <class Functor>
+void add_exponentials(const ForwardSweep& s, Functor functor, int64_t at, const Block& block,
+                      int64_t column, const Scratch& scratch, Bias bias) {
     if (s.stripe_logit_sum != nullptr) {
         vfloat total = {};
         for_logits(s, functor, block, column, scratch, bias,
                    [&](int64_t, float*, vfloat z, vfloat unbiased, vfloat) {
                        total += unbiased > mk::kNoMaximum ? z : vfloat{};
                    });
-        for (int64_t lane = 0; lane < kLanes; ++lane) s.stripe_logit_sum[at + lane] += total[lane];
+        add_to(s.stripe_logit_sum + at, total);
     }
     const vfloat previous = load(s.stripe_max + at);
     vfloat limit = previous;
@@ -125,6 +148,21 @@ void add_statistics(const ForwardSweep& s, Functor functor, int64_t stripe, cons
         sum = sum * shrink[lane] + total[lane];
     }
     store(s.stripe_max + at, limit);
+}
+
+// Adds a vector of rows of the block to the stripe's statistics.
+template <class Functor>
+void add_statistics(const ForwardSweep& s, Functor functor, int64_t stripe, const Block& block,
+                    int64_t column, const Scratch& scratch, Bias bias) {
+    const int64_t at = stripe * s.padded_n + block.begin + column;
+    if (s.stripe_logit_max != nullptr) {
+        const vfloat largest = largest_logit(s, block, column, scratch, bias);
+        store(s.stripe_logit_max + at, max(largest, load(s.stripe_logit_max + at)));
+    }
+    if constexpr (Functor::kOneVersusRest)
+        add_softplus(s, functor, at, block, column, scratch, bias);
+    else
+        add_exponentials(s, functor, at, block, column, scratch, bias);
 }
 
 void keep_tiles(const ForwardSweep& s, const Block& block, const Scratch& scratch) {

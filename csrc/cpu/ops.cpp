@@ -95,7 +95,8 @@ struct Arguments {
     Arguments(const Tensor& x_, const Tensor& w_, const Tensor& y_, const Tensor& scale,
               const OptionalTensor& bias_, const OptionalTensor& index_, bool normalize_x,
               bool normalize_w, at::ScalarType compute_dtype, c10::string_view transform,
-              const OptionalTensor& row_parameter_, const OptionalTensor& constants)
+              const OptionalTensor& row_parameter_, const OptionalTensor& constants,
+              int64_t sub_centers)
         : x(with_dense_rows(x_)),
           w(with_dense_rows(w_)),
           y(y_.contiguous()),
@@ -103,12 +104,15 @@ struct Arguments {
           row_parameter(contiguous(row_parameter_)) {
         check_shapes(x, w, y);
         call.c = checked_swept_classes(w, index_);
+        check_sub_centers(sub_centers, call.c);
         check_per_class(bias, "bias", call.c);
         index = checked_index(index_, w.size(0));
         call.index = index.has_value() ? index->const_data_ptr<int64_t>() : nullptr;
         call.x = rows_of(x, "x");
         call.w = rows_of(w, "w");
         call.y = y.const_data_ptr<int64_t>();
+        call.targets = targets_per_row(y);
+        call.centers = sub_centers;
         call.bias = pointer(bias);
         call.scale = scale.item<float>();
         call.normalize_x = normalize_x;
@@ -126,28 +130,31 @@ struct Arguments {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_fwd(
     const Tensor& x,             // (N, D)
     const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
+    const Tensor& y,             // (N,) or (N, L)
     const Tensor& scale,         // ()
     const OptionalTensor& bias,  // (C,), as all that has a number per class
     const OptionalTensor& index, const OptionalTensor& known_w_inv, bool normalize_x,
     bool normalize_w, at::ScalarType compute_dtype, bool save_tiles, bool want_sum, bool want_max,
     c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants, bool keep_rounded, int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     TORCH_CHECK_VALUE(!keep_rounded, "keep_rounded: expected False on a CPU, got True");
     const Arguments arguments(x, w, y, scale, bias, index, normalize_x, normalize_w, compute_dtype,
-                              transform, row_parameter, constants);
+                              transform, row_parameter, constants, sub_centers);
     const Call& call = arguments.call;
     TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(call) && call.compute != Type::kFloat16),
                       "save_tiles: needs both sides normalised, no bias, a scale below ",
                       mk::kOffsetScaleLimit, " and float32 or bfloat16, got scale ", call.scale,
                       " and ", compute_dtype);
+    TORCH_CHECK_VALUE(!save_tiles || (call.targets == 1 && sub_centers == 1),
+                      "save_tiles: needs one target of a row and one centre of a class, got ",
+                      call.targets, " and ", sub_centers);
     check_per_class(known_w_inv, "known_w_inv", call.c);
     const auto options = x.options().dtype(at::kFloat);
     const auto per_row = [&](bool wanted) { return at::empty({wanted ? call.n : 0}, options); };
-    const Tensor lse = per_row(true), target_cosine = per_row(true), w_norm = per_row(true);
+    const Tensor lse = per_row(true), x_inv = per_row(true);
     const Tensor logit_sum = per_row(want_sum), logit_max = per_row(want_max);
-    const Tensor x_inv = per_row(true);
+    const Tensor target_cosine = at::empty(y.sizes(), options),
+                 w_norm = at::empty_like(target_cosine);
     const Tensor w_inv = known_w_inv.has_value() ? known_w_inv->clone(at::MemoryFormat::Contiguous)
                                                  : at::empty({call.c}, options);
     const Tensor tiles = save_tiles
@@ -191,6 +198,8 @@ struct Backward : Arguments {
           grad_w_norm(contiguous(grad_w_norm_)),
           grad_sum(contiguous(grad_sum_)) {
         check_per_class(w_inv, "w_inv", call.c);
+        check_per_target(grad_target, "grad_target", y);
+        check_per_target(grad_w_norm, "grad_w_norm", y);
         const auto options = x.options().dtype(at::kFloat);
         dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
         dbias = at::empty({need_bias ? call.c : 0}, options);
@@ -217,20 +226,19 @@ struct Backward : Arguments {
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const Tensor& x,             // (N, D)
     const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
+    const Tensor& y,             // (N,) or (N, L)
     const Tensor& scale,         // ()
     const OptionalTensor& bias,  // (C,), as all that has a number per class
     const OptionalTensor& index,
-    const Tensor& lse,  // (N,), as the gradients
+    const Tensor& lse,  // (N,), as x_inv and the gradients of sums; the others are shaped as y
     const Tensor& x_inv, const Tensor& w_inv, const Tensor& tiles, const Tensor& grad_lse,
     const Tensor& grad_target, const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum,
     bool normalize_x, bool normalize_w, at::ScalarType compute_dtype, bool need_x, bool need_w,
     bool need_bias, bool need_scale, c10::string_view transform,
     const OptionalTensor& row_parameter, const OptionalTensor& constants,
     const OptionalTensor& /*w_rounded*/, int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
-                                compute_dtype, transform, row_parameter, constants),
+                                compute_dtype, transform, row_parameter, constants, sub_centers),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,
                       need_bias, need_scale);
     const Tensor dw = empty_in_huge_pages(need_w ? w.sizes() : at::IntArrayRef{0}, w.options());
@@ -285,11 +293,11 @@ void write_back(const Tensor& copy, const Tensor& original) {
 std::tuple<Tensor, Tensor, Tensor> head_step(
     const Tensor& x,             // (N, D)
     const Tensor& w,             // (C, D)
-    const Tensor& y,             // (N,)
+    const Tensor& y,             // (N,) or (N, L)
     const Tensor& scale,         // ()
     const OptionalTensor& bias,  // (C,), as all that has a number per class
     const OptionalTensor& index,
-    const Tensor& lse,  // (N,), as the gradients
+    const Tensor& lse,  // (N,), as x_inv and the gradients of sums; the others are shaped as y
     const Tensor& x_inv, const Tensor& w_inv, const Tensor& tiles, const Tensor& grad_lse,
     const Tensor& grad_target, const OptionalTensor& grad_w_norm, const OptionalTensor& grad_sum,
     at::TensorList state, const Tensor& numbers, const Tensor& random, bool normalize_x,
@@ -297,9 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     c10::string_view transform, const OptionalTensor& row_parameter,
     const OptionalTensor& constants, c10::string_view rule, bool project, int64_t first_class,
     const OptionalTensor& /*w_rounded*/, int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     Backward backward(Arguments(x, w, y, scale, bias, index, normalize_x, normalize_w,
-                                compute_dtype, transform, row_parameter, constants),
+                                compute_dtype, transform, row_parameter, constants, sub_centers),
                       lse, w_inv, tiles, grad_lse, grad_target, grad_w_norm, grad_sum, need_x,
                       need_bias, need_scale);
     const Step step(backward.w, w_inv, state, numbers, random, rule, project, first_class);

@@ -51,7 +51,9 @@ struct Call {
     Rows x;                // (N, D)
     Rows w;                // (C, D), or more rows with an index
     const int64_t* index;  // (C,) the rows of w that are swept, ascending, or null: all
-    const int64_t* y;      // (N,) class among the swept ones, -1: none here
+    const int64_t* y;      // (N, targets) row among the swept ones, -1: none here
+    int64_t targets;       // of a row, L in the shapes below
+    int64_t centers;       // rows of w to a class
     const float* bias;     // (C,) or null
     float scale;
     bool normalize_x, normalize_w;
@@ -66,9 +68,10 @@ struct Call {
 struct Plan {
     int64_t padded_n;       // N up to a multiple of mk::kTilePadding
     int64_t padded_d;       // D up to a multiple of the vector
-    int64_t block_classes;  // even
+    int64_t block_classes;  // rows of w: whole classes, and even
     int64_t stripes;
-    bool fixed_offset;  // exp(z - offset) needs no running maximum
+    bool one_versus_rest;  // instead of exponentials, softplus is summed
+    bool fixed_offset;     // exp(z - offset) needs no running maximum
     float offset;
 };
 
@@ -86,13 +89,13 @@ struct Problem : Call, Plan, Operands {};
 
 // 4. Forward: its results, and the partial sums of the stripes.
 struct ForwardSweep : Problem {
-    float *target_cosine, *w_norm;  // (N,)
+    float *target_cosine, *w_norm;  // (N, L)
     float* w_inv_out;               // (C,) the memory of w_inv, which forward fills in
     void* tiles;               // (C, padded_n) exp(z - offset) q_j in the compute type, or null
     float* stripe_max;         // (stripes, padded_n) largest logit, or the offset
-    double* stripe_sum;        // (stripes, padded_n) sum of exp(z - maximum)
+    double* stripe_sum;        // (stripes, padded_n) sum of exp(z - maximum), or of softplus(z)
     float* stripe_logit_max;   // (stripes, padded_n), or null where it is not wanted
-    double* stripe_logit_sum;  // (stripes, padded_n), or null where it is not wanted
+    double* stripe_logit_sum;  // (stripes, padded_n) of z or sigmoid(z), or null likewise
 };
 
 // 5. The update: what a step does to w with dw, which then goes nowhere else.
@@ -114,8 +117,8 @@ struct Update {
 struct BackwardSweep : Problem {
     const float *a, *lse;      // (padded_n,) dL/dlse; lse
     const float* u;            // (padded_n,) dL/d(sum of logits), or null
-    const float* grad_target;  // (N,) dL/d(scale target_cosine)
-    const float* grad_w_norm;  // (N,) or null
+    const float* grad_target;  // (N, L) dL/d(scale target_cosine)
+    const float* grad_w_norm;  // (N, L) or null
     const void* tiles;         // what forward kept, or null
     // (padded_n,) a_i exp(offset - lse_i) with tiles, which lack this factor, or 1
     const float* row_weight;
@@ -123,8 +126,8 @@ struct BackwardSweep : Problem {
     float* gradient_panels;
 
     // the targets' rows of w and their inverse norms as they are before the update, or null
-    const char* target_rows;  // (N, D) in w's type
-    const float* target_inv;  // (N,)
+    const char* target_rows;  // (N, L, D) in w's type
+    const float* target_inv;  // (N, L)
 
     float* dx_partial;      // (stripes, N, padded_d)
     void* dx;               // (N, D) in x's type

@@ -10,8 +10,10 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
+#include "../transforms.h"
 #include "dispatch.h"
 
 namespace marginkernels {
@@ -66,24 +68,35 @@ int64_t panels(int64_t columns, const Kernels& kernels) {
     return (columns + kernels.panel_rows - 1) / kernels.panel_rows;
 }
 
-// Returns a multiple of the micro-kernel's rows that is even: fewer classes where rows are long, so
-// that a block stays in the cache.
-int64_t classes_per_block(int64_t padded_d, const Kernels& kernels) {
+// Returns how many rows of w are in a block: fewer where they are long, so that a block stays in
+// the cache. It is an even multiple of the centres of a class, and of the micro-kernel's rows too
+// where such a multiple fits.
+int64_t classes_per_block(int64_t padded_d, int64_t centers, const Kernels& kernels) {
     constexpr int64_t kRowOfFullBlock = 512, kStep = 6;
-    const int64_t fitting = kernels.block_classes * kRowOfFullBlock / padded_d;
-    return std::clamp(fitting / kStep * kStep, 4 * kStep, kernels.block_classes);
+    const int64_t fitting = std::clamp(kernels.block_classes * kRowOfFullBlock / padded_d,
+                                       4 * kStep, kernels.block_classes);
+    int64_t unit = std::lcm(centers, kStep);
+    if (unit > fitting) unit = std::lcm(centers, 2);
+    return std::max(fitting / unit * unit, unit);
+}
+
+bool is_one_versus_rest(Transform transform) {
+    bool found = false;
+    mk::visit(transform, [&](auto functor) { found = functor.kOneVersusRest; });
+    return found;
 }
 
 Plan plan_of(const Call& call, const Kernels& kernels, int threads) {
     Plan plan = {};
     plan.padded_n = round_up_to(call.n, mk::kTilePadding);
     plan.padded_d = round_up_to(call.d, kernels.lanes);
-    plan.block_classes = classes_per_block(plan.padded_d, kernels);
+    plan.block_classes = classes_per_block(plan.padded_d, call.centers, kernels);
     const int64_t blocks = (call.c + plan.block_classes - 1) / plan.block_classes;
     const int64_t bytes = std::max<int64_t>(1, call.n * plan.padded_d * sizeof(float));
     const int64_t most =
         std::clamp<int64_t>(kPartialBytes / bytes, threads, std::max<int64_t>(kStripes, threads));
     plan.stripes = std::min(most, blocks);
+    plan.one_versus_rest = is_one_versus_rest(call.transform);
     plan.fixed_offset = has_fixed_offset(call);
     plan.offset = fixed_offset(call.scale);
     return plan;
@@ -117,6 +130,13 @@ struct PreparedRows {
     }
 };
 
+// Returns the sum of row i over the stripes.
+double merged_sum(const ForwardSweep& s, const double* stripe_sum, int64_t i) {
+    double total = 0;
+    for (int64_t at = i; at < s.stripes * s.padded_n; at += s.padded_n) total += stripe_sum[at];
+    return total;
+}
+
 // Returns the log of row i's sum of exponentials, added up over the stripes in fp64 and rounded
 // once; -inf where there is no negative.
 float merged_lse(const ForwardSweep& s, int64_t i) {
@@ -129,22 +149,20 @@ float merged_lse(const ForwardSweep& s, int64_t i) {
     return total > 0 ? largest + std::log(total) : -std::numeric_limits<double>::infinity();
 }
 
+// Returns the largest logit of row i; -inf where there is no negative.
+float merged_maximum(const ForwardSweep& s, int64_t i) {
+    float best = mk::kNoMaximum;
+    for (int64_t at = i; at < s.stripes * s.padded_n; at += s.padded_n)
+        best = std::max(best, s.stripe_logit_max[at]);
+    return best > mk::kNoMaximum ? best : -std::numeric_limits<float>::infinity();
+}
+
 void merge_stripes(const ForwardSweep& s, const ForwardResults& results) {
-    const int64_t size = s.stripes * s.padded_n;
     for (int64_t i = 0; i < s.n; ++i) {
-        results.lse[i] = merged_lse(s, i);
-        const bool none = std::isinf(results.lse[i]);
-        if (results.logit_max != nullptr) {
-            float best = -std::numeric_limits<float>::infinity();
-            for (int64_t at = i; at < size && !none; at += s.padded_n)
-                best = std::max(best, s.stripe_logit_max[at]);
-            results.logit_max[i] = best;
-        }
-        if (results.logit_sum != nullptr) {
-            double total = 0;
-            for (int64_t at = i; at < size; at += s.padded_n) total += s.stripe_logit_sum[at];
-            results.logit_sum[i] = total;
-        }
+        results.lse[i] = s.one_versus_rest ? merged_sum(s, s.stripe_sum, i) : merged_lse(s, i);
+        if (results.logit_max != nullptr) results.logit_max[i] = merged_maximum(s, i);
+        if (results.logit_sum != nullptr)
+            results.logit_sum[i] = merged_sum(s, s.stripe_logit_sum, i);
     }
 }
 
@@ -174,14 +192,15 @@ struct TargetRows {
     explicit TargetRows(BackwardSweep& s) {
         if (s.update == nullptr || s.dx == nullptr) return;
         const int64_t row_bytes = s.d * size_of(s.w.type), stride = s.w.stride * size_of(s.w.type);
-        rows = allocate<char>(s.n * row_bytes);
-        inverse = allocate<float>(s.n);
-        for (int64_t i = 0; i < s.n; ++i) {
-            if (s.y[i] < 0) continue;
-            const int64_t row = s.index == nullptr ? s.y[i] : s.index[s.y[i]];
+        const int64_t count = s.n * s.targets;
+        rows = allocate<char>(count * row_bytes);
+        inverse = allocate<float>(count);
+        for (int64_t t = 0; t < count; ++t) {
+            if (s.y[t] < 0) continue;
+            const int64_t row = s.index == nullptr ? s.y[t] : s.index[s.y[t]];
             const char* from = static_cast<const char*>(s.w.data) + row * stride;
-            std::copy(from, from + row_bytes, rows.get() + i * row_bytes);
-            inverse[i] = s.w_inv[s.y[i]];
+            std::copy(from, from + row_bytes, rows.get() + t * row_bytes);
+            inverse[t] = s.w_inv[s.y[t]];
         }
         s.target_rows = rows.get();
         s.target_inv = inverse.get();
@@ -209,8 +228,8 @@ void sweep_forward(const Call& call, const ForwardResults& results, const Parall
     s.stripe_sum = sum.data();
     s.stripe_logit_max = logit_max.empty() ? nullptr : logit_max.data();
     s.stripe_logit_sum = logit_sum.empty() ? nullptr : logit_sum.data();
-    for (int64_t i = 0; i < s.n; ++i)
-        if (s.y[i] < 0) s.target_cosine[i] = s.w_norm[i] = 0;
+    for (int64_t t = 0; t < s.n * s.targets; ++t)
+        if (s.y[t] < 0) s.target_cosine[t] = s.w_norm[t] = 0;
 
     workers.for_each(s.stripes, [&](int64_t stripe, void* scratch) {
         kernels.forward_stripe(s, stripe, scratch);

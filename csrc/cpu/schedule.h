@@ -32,21 +32,24 @@ inline bool has_fixed_offset(const Call& call) {
 
 // Where forward's results go. marginkernels/ops.py says what each is.
 struct ForwardResults {
-    float *lse, *target_cosine, *w_norm;  // (N,)
-    float *logit_sum, *logit_max;         // (N,), or null where not wanted
-    float *x_inv, *w_inv;                 // (N,), (C,)
-    bool w_inv_is_known;                  // w_inv is filled in already
-    void* tiles;                          // (C, N up to a multiple of mk::kTilePadding), or null
+    float* lse;                     // (N,)
+    float *target_cosine, *w_norm;  // (N, L)
+    float *logit_sum, *logit_max;   // (N,), or null where not wanted
+    float *x_inv, *w_inv;           // (N,), (C,)
+    bool w_inv_is_known;            // w_inv is filled in already
+    void* tiles;                    // (C, N up to a multiple of mk::kTilePadding), or null
 };
 
 void sweep_forward(const Call& call, const ForwardResults& results, const Parallel& parallel);
 
 // Results of forward that backward needs, and the gradients that arrive.
 struct BackwardInputs {
-    const float *lse, *w_inv;             // (N,), (C,)
-    const void* tiles;                    // as forward kept them, or null
-    const float *grad_lse, *grad_target;  // (N,)
-    const float *grad_w_norm, *grad_sum;  // (N,) or null
+    const float *lse, *w_inv;  // (N,), (C,)
+    const void* tiles;         // as forward kept them, or null
+    const float* grad_lse;     // (N,)
+    const float* grad_target;  // (N, L)
+    const float* grad_w_norm;  // (N, L) or null
+    const float* grad_sum;     // (N,) or null
 };
 
 // Where backward's results go, each null where it is not wanted.
