@@ -42,6 +42,13 @@ CASES = {
     "skipped where nothing is finite": Case(
         "rowwise_adagrad", skip=True, upstream=torch.inf, sampled=True
     ),
+    "several targets": Case(targets=3, sampled=True),
+    "several targets in bf16": Case(targets=2, w_dtype=BF16, compute_dtype=BF16, n=70),
+    "sub-centres": Case("adamw", sub_centers=3),
+    "sub-centres in bf16": Case(
+        sub_centers=5, targets=2, w_dtype=BF16, compute_dtype=BF16, sampled=True
+    ),
+    "one versus rest": Case("adamw", one_versus_rest=True, compute_dtype=BF16),
     "fp64": Case(w_dtype=F64, state_dtype=F64, compute_dtype=F64, project=True, max_row_norm=0.05),
 }
 

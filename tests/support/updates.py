@@ -41,6 +41,9 @@ class Case(NamedTuple):
     skip: bool = False
     normalize_w: bool = True
     upstream: float = 1.0  # factor of the gradients that arrive
+    targets: int = 0  # of a row; 0: y is (N,)
+    sub_centers: int = 1  # of which c is a multiple
+    one_versus_rest: bool = False
 
 
 class Problem(NamedTuple):
@@ -68,10 +71,15 @@ def problem(case: Case, device: str) -> Problem:
     rows = 3 * case.c if case.sampled else case.c
     x = torch.randn(case.n, case.d).to(case.compute_dtype)
     w = torch.randn(rows, case.d).to(case.w_dtype)
-    index = torch.randperm(rows)[: case.c].sort().values if case.sampled else None
-    y = torch.randint(case.c, (case.n,))
+    index, k = None, case.sub_centers
+    if case.sampled:
+        classes = torch.randperm(rows // k)[: case.c // k].sort().values
+        index = (classes[:, None] * k + torch.arange(k)).flatten()
+    y = torch.randint(case.c, (case.n, case.targets) if case.targets else (case.n,))
     if case.n > 2:
         y[1], y[2] = y[0], -1
+    if case.targets > 1:
+        y[::3, 1] = y[::3, 0]  # a target may come twice
     w[(index if case.sampled else torch.arange(case.c))[case.c // 2]] = 0
     state = []
     for part in () if case.stateless else rules.RULES[case.rule].state:
@@ -82,8 +90,11 @@ def problem(case: Case, device: str) -> Problem:
     numbers += [0.0] * (rules.NUMBERS - len(numbers))
     settings = dict(
         normalize_x=True, normalize_w=case.normalize_w, compute_dtype=case.compute_dtype,
-        transform="identity", row_parameter=None, constants=None,
+        transform="identity", row_parameter=None, constants=None, sub_centers=k,
     )  # fmt: skip
+    if case.one_versus_rest:
+        constants = torch.tensor([3, 0.2, 0.8, 0.6], dtype=stats, device=device)
+        settings.update(transform="sphereface2", constants=constants)
     moved = (t if t is None else t.to(device) for t in (x, w, y, index))
     return Problem(
         *moved, [t.to(device) for t in state], torch.tensor(numbers, dtype=stats, device=device),
@@ -107,10 +118,10 @@ def take(backend: str, case: Case, p: Problem) -> Taken:
     stats = ops.statistics_dtype(case.compute_dtype)
     scale = torch.tensor(8.0, dtype=stats, device=p.x.device)
     operands = (p.y, scale, None, p.index)
-    lse, *_, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
+    lse, target_cosine, *_, x_inv, w_inv, tiles, _ = ops.head_fwd(backend)(
         p.x, p.w, *operands, save_tiles=False, want_sum=False, want_max=False, **p.settings
     )
-    up = [case.upstream * torch.rand_like(lse), -case.upstream * torch.rand_like(lse)]
+    up = [case.upstream * torch.rand_like(lse), -case.upstream * torch.rand_like(target_cosine)]
     up[1] *= p.y >= 0
     needs = dict(need_x=True, need_bias=False, need_scale=False)
     # with the weights in the statistics dtype, so that dw is not rounded to theirs
