@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import integer, module, number
-from .margins import ParametricMargin
+from .margins import InterTopK, ParametricMargin, Wrapper
 
 
 class MarginSchedule:
@@ -26,7 +26,10 @@ class MarginSchedule:
         schedule = MarginSchedule(head.margin, initial=0.0, final=0.5, start=1000, finish=20_000)
 
     Args:
-        margin: a margin with a number or 0-d tensor as ``m``; a tensor is filled in place.
+        margin: a margin with a number or 0-d tensor as ``m``; a tensor is filled in place. Of a
+            margin that wraps such a one the m inside is set. The penalty of :class:`InterTopK`
+            grows in proportion, to the one that it has now for ``final``, as in wespeaker, whose
+            ``mp`` is the penalty for m = 0.2.
         initial, final: margins in the unit of ``m``.
         start, finish: steps, 0 <= start < finish.
         ramp: "exponential" or "linear".
@@ -34,7 +37,7 @@ class MarginSchedule:
 
     def __init__(
         self,
-        margin: ParametricMargin,
+        margin: ParametricMargin | Wrapper,
         *,
         initial: float = 0.0,
         final: float,
@@ -43,10 +46,11 @@ class MarginSchedule:
         ramp: str = "exponential",
     ):
         module("margin", margin, "ArcFace(0.5)")
-        if not isinstance(margin, ParametricMargin) or getattr(margin.m, "ndim", 0) > 0:
+        inner = margin.margin if isinstance(margin, Wrapper) else margin
+        if not isinstance(inner, ParametricMargin) or getattr(inner.m, "ndim", 0) > 0:
             raise ValueError(
                 "margin: expected a margin with a number or 0-d tensor as m, got "
-                f"{type(margin).__name__}"
+                f"{type(inner).__name__}"
             )
         if ramp not in ("exponential", "linear"):
             raise ValueError(f"ramp: expected 'exponential' or 'linear', got {ramp!r}")
@@ -55,8 +59,16 @@ class MarginSchedule:
             raise ValueError(f"start: expected 0 <= start < finish, got {start} and {finish}")
         # a value out of range is noticed now, not in an hour
         for name, m in (("initial", initial), ("final", final)):
-            margin.interval.check(f"{name}: expected {type(margin).__name__}'s m", number(name, m))
-        self.margin, self.initial, self.final = margin, float(initial), float(final)
+            inner.interval.check(f"{name}: expected {type(inner).__name__}'s m", number(name, m))
+        self.margin, self.initial, self.final = inner, float(initial), float(final)
+        self._penalised, self._final_penalty = None, 0.0
+        if isinstance(margin, InterTopK):
+            if not 0 <= initial <= final or final == 0:
+                raise ValueError(
+                    "initial: expected 0 <= initial <= final and final > 0 with InterTopK, whose "
+                    f"penalty grows in proportion, got {initial} and {final}"
+                )
+            self._penalised, self._final_penalty = margin, margin.penalty
         self.start, self.finish, self.ramp = start, finish, ramp
         self.current_step = 0
         self._set(self.initial)
@@ -84,6 +96,8 @@ class MarginSchedule:
         self._set(self.value())
 
     def _set(self, m: float) -> None:
+        if self._penalised is not None:
+            self._penalised.penalty = self._final_penalty * m / self.final
         if isinstance(self.margin.m, Tensor):
             with torch.no_grad():
                 self.margin.m.fill_(m)

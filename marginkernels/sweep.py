@@ -11,6 +11,7 @@ from .autograd import HeadFunction
 from .batch import Batch
 from .call import Call
 from .distributed.exchange import Exchange
+from .greatest import greatest_cosines
 from .margins import name_of
 from .norms import row_norm
 from .results import SweepResult
@@ -175,6 +176,8 @@ class Sweep:
         if margin.needs_target_cosine:
             c = self.exchange.total(self._target_cosine())
         rows, c = self.batch.rows(scale, c)
+        if margin.hardest > 0:
+            rows.hardest = self.exchange.greatest(self._hardest(margin.hardest))
         name, row_parameter, constants = margin.negatives(c, rows)
         if TRANSFORMS[name].one_versus_rest != margin.one_versus_rest:
             raise ValueError(
@@ -204,6 +207,15 @@ class Sweep:
         norms = self.batch.x_norm().repeat_interleave(count) * row_norm(w_y, dtype)
         cosine = (x * ops.rounded(w_y, dtype)).sum(1) / norms
         return torch.where(self.position >= 0, cosine.view(self.position.shape), 0)
+
+    def _hardest(self, k: int) -> Tensor:
+        """Finds the k greatest cosines of each row to classes here that are not its own, (N, k)."""
+        x, call = self.batch.x, self.call
+        if call.w.shape[0] == 0:
+            return x.new_full((len(x), k), -torch.inf, dtype=call.stats_dtype)
+        return greatest_cosines(
+            x, self.w, self.index, self.position, k, call.settings.sub_centers, call.compute_dtype
+        )
 
 
 def saves_tiles(

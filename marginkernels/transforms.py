@@ -38,6 +38,14 @@ class Transform(NamedTuple):
 IDENTITY = Transform("identity")
 
 
+def constants(like: Tensor, *numbers: float) -> Tensor:
+    """Returns numbers as a tensor (K,).
+
+    It is filled on the device, where torch.tensor would copy and wait.
+    """
+    return torch.cat([like.new_full((1,), number) for number in numbers])
+
+
 def _identity(c: Tensor, row_parameter: None, constants: None) -> tuple[Tensor, Tensor]:
     return c, torch.ones_like(c)
 

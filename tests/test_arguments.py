@@ -24,6 +24,7 @@ from marginkernels import (
     CurricularFace,
     ElasticFace,
     InterClassFilter,
+    InterTopK,
     LSoftmax,
     MagFace,
     MarginSchedule,
@@ -118,6 +119,7 @@ NUMBERS = {
     CurricularFace: ({}, ["m", "alpha"]),
     ElasticFace: ({}, ["m", "std"]),
     InterClassFilter: (dict(margin=CosFace()), ["threshold"]),
+    InterTopK: (dict(margin=CosFace()), ["penalty"]),
     LSoftmax: ({}, ["base", "gamma", "power", "low"]),
     MagFace: ({}, ["l_a", "u_a", "l_m", "u_m", "lambda_g"]),
     MVSoftmax: ({}, ["m", "t"]),
@@ -131,6 +133,7 @@ NUMBERS = {
 }
 INTEGERS = {
     ASoftmax: ({}, ["m"]),
+    InterTopK: (dict(margin=CosFace()), ["top_k"]),
     LSoftmax: ({}, ["m"]),
     AdaMSoftmax: ({}, ["num_classes"]),
     AdaCos: ({}, ["num_classes"]),

@@ -35,7 +35,8 @@ def test_every_margin_and_every_transform_has_a_loss_here():
     }
     assert {type(margin) for margin in margins} >= exported - {Margin, ParametricMargin}
     c, one = torch.zeros(1), torch.ones(1)
-    rows = Rows(torch.zeros(1, dtype=torch.int64), one, None, None)
+    label = torch.zeros(1, dtype=torch.int64)
+    rows = Rows(label, one, None, None, scale=one[0], hardest=torch.zeros(1, 6))
     used = {m.negatives(c, rows).name for m in margins if m.transforms_negatives}
     assert used >= TRANSFORMS.keys() - {IDENTITY.name}
 

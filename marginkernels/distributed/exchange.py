@@ -21,7 +21,8 @@ them. So a step leaves them out where the numbers of rows are promised (``even_b
 
 Some options add to this. Sample weights, row margins and random margins gather N numbers each. A
 learnable scale all-reduces one number backward. A loss that needs the target's cosine before its
-sweep all-reduces N numbers. An adaptive scale with a sweep of its own merges that sweep too.
+sweep all-reduces N numbers, and one that reads the k greatest cosines of a row gathers k N. An
+adaptive scale with a sweep of its own merges that sweep too.
 
 In bytes a rank sends, and receives, at most
 
@@ -167,6 +168,14 @@ class Exchange(ABC):
         """
 
     @abstractmethod
+    def greatest(self, values: Tensor) -> Tensor:
+        """Returns the k greatest values of all ranks for each row, (N, k), the greatest first.
+
+        Args:
+            values: (N, k), those of this rank, the greatest first.
+        """
+
+    @abstractmethod
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Returns for this rank's rows the greatest values of all ranks and their classes.
 
@@ -213,6 +222,9 @@ class Whole(Exchange):
         self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
     ) -> SweepResult:
         return result
+
+    def greatest(self, values: Tensor) -> Tensor:
+        return values
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         return values, classes
@@ -339,6 +351,10 @@ class Sharded(Exchange):
             position, *given,
         )  # fmt: skip
         return SweepResult(*merged)
+
+    def greatest(self, values: Tensor) -> Tensor:
+        every = gather(self.group, values)  # (W, N, k)
+        return every.transpose(0, 1).flatten(1).topk(values.shape[1], dim=1).values
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         missing = [0, k - values.shape[1]]

@@ -5,12 +5,13 @@
 from .angles import safe_acos, safe_sin
 from .annealed import ASoftmax, LSoftmax
 from .base import Margin, MarginHooks, Rows, adapted, name_of, straight_through
-from .negatives import AirFace, ArcNegFace, Circle, CurricularFace, InterClassFilter, MVSoftmax
+from .negatives import AirFace, ArcNegFace, Circle, CurricularFace, MVSoftmax
 from .norms import AdaFace, MagFace
 from .parametric import Interval, ParametricMargin, SharedMargin
 from .per_class import AdaMSoftmax, margins_from_counts
 from .random import ElasticFace
 from .target import AMSoftmax, ArcFace, CombinedMargin, CosFace, NSoftmax, SphereFace, X2Softmax
+from .wrappers import InterClassFilter, InterTopK, Wrapper
 
 __all__ = [
     "AMSoftmax",
@@ -26,6 +27,7 @@ __all__ = [
     "CurricularFace",
     "ElasticFace",
     "InterClassFilter",
+    "InterTopK",
     "Interval",
     "LSoftmax",
     "MVSoftmax",
@@ -37,6 +39,7 @@ __all__ = [
     "Rows",
     "SharedMargin",
     "SphereFace",
+    "Wrapper",
     "X2Softmax",
     "adapted",
     "margins_from_counts",

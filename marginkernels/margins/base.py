@@ -39,6 +39,9 @@ class Rows:
     kept: Tensor | None  # bool, whether the row takes part; None: all do
     noise: Tensor | None  # the numbers that ``draw`` gave; None: the margin draws them now
     scale: Tensor | None  # () of the step
+    # (N, ``hardest``) the greatest cosines of the classes that are not the row's, the greatest
+    # first; -inf where there are fewer classes
+    hardest: Tensor | None
 
     def __init__(
         self,
@@ -49,9 +52,11 @@ class Rows:
         kept: Tensor | None = None,
         noise: Tensor | None = None,
         scale: Tensor | None = None,
+        hardest: Tensor | None = None,
     ):
         self.label, self._x_norm, self.w_norm = label, x_norm, w_norm
         self.row_margin, self.kept, self.noise, self.scale = row_margin, kept, noise, scale
+        self.hardest = hardest
 
     @property
     def x_norm(self) -> Tensor:
@@ -80,8 +85,9 @@ class MarginHooks:
     """Declares the hooks of a margin, with defaults that add nothing to the loss.
 
     ``takes_row_margin`` says whether a call's ``row_margin`` may replace the margin's m.
-    ``needs_target_cosine`` says whether ``negatives`` looks at c. ``transforms_negatives`` follows
-    from whether the class overrides ``negatives``. ``one_versus_rest`` says that the loss is no
+    ``needs_target_cosine`` says whether ``negatives`` looks at c, ``hardest`` how many of a row's
+    greatest cosines to other classes it reads. ``transforms_negatives`` follows from whether the
+    class overrides ``negatives``. ``one_versus_rest`` says that the loss is no
     softmax: ``negatives`` names a transform of that kind, and ``combined`` makes the rows' losses.
     """
 
@@ -90,6 +96,7 @@ class MarginHooks:
     takes_row_margin: bool = False  # whether ``row_margin`` may replace its m
     needs_target_cosine: bool = True  # whether ``negatives`` looks at c
     transforms_negatives: bool = False  # whether it overrides ``negatives``
+    hardest: int = 0  # how many columns of ``rows.hardest`` ``negatives`` reads
     one_versus_rest: bool = False  # whether rows have a sum of softplus in place of log-sum-exp
 
     def __init_subclass__(cls, **settings: object) -> None:
@@ -181,8 +188,8 @@ class _Adapted(MarginHooks):
 
     # not check and bounded, which mean other things in modules that know nothing of margins
     _HOOKS = (
-        "needs_target_cosine", "negatives", "one_versus_rest", "shift", "combined", "regularizer",
-        "draw",
+        "needs_target_cosine", "hardest", "negatives", "one_versus_rest", "shift", "combined",
+        "regularizer", "draw",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module):

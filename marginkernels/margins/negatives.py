@@ -5,23 +5,15 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import arguments
-from ..transforms import Transform
+from ..transforms import Transform, constants
 from .angles import safe_acos
-from .base import Bounded, Margin, MarginHooks, Rows, adapted
+from .base import Rows
 from .parametric import Interval, ParametricMargin, SharedMargin
 from .statistics import Stateful, masked_mean, moved_average
 from .target import BRANCHES, ArcFace, arc
-
-
-def _constants(like: Tensor, *numbers: float) -> Tensor:
-    """Returns numbers as a tensor (K,).
-
-    It is filled on the device, where torch.tensor would copy and wait.
-    """
-    return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
 class AirFace(ParametricMargin):
@@ -48,63 +40,6 @@ class AirFace(ParametricMargin):
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         return Transform("airface")
-
-
-class InterClassFilter(Margin):
-    """Computes t by the margin inside, others 0 where c_j > threshold: Partial FC's filter against
-    mislabelled classes (An et al., 2022, arXiv:2203.15565).
-
-    As in insightface arcface_torch a filtered class keeps a logit of 0, exp(0) = 1 in the softmax
-    sum, and gets no gradient; the target is exempt. Usual values: threshold 0.4 with CosFace or
-    ArcFace and scale 64.
-
-    Args:
-        margin: a margin without a transform of its own.
-        threshold: a cosine in [-1, 1].
-    """
-
-    needs_target_cosine = False
-
-    def __init__(self, margin: nn.Module, threshold: float = 0.4):
-        super().__init__()
-        arguments.module("margin", margin, "CosFace(0.4)")
-        if adapted(margin).transforms_negatives:
-            raise ValueError(
-                f"margin: expected one that leaves the negatives alone, got {type(margin).__name__}"
-            )
-        self.threshold = arguments.number("threshold", threshold, least=-1, most=1)
-        self.margin = margin
-        self.takes_row_margin = self._inner.takes_row_margin
-
-    @property
-    def _inner(self) -> MarginHooks:
-        return adapted(self.margin)
-
-    def forward(self, c: Tensor, rows: Rows) -> Tensor:
-        return self.margin(c, rows)
-
-    def regularizer(self, rows: Rows) -> Tensor | None:
-        return self._inner.regularizer(rows)
-
-    def draw(self, x: Tensor, rank: int = 0) -> Tensor | None:
-        return self._inner.draw(x, rank)
-
-    def check(
-        self,
-        num_classes: int,
-        device: torch.device | None = None,
-        row_margin: Tensor | None = None,
-    ) -> None:
-        self._inner.check(num_classes, device, row_margin)
-
-    def bounded(self, row_margin: Tensor | None) -> Bounded | None:
-        return self._inner.bounded(row_margin)
-
-    def negatives(self, c: Tensor, rows: Rows) -> Transform:
-        return Transform("interclass_filter", None, _constants(rows.x_norm, self.threshold))
-
-    def extra_repr(self) -> str:
-        return f"threshold={self.threshold:g}"
 
 
 class MVSoftmax(ParametricMargin):
@@ -159,7 +94,7 @@ class MVSoftmax(ParametricMargin):
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         m = self.of_rows(c, rows)
         threshold = c - m if self.kind == "am" else arc(c, m, "none")
-        return Transform("mv_softmax", threshold, _constants(c, self.t))
+        return Transform("mv_softmax", threshold, constants(c, self.t))
 
     def extra_repr(self) -> str:
         settings = f"kind={self.kind!r}, branch={self.branch!r}, t={self.t:g}"
@@ -189,7 +124,7 @@ class Circle(SharedMargin):
         return (1 + m - c.detach()).clamp_min(0) * (c - 1 + m)
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
-        return Transform("circle", None, _constants(rows.x_norm, self.m))
+        return Transform("circle", None, constants(rows.x_norm, self.m))
 
 
 class CurricularFace(Stateful, ArcFace):
@@ -254,7 +189,7 @@ class ArcNegFace(ArcFace):
 
     def negatives(self, c: Tensor, rows: Rows) -> Transform:
         target = self.target(c, self.of_rows(c, rows))
-        return Transform("arc_negative", target, _constants(c, self.alpha, self.sigma))
+        return Transform("arc_negative", target, constants(c, self.alpha, self.sigma))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha:g}, sigma={self.sigma:g}"

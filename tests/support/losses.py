@@ -54,6 +54,11 @@ def hard(c: Tensor, m: float = 0.5) -> Tensor:
     return torch.where(theta < PI - m, torch.cos(theta + m), c - m * math.sin(m))
 
 
+def continuous(c: Tensor, m: float) -> Tensor:
+    theta = torch.acos(c)
+    return torch.where(theta < PI - m, torch.cos(theta + m), c - 1 - math.cos(PI - m))
+
+
 def easy(c: Tensor, m: float | Tensor = 0.5) -> Tensor:
     return torch.where(c > 0, torch.cos(torch.acos(c) + m), c)
 
@@ -138,6 +143,14 @@ def arc_negative(c: Tensor, c_y: Tensor) -> Tensor:
     return t * c + t - 1
 
 
+def inter_top_k(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
+    others = c.scatter(1, y[:, None], -math.inf)
+    nearest = others.topk(min(5, c.shape[1]), dim=1).indices
+    closer = torch.cos(torch.acos(c) - 0.06)
+    c = c.scatter(1, nearest, closer.gather(1, nearest))
+    return with_negatives(lambda c_y: continuous(c_y, 0.2), lambda c, _: c)(c, y, x_norm)
+
+
 def circle(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
     m = 0.25
     target, other = (1 + m - c).clip(0).detach(), (c + m).clip(0).detach()
@@ -218,6 +231,7 @@ LOSSES = {
     "CurricularFace": Loss(mk.CurricularFace, with_negatives(hard, curricular)),
     "ArcNegFace": Loss(mk.ArcNegFace, with_negatives(hard, arc_negative)),
     "Circle": Loss(mk.Circle, circle, scale=20.0),
+    "inter-top-k": Loss(lambda: mk.InterTopK(mk.ArcFace(0.2, branch="continuous")), inter_top_k),
 }
 
 

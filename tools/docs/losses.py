@@ -20,7 +20,7 @@ MARGINS = [
     mk.NSoftmax, mk.LSoftmax, mk.ASoftmax, mk.SphereFace, mk.CosFace, mk.ArcFace, mk.CombinedMargin,
     mk.X2Softmax, mk.ElasticFace, mk.AdaMSoftmax, mk.AdaFace, mk.MagFace, mk.AirFace,
     mk.InterClassFilter, mk.MVSoftmax, mk.CurricularFace, mk.ArcNegFace,
-    mk.Circle,
+    mk.Circle, mk.InterTopK,
 ]  # fmt: skip
 OTHERS = [mk.AdaCos, mk.TripletLoss, mk.margins_from_counts]
 REQUIRED = dict(num_classes=10, margin=mk.CosFace())
@@ -127,7 +127,8 @@ def other_classes(margin: torch.nn.Module) -> str:
     if not (isinstance(margin, mk.Margin) and margin.transforms_negatives):
         return ""
     ones = torch.ones(1)
-    rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
+    label, hardest = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6)
+    rows = mk.Rows(label, ones, None, None, scale=ones[0], hardest=hardest)
     transform = margin.negatives(ones if margin.needs_target_cosine else torch.empty(0), rows)
     return text_of(TRANSFORMS[transform.name].function).split(". ")[0].removeprefix("Computes ")
 
