@@ -30,13 +30,13 @@ def executed():
         yield
 
 
-@pytest.mark.parametrize("normalize", SIDES)
+@pytest.mark.parametrize("normalize, sub_centers", [("both", 1), ("weight", 1), ("both", 3)])
 @pytest.mark.parametrize("compute", ROUNDING, ids=["fp16", "bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("name", [*TRANSFORMS, "identity with bias"])
-def test_all_options_at_once(name, compute, normalize):
+def test_all_options_at_once(name, compute, normalize, sub_centers):
     name, _, bias = name.partition(" ")
     # two tiles of rows, several tiles of classes with a ragged last one, two steps of features
-    n, c, d = 70, 300, 40
+    n, c, d = 70, 300 * sub_centers, 40
     stats = F64 if compute == F64 else F32
     x, w = (torch.nn.functional.normalize(torch.randn(k, d)).to(compute) for k in (n, c))
     y = torch.randint(0, c, (n,))
@@ -57,6 +57,7 @@ def test_all_options_at_once(name, compute, normalize):
             return None if t is None else t.to(stats)
 
         settings = dict(SIDES[normalize], compute_dtype=dtype, transform=name)
+        settings |= dict(sub_centers=sub_centers)
         settings |= dict(row_parameter=as_stats(row_parameter), constants=as_stats(constants))
         args = (x.to(dtype), w.to(dtype), y, as_stats(scale), as_stats(b))
         wanted = dict(save_tiles=False, want_sum=True, want_max=True)

@@ -215,10 +215,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_bwd(
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
     const OptionalTensor& w_rounded, int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
-                       row_parameter, constants, w_rounded},
+                       row_parameter, constants, w_rounded, false, sub_centers},
                       need_bias || need_scale);
     operands.read_x({});
     const Incoming incoming = {lse.contiguous(),
@@ -263,10 +262,9 @@ std::tuple<Tensor, Tensor, Tensor> head_step(
     const OptionalTensor& constants,      // (K,)
     c10::string_view rule, bool project, int64_t first_class, const OptionalTensor& w_rounded,
     int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x, w, y, scale, bias, index, normalize_w, compute_dtype, transform,
-                       row_parameter, constants, w_rounded},
+                       row_parameter, constants, w_rounded, false, sub_centers},
                       need_bias || need_scale);
     Step step(operands, w, w_inv, state, numbers, random, rule, project, first_class);
     operands.read_x({});

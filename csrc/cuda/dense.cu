@@ -26,8 +26,11 @@ void dispatch(Transform transform, Type type, F&& f) {
 void launch_dense_statistics(const DenseStatisticsCall& call, Transform transform, Type type,
                              Stream stream) {
     dispatch(transform, type, [&](auto value, auto functor) {
+        using A = decltype(value);
+        using F = decltype(functor);
         launch("dense_statistics_kernel",
-               dense_statistics_kernel<decltype(value), decltype(functor)>,
+               call.chunk.sub_centers > 1 ? dense_statistics_kernel<A, F, true>
+                                          : dense_statistics_kernel<A, F, false>,
                static_cast<int64_t>(call.row_blocks) * call.slices, kDenseRows, 0, stream, call);
     });
 }
@@ -36,7 +39,11 @@ void launch_dense_gradient(const DenseGradientCall& call, Transform transform, T
                            Stream stream) {
     const int64_t blocks = (call.chunk.classes + kRowsPerBlock - 1) / kRowsPerBlock;
     dispatch(transform, type, [&](auto value, auto functor) {
-        launch("dense_gradient_kernel", dense_gradient_kernel<decltype(value), decltype(functor)>,
+        using A = decltype(value);
+        using F = decltype(functor);
+        launch("dense_gradient_kernel",
+               call.chunk.sub_centers > 1 ? dense_centers_gradient_kernel<A, F>
+                                          : dense_gradient_kernel<A, F>,
                blocks, kRowThreads, 0, stream, call);
     });
 }

@@ -50,7 +50,7 @@ class TileStatistics {
         : operands_(operands),
           results_(results),
           flags_(operands.flags()),
-          columns_(operands.columns(std::min(chunk_classes, operands.classes) / kTileClasses)) {
+          columns_(operands.columns(std::min(chunk_classes, operands.classes))) {
         q_ = operands.normalize_w ? results.w_inv : at::ones_like(results.w_inv);
         rate_ = operands.statistics({operands.rows});
         const bool transformed = operands.transform != Transform::kIdentity;
@@ -206,7 +206,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& row_parameter,  // (N,)
     const OptionalTensor& constants,      // (K,)
     bool keep_rounded, int64_t sub_centers) {
-    TORCH_CHECK_VALUE(sub_centers == 1, "sub_centers: expected 1, got ", sub_centers);
     const OpGuard guard(x);
     Operands operands({x,
                        w,
@@ -220,15 +219,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                        row_parameter,
                        constants,
                        {},
-                       keep_rounded},
+                       keep_rounded,
+                       sub_centers},
                       save_tiles && want_max);
     TORCH_CHECK_VALUE(
         !save_tiles || (normalize_x && normalize_w && !bias.has_value() && !want_sum &&
                         operands.transform == Transform::kIdentity && compute_dtype != at::kHalf &&
-                        operands.targets == 1),
+                        operands.targets == 1 && sub_centers == 1),
         "save_tiles: needs both sides normalised, no bias, no sum, the identity, one target of a "
-        "row and float32 or bfloat16, got ",
-        compute_dtype, " and y ", y.sizes());
+        "row, one centre of a class and float32 or bfloat16, got ",
+        compute_dtype, ", y ", y.sizes(), " and sub_centers ", sub_centers);
     const Results results(operands, y, save_tiles, want_sum, want_max);
     operands.read_x(normalize_x ? OptionalTensor(results.x_inv) : OptionalTensor());
     if (!normalize_x) results.x_inv.fill_(1);

@@ -16,11 +16,21 @@ void run(const GradientCall& call, Stream stream) {
            call.tile.stages * Tile::kStageBytes, stream, call);
 }
 
+template <class T, class F>
+void run_centers(const GradientCall& call, Stream stream) {
+    using Tile = SmallTile;
+    launch("centers_gradient_kernel", centers_gradient_kernel<T, Tile, F>,
+           static_cast<int64_t>(call.tile.row_tiles) * call.tile.columns, Tile::kThreads,
+           call.tile.stages * Tile::kStageBytes, stream, call);
+}
+
 template <class T>
 void run(const GradientCall& call, const TileVariant& variant, Stream stream) {
     mk::visit(variant.transform, [&](auto functor) {
         using F = decltype(functor);
-        if constexpr (!std::is_same_v<F, mk::Identity>) {
+        if (call.tile.sub_centers > 1) {
+            run_centers<T, F>(call, stream);
+        } else if constexpr (!std::is_same_v<F, mk::Identity>) {
             run<T, SmallTile, F, true>(call, stream);
         } else if (call.general) {
             run<T, SmallTile, F, true>(call, stream);

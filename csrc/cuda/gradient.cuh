@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "tile.cuh"
+#include "centers.cuh"
 
 namespace marginkernels::cuda {
 
@@ -38,6 +38,46 @@ __device__ __forceinline__ void plain_gradient(Accumulator<Tile>& sums, const Gr
         }
 }
 
+// What the general case needs of a thread's rows. Rows of x that are not there have zeros.
+struct GeneralRows {
+    float rate[8], lse[8], a[8], u[8], parameter[8] = {}, scale;
+
+    __device__ __forceinline__ GeneralRows(const GradientCall& call, int first_row, int64_t plane) {
+        const float* const rows = call.rows + first_row;
+        scale = *call.tile.scale;
+        if (call.tile.row_parameter) load_eight(parameter, call.tile.row_parameter + first_row);
+        load_eight(rate, rows + kRate * plane);
+        load_eight(lse, rows + kShift * plane);
+        load_eight(a, rows + kA * plane);
+        load_eight(u, rows + kU * plane);
+    }
+};
+
+// The derivative of the loss by a logit that takes part, and the transform's value and slope.
+template <class F>
+struct GeneralPair {
+    float g, value, slope;
+
+    // `product` is <x_i, w_j> q.
+    __device__ __forceinline__ GeneralPair(const GeneralRows& rows, int row, float product,
+                                           float bias, const float* constants) {
+        const auto made = F::apply(product * rows.rate[row], rows.parameter[row], constants);
+        value = made.value;
+        slope = made.slope;
+        const float row_rate = rows.rate[row] * rows.scale;  // as statistics_rows_kernel makes it
+        // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
+        const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias)
+                                                        : rows.scale * value + bias;
+        float p;
+        if constexpr (F::kOneVersusRest) {
+            p = softplus(z).slope;
+        } else {
+            p = ptx::exp2((z - rows.lse[row]) * kLog2E);
+        }
+        g = rows.a[row] * p + rows.u[row];
+    }
+};
+
 // The general case, with every option: a transform, a bias, gradients of the bias and of the scale.
 // G of the excluded, whose products are -inf, is 0.
 template <class F, class Tile>
@@ -46,40 +86,24 @@ __device__ __forceinline__ void general_gradient(Accumulator<Tile>& sums, const 
                                                  const float (&q)[8], float (&dbias)[8],
                                                  float& dscale) {
     const TileCall& tile_call = call.tile;
-    const float* const rows = call.rows + first_row;
-    const int64_t plane = tile_call.row_tiles * Tile::kRows;
-    const float scale = *tile_call.scale;
-    float bias[8] = {}, rate[8], lse[8], a[8], u[8], row_fold[8], parameter[8] = {};
+    float bias[8] = {};
     if (tile_call.bias) load_eight(bias, tile_call.bias + first_class);
-    if (tile_call.row_parameter) load_eight(parameter, tile_call.row_parameter + first_row);
-    load_eight(rate, rows + kRate * plane);
-    load_eight(lse, rows + kShift * plane);
-    load_eight(a, rows + kA * plane);
-    load_eight(u, rows + kU * plane);
-    load_eight(row_fold, rows + kFold * plane);
+    const int64_t plane = tile_call.row_tiles * Tile::kRows;
+    const GeneralRows rows(call, first_row, plane);
+    float fold[8];
+    load_eight(fold, call.rows + kFold * plane + first_row);
 #pragma unroll
     for (int row = 0; row < 8; ++row) {
-        const float row_rate = rate[row] * scale;  // as statistics_rows_kernel makes it
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             float& v = sums.at(row, 0, k);
             const bool excluded = v == -INFINITY;
-            const float product = excluded ? 0.0F : v * q[k];
-            const auto made = F::apply(product * rate[row], parameter[row], tile_call.constants);
-            // a logit has the bits that it had in the statistics: its error is one of exp(z - lse)
-            const float z = std::is_same_v<F, mk::Identity> ? ptx::fma(product, row_rate, bias[k])
-                                                            : scale * made.value + bias[k];
-            float p;
-            if constexpr (F::kOneVersusRest) {
-                p = softplus(z).slope;
-            } else {
-                p = ptx::exp2((z - lse[row]) * kLog2E);
-            }
-            float g = a[row] * p + u[row];
-            g = excluded ? 0.0F : g;
+            const GeneralPair<F> pair(rows, row, excluded ? 0.0F : v * q[k], bias[k],
+                                      tile_call.constants);
+            const float g = excluded ? 0.0F : pair.g;
             dbias[k] += g;
-            dscale += g * made.value;
-            v = g * made.slope * row_fold[row];
+            dscale += g * pair.value;
+            v = g * pair.slope * fold[row];
         }
     }
 }
@@ -132,12 +156,101 @@ __global__ void __launch_bounds__(Tile::kThreads) gradient_kernel(const Gradient
         if constexpr (!kGeneral)
             for_each_excluded(tile_call, position, tile,
                               [&](int row, int b, int k) { sums.at(row, b, k) = 0.0F; });
-        store_classes<T>(sums, class_fold, call.g, call.g_stride, in_launch, first_row,
-                         tile_call.c - first_class);
+        store_classes<T>(sums, class_fold, call.g, call.g_stride, call.g_stride, in_launch,
+                         first_row, tile_call.c - first_class);
     });
     if (kGeneral && call.dscale) {
         dscale = sum_over_lanes<1>(dscale);
         if (lane == 0) call.dscale[blockIdx.x * 4 + threadIdx.x / kWarp] = dscale;
+    }
+}
+
+// Turns the winners' products into G but for the row's and the class's factors. Returns their part
+// of dscale.
+template <class F, class Tile>
+__device__ __forceinline__ float winners_gradient(Winners<Tile>& winners, const GeneralRows& rows,
+                                                  const TileCall& call, int first_class) {
+    float dscale = 0.0F;
+#pragma unroll
+    for (int row = 0; row < 8; ++row)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            float& v = winners.products.at(row, 0, k);
+            float bias = 0.0F;  // a bias comes without a transform
+            if (std::is_same_v<F, mk::Identity> && call.bias)
+                bias = call.bias[winners.center(row, k, first_class, call.sub_centers)];
+            const bool excluded = v == -INFINITY;
+            const GeneralPair<F> pair(rows, row, excluded ? 0.0F : v, bias, call.constants);
+            const float g = excluded ? 0.0F : pair.g;
+            dscale += g * pair.value;
+            v = g * pair.slope;
+        }
+    return dscale;
+}
+
+// Writes the gradients of the biases of a warp's classes, where the winners' G have no slope. `to`
+// is where the thread's classes begin.
+template <class Tile>
+__device__ __forceinline__ void write_dbias(Winners<Tile>& winners, int centers, float* to) {
+    for (int center = 0; center < centers; ++center) {
+        const OfCenter<Tile> g = {winners, center};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            float sum = 0.0F;
+#pragma unroll
+            for (int row = 0; row < 8; ++row) sum += g.at(row, 0, k);
+            sum = sum_over_lanes<4>(sum);
+            if (threadIdx.x % kWarp < 4) to[k * centers + center] = sum;
+        }
+    }
+}
+
+// G where classes have several centres, with every option of the general case. Of a row and a class
+// only the winner has one; the others' are 0.
+template <class T, class Tile, class F>
+__global__ void __launch_bounds__(Tile::kThreads) centers_gradient_kernel(const GradientCall call) {
+    static_assert(Tile::kRowWarps == 1, "a warp has all rows of its classes");
+    const TileCall& tile_call = call.tile;
+    const Position<Tile> position;
+    const int row_tile = row_tile_of_block(tile_call), centers = tile_call.sub_centers;
+    const int first_row = row_tile * Tile::kRows + position.row;
+    const int64_t plane = tile_call.row_tiles * Tile::kRows;
+    float dscale = 0.0F;
+
+    for_each_tile_of_centers<T>(tile_call, position, [&](Winners<Tile>& winners, int tile) {
+        const int first_class = tile * kTileClasses + position.class_;
+        const int64_t in_launch = first_class - tile_call.first_tile * kTileClasses;
+        for_each_excluded(tile_call, position, tile, [&](int row, int b, int k) {
+            winners.products.at(row, b, k) = -INFINITY;
+        });
+        dscale += winners_gradient<F>(winners, GeneralRows(call, first_row, plane), tile_call,
+                                      first_class);
+        if constexpr (std::is_same_v<F, mk::Identity>)
+            if (call.dbias) {
+                const int64_t classes = (tile_call.stop_tile - tile_call.first_tile) * kTileClasses;
+                write_dbias(winners, centers,
+                            call.dbias + (row_tile * classes + in_launch) * centers);
+            }
+        float fold[8];
+        load_eight(fold, call.rows + kFold * plane + first_row);
+#pragma unroll
+        for (int row = 0; row < 8; ++row)
+#pragma unroll
+            for (int k = 0; k < 8; ++k) winners.products.at(row, 0, k) *= fold[row];
+        for (int center = 0; center < centers; ++center) {
+            float class_fold[1][8];
+            load_center(class_fold[0], tile_call.q, first_class, centers, center);
+#pragma unroll
+            for (float& q : class_fold[0]) q = q < call.inverse_limit ? q : 1.0F;
+            OfCenter<Tile> g = {winners, center};
+            store_classes<T>(g, class_fold, static_cast<T*>(call.g) + center * call.g_stride,
+                             call.g_stride, int64_t{centers} * call.g_stride, in_launch, first_row,
+                             tile_call.c - first_class);
+        }
+    });
+    if (call.dscale) {
+        dscale = sum_over_lanes<1>(dscale);
+        if (threadIdx.x % kWarp == 0) call.dscale[blockIdx.x * 4 + threadIdx.x / kWarp] = dscale;
     }
 }
 

@@ -61,13 +61,15 @@ using SmallTile = Tile<1, 32>;
 constexpr int kTileClasses = 128;  // of both
 static_assert(BigTile::kClasses == kTileClasses && SmallTile::kClasses == kTileClasses);
 
+constexpr int kMostTileCenters = 256;  // of a class: the tile program keeps their numbers in bytes
+
 // Stages of the copy pipeline: as many as leave room for a second block.
 constexpr int kMostStages = 4, kFewestStages = 3;
 
 // The arguments that both tile kernels share.
 struct TileCall {
     const void* x;               // (row tiles * rows of a tile, width), zeros from N on
-    const void* w;               // (., width): the classes of this launch
+    const void* w;               // (., width): the classes of this launch, all their centres
     const int64_t* y;            // (targets, N), -1: no target here
     const uint8_t* flags;        // (row tiles, flag_stride): see TargetTiles
     const float* q;              // (class tiles * kTileClasses,) 1 / |w_j|, or 1
@@ -76,8 +78,9 @@ struct TileCall {
     const float* row_parameter;  // (row tiles * rows of a tile,) or null: of the transform
     const float* constants;      // (K,) or null: of the transform
     int n, c;
-    int targets;  // of a row
-    int steps;    // width / kTileFeatures
+    int targets;      // of a row
+    int sub_centers;  // of a class: w, q, bias, G and dbias have so many rows for each
+    int steps;        // width / kTileFeatures
     int row_tiles, flag_stride;
     int first_tile, stop_tile;  // the class tiles of this launch
     int columns;                // blocks per row tile
@@ -290,6 +293,7 @@ struct DenseCall {
     const void* constants;      // (K,) A, or null
     double inverse_limit;
     int n, classes, targets;
+    int sub_centers;  // of a class: products, q and bias have so many rows for each
     int64_t first_class;
 };
 

@@ -112,15 +112,21 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
                       "and fewer than ",
                       kMostRows, " in all, got ", p.y.sizes());
     c = p.index.has_value() ? p.index->size(0) : p.w.size(0);
+    sub_centers = p.sub_centers;
+    TORCH_CHECK_VALUE(sub_centers > 0 && c % sub_centers == 0,
+                      "sub_centers: expected a divisor of ", c,
+                      ", the rows of w in the sweep, got ", sub_centers);
 
     tiled = type == Type::kBFloat16 || type == Type::kFloat16;
-    needs_small_tiles |= p.bias.has_value() || transform != Transform::kIdentity;
+    TORCH_CHECK_VALUE(!tiled || sub_centers <= kMostTileCenters, "sub_centers: expected at most ",
+                      kMostTileCenters, " with compute_dtype ", compute, ", got ", sub_centers);
+    needs_small_tiles |= sub_centers > 1 || p.bias.has_value() || transform != Transform::kIdentity;
     // a small tile takes longer for a logit: that is worth a quarter fewer rows
     const bool pads_less = 4 * round_up(n, BigTile::kRows) > 5 * round_up(n, SmallTile::kRows);
     small = needs_small_tiles || n <= SmallTile::kRows || pads_less;
     tile_rows = !tiled ? 1 : small ? SmallTile::kRows : BigTile::kRows;
     rows = round_up(n, tile_rows);
-    classes = tiled ? round_up(c, kTileClasses) : c;
+    classes = tiled ? round_up(c, kTileClasses * sub_centers) : c;
     width = round_up(d, tiled ? kTileFeatures : kDenseWidthUnit);
 
     stored_x_ = with_neighbours(p.x);
@@ -130,6 +136,7 @@ Operands::Operands(const SharedArguments& p, bool needs_small_tiles) {
     if (p.index.has_value()) index = p.index->contiguous();
     read_w(p);
     y = by_target(p.y), scale = p.scale;
+    target_classes = sub_centers == 1 ? y : at::div(y, sub_centers, "floor");
     if (p.bias.has_value()) bias = padded(*p.bias, classes, 0);
     if (p.row_parameter.has_value()) row_parameter = padded(*p.row_parameter, rows, 0);
     if (p.constants.has_value()) constants = p.constants->contiguous();
@@ -163,7 +170,7 @@ void Operands::read_x(const OptionalTensor& inverse) {
 
 int64_t Operands::chunk_classes(int64_t bytes, int64_t bytes_per_class) const {
     const int64_t of_w = rounds_w() ? width * x.element_size() : 0;
-    return chunk_of(c, bytes, bytes_per_class + of_w);
+    return sub_centers * chunk_of(c / sub_centers, bytes, sub_centers * (bytes_per_class + of_w));
 }
 
 Tensor Operands::readable_classes(int64_t first, int64_t stop, const OptionalTensor& inverse) {
@@ -230,9 +237,12 @@ Tensor Operands::flags() const {
 }
 
 TargetTiles Operands::target_tiles(const Tensor& flags) const {
-    return {y.const_data_ptr<int64_t>(), flags.mutable_data_ptr<uint8_t>(),
-            static_cast<int>(n),         static_cast<int>(targets),
-            static_cast<int>(tile_rows), static_cast<int>(flags.size(1))};
+    return {target_classes.const_data_ptr<int64_t>(),
+            flags.mutable_data_ptr<uint8_t>(),
+            static_cast<int>(n),
+            static_cast<int>(targets),
+            static_cast<int>(tile_rows),
+            static_cast<int>(flags.size(1))};
 }
 
 TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q,
@@ -240,7 +250,7 @@ TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor&
     TileCall call = {};
     call.x = x.const_data_ptr();
     call.w = w_chunk.const_data_ptr();
-    call.y = y.const_data_ptr<int64_t>();
+    call.y = target_classes.const_data_ptr<int64_t>();
     call.flags = flags.const_data_ptr<uint8_t>();
     call.q = floats(q);
     call.bias = floats(bias);
@@ -248,21 +258,22 @@ TileCall Operands::tile_call(int64_t first, const Tensor& w_chunk, const Tensor&
     call.row_parameter = floats(row_parameter);
     call.constants = floats(constants);
     call.n = static_cast<int>(n);
-    call.c = static_cast<int>(c);
+    call.c = static_cast<int>(c / sub_centers);
     call.targets = static_cast<int>(targets);
+    call.sub_centers = static_cast<int>(sub_centers);
     call.steps = static_cast<int>(width / kTileFeatures);
     call.row_tiles = static_cast<int>(row_tiles());
     call.flag_stride = static_cast<int>(flags.size(1));
-    call.first_tile = static_cast<int>(first / kTileClasses);
-    call.stop_tile = static_cast<int>(ceil_div(first + w_chunk.size(0), kTileClasses));
+    call.first_tile = static_cast<int>(tiles_of(first));
+    call.stop_tile = static_cast<int>(tiles_of(first + w_chunk.size(0)));
     call.columns = static_cast<int>(columns);
     call.stages = stages_per_block();
     return call;
 }
 
-int64_t Operands::columns(int64_t tiles) const {
+int64_t Operands::columns(int64_t w_rows) const {
     const int64_t slots = int64_t{multiprocessors()} * BigTile::kBlocksPerSm;
-    return columns_of(slots, row_tiles(), tiles);
+    return columns_of(slots, row_tiles(), tiles_of(w_rows));
 }
 
 DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tensor& x_inv,
@@ -273,7 +284,7 @@ DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tens
     DenseCall call = {};
     call.products = products.mutable_data_ptr();
     call.stride = products.stride(0);
-    call.y = y.const_data_ptr<int64_t>();
+    call.y = target_classes.const_data_ptr<int64_t>();
     call.x_inv = x_inv.const_data_ptr();
     call.q = normalize_w ? of_chunk(w_inv) : nullptr;
     call.bias = bias.has_value() ? of_chunk(*bias) : nullptr;
@@ -282,9 +293,10 @@ DenseCall Operands::dense_call(int64_t first, const Tensor& products, const Tens
     call.constants = pointer(constants);
     call.inverse_limit = inverse_limit;
     call.n = static_cast<int>(n);
-    call.classes = static_cast<int>(products.size(0));
+    call.classes = static_cast<int>(products.size(0) / sub_centers);
     call.targets = static_cast<int>(targets);
-    call.first_class = first;
+    call.sub_centers = static_cast<int>(sub_centers);
+    call.first_class = first / sub_centers;
     return call;
 }
 

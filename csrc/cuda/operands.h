@@ -52,6 +52,7 @@ struct SharedArguments {
     OptionalTensor row_parameter, constants;  // (N,), (K,)
     OptionalTensor w_rounded = {};            // (classes, D) the rows of the classes, or none
     bool keep_rounded = false;                // whether w_rounded is to be made
+    int64_t sub_centers = 1;
 };
 
 inline int64_t ceil_div(int64_t value, int64_t divisor) {
@@ -108,20 +109,22 @@ class Operands {
     bool small;            // whether it runs with small tiles
     bool normalize_w;
     double inverse_limit;    // 1 / norm of a zero row
-    int64_t n, c, d, width;  // c classes take part: all, or those of the index
+    int64_t n, c, d, width;  // c rows of w take part: all, or those of the index
     int64_t targets;         // of a row
+    int64_t sub_centers;     // how many neighbouring rows of w are a class
     int64_t rows;            // N up to a multiple of the tile's
-    int64_t classes;         // c up to a multiple of the tile's
+    int64_t classes;         // c up to a multiple of the tile's, with all centres
     int64_t tile_rows;
     Tensor x;                                 // (rows, width) in the compute type, zeros from N on
     Tensor y, scale;                          // (pairs,), ()
+    Tensor target_classes;                    // (pairs,): the classes in which the rows y of w lie
     OptionalTensor bias, index;               // (classes,), (c,)
     OptionalTensor row_parameter, constants;  // (rows,), (K,)
     Tensor w_rounded;  // (c, D), filled chunk by chunk where it is to be kept, else (0,)
 
     int64_t pairs() const { return n * targets; }  // of a row and a target, see TargetCall
     int64_t row_tiles() const { return rows / tile_rows; }
-    int64_t class_tiles() const { return classes / kTileClasses; }
+    int64_t class_tiles() const { return tiles_of(classes); }
     // Whether a chunk of w has to be written before kernels can read it.
     bool rounds_w() const { return !w_is_readable_; }
 
@@ -155,8 +158,11 @@ class Operands {
     // Continues (C,) or (N,) to `size` numbers.
     Tensor padded(const Tensor& t, int64_t size, double value) const;
 
-    // Returns the blocks per row tile for a launch over so many class tiles.
-    int64_t columns(int64_t tiles) const;
+    // Returns how many class tiles hold so many rows of w.
+    int64_t tiles_of(int64_t w_rows) const { return ceil_div(w_rows, kTileClasses * sub_centers); }
+
+    // Returns the blocks per row tile for a launch over chunks of so many rows of w.
+    int64_t columns(int64_t w_rows) const;
 
     // Returns the arguments of a tile kernel for a chunk.
     TileCall tile_call(int64_t first, const Tensor& w_chunk, const Tensor& q, const Tensor& flags,

@@ -47,7 +47,7 @@ class TileGradient final : public GradientSource {
         x = operands.x.narrow(0, 0, operands.n);
         need_scale_ = incoming.need_scale;
         general_ = operands.bias.has_value() || operands.transform != Transform::kIdentity ||
-                   incoming.need_bias || incoming.need_scale;
+                   incoming.need_bias || incoming.need_scale || operands.sub_centers > 1;
         if (operands.type == Type::kFloat16) {
             g_scale_ = power_of_two(operands, incoming);
             dx_factor = dw_factor = g_scale_->reciprocal();
@@ -61,7 +61,7 @@ class TileGradient final : public GradientSource {
                      operands.classes);
         g_ = at::empty({chunk_classes, stride_}, operands.x.options());
         rows_ = row_planes(incoming);
-        columns_ = operands.columns(chunk_classes / kTileClasses);
+        columns_ = operands.columns(chunk_classes);
     }
 
     Tensor next(int64_t first, const Tensor& w_chunk) override {
@@ -75,7 +75,8 @@ class TileGradient final : public GradientSource {
         call.g_stride = static_cast<int>(stride_);
         Tensor dbias, dscale;
         if (dbias_.numel() > 0) {
-            dbias = operands_.statistics({operands_.row_tiles(), round_up(count, kTileClasses)});
+            dbias = operands_.statistics(
+                {operands_.row_tiles(), round_up(count, kTileClasses * operands_.sub_centers)});
             call.dbias = dbias.mutable_data_ptr<float>();
         }
         if (need_scale_) {
@@ -149,7 +150,7 @@ class GemmGradient final : public GradientSource {
         if (dbias_.numel() > 0)
             call.dbias = dbias_.narrow(0, first, w_chunk.size(0)).mutable_data_ptr();
         if (incoming_.need_scale) {
-            dscale = operands_.statistics({w_chunk.size(0)});
+            dscale = operands_.statistics({w_chunk.size(0) / operands_.sub_centers});
             call.dscale = dscale.mutable_data_ptr();
         }
         launch_dense_gradient(call, operands_.transform, operands_.type, operands_.stream);
@@ -197,8 +198,13 @@ class SavedGradient final : public GradientSource {
 std::unique_ptr<GradientSource> gradient_source(Operands& operands, const Incoming& incoming,
                                                 const Tensor& tiles, const Tensor& slot,
                                                 const Tensor& dbias, int64_t other_bytes) {
-    TORCH_CHECK_VALUE(tiles.numel() == 0 || operands.targets == 1,
-                      "tiles: expected (0,) with several targets of a row, got ", tiles.sizes());
+    TORCH_CHECK_VALUE(tiles.numel() == 0 || (operands.targets == 1 && operands.sub_centers == 1),
+                      "tiles: expected (0,) with several targets of a row or several centres of a "
+                      "class, got ",
+                      tiles.sizes());
+    TORCH_CHECK_VALUE(operands.sub_centers == 1 || !incoming.need_bias || operands.bias.has_value(),
+                      "need_bias: expected a bias with sub_centers ", operands.sub_centers,
+                      ", got none");
     if (tiles.numel() > 0)
         return std::make_unique<SavedGradient>(operands, incoming, tiles, other_bytes);
     if (operands.tiled)

@@ -16,6 +16,14 @@ void run(const StatisticsCall& call, Stream stream) {
            call.tile.stages * Tile::kStageBytes, stream, call);
 }
 
+// Classes of several centres have the variants with the most statistics only.
+template <class T, class F>
+void run_centers(const StatisticsCall& call, Stream stream) {
+    if constexpr (std::is_same_v<F, mk::Identity>)
+        if (call.tile.bias) return run<T, SmallTile, CentersOptions<F, true>>(call, stream);
+    run<T, SmallTile, CentersOptions<F, false>>(call, stream);
+}
+
 template <class T, class Tile>
 void run_identity(const StatisticsCall& call, Stream stream) {
     using F = mk::Identity;
@@ -37,7 +45,9 @@ template <class T>
 void run(const StatisticsCall& call, const TileVariant& variant, Stream stream) {
     mk::visit(variant.transform, [&](auto functor) {
         using F = decltype(functor);
-        if constexpr (!std::is_same_v<F, mk::Identity>) {
+        if (call.tile.sub_centers > 1) {
+            run_centers<T, F>(call, stream);
+        } else if constexpr (!std::is_same_v<F, mk::Identity>) {
             run<T, SmallTile, StatisticsOptions<F, false, true, false, true>>(call, stream);
         } else if (variant.small) {
             run_identity<T, SmallTile>(call, stream);

@@ -13,7 +13,7 @@
 
 #include <type_traits>
 
-#include "tile.cuh"
+#include "centers.cuh"
 
 namespace marginkernels::cuda {
 
@@ -28,9 +28,16 @@ struct StatisticsOptions {
     static constexpr bool kSeparateMax = kSeparateMax_;  // of the logits, where m is not that
     static constexpr bool kTransformed = !std::is_same_v<F, mk::Identity>;
     static constexpr bool kOneVersusRest = F::kOneVersusRest;
+    static constexpr bool kSubCenters = false;  // whether a class has several
     // logits are in units of ln 2 where the row's factor takes that in; with a bias they are plain,
     // which keeps the digits of a large one, and so they are where softplus reads them
     static constexpr float kToLog2 = kBias || kOneVersusRest ? kLog2E : 1.0F;
+};
+
+// The options where a class has several centres.
+template <class F, bool kBias>
+struct CentersOptions : StatisticsOptions<F, kBias, true, false, !std::is_same_v<F, mk::Identity>> {
+    static constexpr bool kSubCenters = true;
 };
 
 // The statistics that a thread keeps of its 8 rows. One versus rest, l is the sum of softplus(z),
@@ -195,43 +202,66 @@ __global__ void __launch_bounds__(Tile::kThreads) statistics_kernel(const Statis
     for (int row = 0; row < 8; ++row)
         if (call.carry && row < rows_here) stats.load(partials + row, plane, row);
 
-    for_each_tile<T>(tile_call, position, [&](Sums& sums, int tile) {
-        const int first_class = tile * kTileClasses + position.class_;
-        float q[Sums::kClassBlocks][8], bias[Sums::kClassBlocks][8], rate[8], parameter[8];
+    // Adds a tile of products times q; bias_of(row) returns the bias of the row's classes.
+    const auto add_tile = [&](Sums& sums, int tile, auto&& bias_of) {
+        float rate[8], parameter[8];
         load_eight(rate, call.rate + first_row);
         if (Options::kTransformed && tile_call.row_parameter)
             load_eight(parameter, tile_call.row_parameter + first_row);
-#pragma unroll
-        for (int b = 0; b < Sums::kClassBlocks; ++b) {
-            load_eight(q[b], tile_call.q + first_class + b * 32);
-            if constexpr (Options::kBias)
-                load_eight(bias[b], tile_call.bias + first_class + b * 32);
-#pragma unroll
-            for (int row = 0; row < 8; ++row)
-#pragma unroll
-                for (int k = 0; k < 8; ++k) sums.at(row, b, k) *= q[b][k];
-        }
         for_each_excluded(tile_call, position, tile,
                           [&](int row, int b, int k) { sums.at(row, b, k) = -INFINITY; });
 #pragma unroll
         for (int row = 0; row < 8; ++row) {
             if constexpr (Options::kOneVersusRest) {
-                add_row_one_versus_rest(stats, sums, row, rate[row], bias, parameter[row],
+                add_row_one_versus_rest(stats, sums, row, rate[row], bias_of(row), parameter[row],
                                         tile_call, scale);
             } else {
-                add_row(stats, sums, row, rate[row], bias, parameter[row], tile_call, scale);
+                add_row(stats, sums, row, rate[row], bias_of(row), parameter[row], tile_call,
+                        scale);
             }
         }
-        if constexpr (Options::kSaveTiles) {
-#pragma unroll
-            for (int b = 0; b < Sums::kClassBlocks; ++b)
+    };
+
+    if constexpr (Options::kSubCenters) {
+        for_each_tile_of_centers<T>(tile_call, position, [&](Winners<Tile>& winners, int tile) {
+            const int first_class = tile * kTileClasses + position.class_;
+            float bias[1][8];
+            add_tile(winners.products, tile, [&](int row) -> const auto& {
 #pragma unroll
                 for (int k = 0; k < 8; ++k)
-                    q[b][k] = q[b][k] < call.inverse_limit ? q[b][k] : 1.0F;  // as in G
-            store_classes<T>(sums, q, call.tiles, call.tiles_stride, first_class, first_row,
-                             tile_call.c - first_class);
-        }
-    });
+                    if constexpr (Options::kBias)
+                        bias[0][k] =
+                            tile_call
+                                .bias[winners.center(row, k, first_class, tile_call.sub_centers)];
+                return bias;
+            });
+        });
+    } else {
+        for_each_tile<T>(tile_call, position, [&](Sums& sums, int tile) {
+            const int first_class = tile * kTileClasses + position.class_;
+            float q[Sums::kClassBlocks][8], bias[Sums::kClassBlocks][8];
+#pragma unroll
+            for (int b = 0; b < Sums::kClassBlocks; ++b) {
+                load_eight(q[b], tile_call.q + first_class + b * 32);
+                if constexpr (Options::kBias)
+                    load_eight(bias[b], tile_call.bias + first_class + b * 32);
+#pragma unroll
+                for (int row = 0; row < 8; ++row)
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) sums.at(row, b, k) *= q[b][k];
+            }
+            add_tile(sums, tile, [&](int) -> const auto& { return bias; });
+            if constexpr (Options::kSaveTiles) {
+#pragma unroll
+                for (int b = 0; b < Sums::kClassBlocks; ++b)
+#pragma unroll
+                    for (int k = 0; k < 8; ++k)
+                        q[b][k] = q[b][k] < call.inverse_limit ? q[b][k] : 1.0F;  // as in G
+                store_classes<T>(sums, q, call.tiles, call.tiles_stride, call.tiles_stride,
+                                 first_class, first_row, tile_call.c - first_class);
+            }
+        });
+    }
 
     stats.merge_lanes();
 #pragma unroll

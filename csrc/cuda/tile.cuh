@@ -82,19 +82,25 @@ struct Accumulator {
     }
 };
 
-// Copies the operands of one step after the other into the stages of shared memory.
-template <class Tile>
+// Copies the operands of one step after the other into the stages of shared memory: of a class tile
+// after the other, or of each centre of its classes before.
+template <class Tile, bool kSubCenters>
 class Loader {
   public:
     __device__ __forceinline__ Loader(const TileCall& call, int row_tile, int column)
-        : columns_(call.columns), steps_(call.steps), step_(0) {
+        : columns_(call.columns),
+          steps_(call.steps),
+          step_(0),
+          centers_(call.sub_centers),
+          center_(0) {
         const int slot = threadIdx.x / 4, part = threadIdx.x % 4;
         shared_ = ptx::shared_memory() + swizzled(slot, part);
         stride_ = static_cast<int64_t>(call.steps) * kSlotBytes;
+        class_stride_ = kSubCenters ? stride_ * centers_ : stride_;
         const int64_t row = static_cast<int64_t>(row_tile) * Tile::kRows + row_of_slot(slot);
         x_ = static_cast<const char*>(call.x) + row * stride_ + part * 16;
         const int64_t first = static_cast<int64_t>(column) * kTileClasses + class_of_slot(slot);
-        w_ = static_cast<const char*>(call.w) + first * stride_ + part * 16;
+        w_ = static_cast<const char*>(call.w) + first * class_stride_ + part * 16;
         const int tile = call.first_tile + column;
         tiles_left_ = tile < call.stop_tile ? (call.stop_tile - 1 - tile) / columns_ + 1 : 0;
         classes_left_ = call.c - tile * kTileClasses - class_of_slot(slot);
@@ -112,12 +118,14 @@ class Loader {
 #pragma unroll
             for (int k = 0; k < kTileClasses / 32; ++k)  // classes that are not there are zeros
                 ptx::copy_async(to + (Tile::kRows + k * 32) * kSlotBytes,
-                                w_ + offset + k * 32 * stride_, k * 32 < classes_left_);
+                                w_ + offset + k * 32 * class_stride_, k * 32 < classes_left_);
             if (++step_ == steps_) {
                 step_ = 0;
-                --tiles_left_;
-                w_ += columns_ * kTileClasses * stride_;
-                classes_left_ -= columns_ * kTileClasses;
+                if (next_center()) {
+                    --tiles_left_;
+                    w_ += columns_ * kTileClasses * class_stride_;
+                    classes_left_ -= columns_ * kTileClasses;
+                }
             }
         }
         ptx::commit_async();
@@ -125,9 +133,20 @@ class Loader {
 
   private:
     const char *x_, *w_;
-    int64_t stride_;
+    int64_t stride_, class_stride_;
     uint32_t shared_;
-    int columns_, steps_, step_, tiles_left_, classes_left_;
+    int columns_, steps_, step_, centers_, center_, tiles_left_, classes_left_;
+
+    // Goes on to the classes' next centre. Returns whether that is the first one again.
+    __device__ __forceinline__ bool next_center() {
+        if constexpr (kSubCenters) {
+            w_ += stride_;
+            if (++center_ < centers_) return false;
+            center_ = 0;
+            w_ -= class_stride_;
+        }
+        return true;
+    }
 };
 
 // Knows where a thread reads its warp's operands in a stage, for ldmatrix.
@@ -178,30 +197,52 @@ __device__ __forceinline__ int column_of_block(const TileCall& call) {
     return blockIdx.x / call.row_tiles;
 }
 
-// Calls epilogue(sums, class tile) for each class tile of this block.
-template <class T, class Tile, class Epilogue>
-__device__ __forceinline__ void for_each_tile(const TileCall& call, const Position<Tile>& position,
-                                              Epilogue&& epilogue) {
-    const int column = column_of_block(call);
-    Loader<Tile> loader(call, row_tile_of_block(call), column);
-    const Fragments<Tile> fragments(position);
-    for (int stage = 0; stage < call.stages - 1; ++stage) loader.next(stage);
-    int stage = 0, last = call.stages - 1;
-    for (int tile = call.first_tile + column; tile < call.stop_tile; tile += call.columns) {
-        Accumulator<Tile> sums = {};
-        for (int step = 0; step < call.steps; ++step) {
+// The main loop, and its place in the stages from one tile, or centre, to the next.
+template <class T, class Tile, bool kSubCenters>
+class Products {
+  public:
+    __device__ __forceinline__ Products(const TileCall& call, const Position<Tile>& position)
+        : call_(call),
+          loader_(call, row_tile_of_block(call), column_of_block(call)),
+          fragments_(position),
+          stage_(0),
+          last_(call.stages - 1) {
+        for (int stage = 0; stage < call.stages - 1; ++stage) loader_.next(stage);
+    }
+
+    // Adds the products of all features of the next classes.
+    __device__ __forceinline__ void add_to(Accumulator<Tile>& sums) {
+        for (int step = 0; step < call_.steps; ++step) {
             // all stages but the last ones have landed, for this thread and then for all
-            if (call.stages == kMostStages) {
+            if (call_.stages == kMostStages) {
                 ptx::wait_async<kMostStages - 2>();
             } else {
                 ptx::wait_async<kFewestStages - 2>();
             }
             __syncthreads();
-            loader.next(last);  // the stage that all have read before the barrier
-            fragments.template multiply_add<T>(sums, stage);
-            last = stage;
-            stage = stage + 1 == call.stages ? 0 : stage + 1;
+            loader_.next(last_);  // the stage that all have read before the barrier
+            fragments_.template multiply_add<T>(sums, stage_);
+            last_ = stage_;
+            stage_ = stage_ + 1 == call_.stages ? 0 : stage_ + 1;
         }
+    }
+
+  private:
+    const TileCall& call_;
+    Loader<Tile, kSubCenters> loader_;
+    const Fragments<Tile> fragments_;
+    int stage_, last_;
+};
+
+// Calls epilogue(sums, class tile) for each class tile of this block.
+template <class T, class Tile, class Epilogue>
+__device__ __forceinline__ void for_each_tile(const TileCall& call, const Position<Tile>& position,
+                                              Epilogue&& epilogue) {
+    Products<T, Tile, false> products(call, position);
+    for (int tile = call.first_tile + column_of_block(call); tile < call.stop_tile;
+         tile += call.columns) {
+        Accumulator<Tile> sums = {};
+        products.add_to(sums);
         epilogue(sums, tile);
     }
     ptx::wait_async<0>();
@@ -250,14 +291,14 @@ __device__ __forceinline__ void load_eight(float (&to)[8], const float* from) {
     }
 }
 
-// Stores a thread's rows of its classes, times a factor per class, rounded. In memory the rows of a
-// class lie next to each other, `stride` from the rows of the next one. `classes` exist.
+// Stores a thread's rows of its classes, times a factor per class, rounded. In memory the `rows` of
+// a class lie next to each other, `stride` from the rows of the next one. `classes` exist.
 template <class T, class Sums>
 __device__ __forceinline__ void store_classes(Sums& sums,
                                               const float (&factor)[Sums::kClassBlocks][8],
-                                              void* to, int64_t stride, int64_t first_class,
-                                              int first_row, int classes) {
-    if (first_row >= stride) return;
+                                              void* to, int64_t rows, int64_t stride,
+                                              int64_t first_class, int first_row, int classes) {
+    if (first_row >= rows) return;
 #pragma unroll
     for (int b = 0; b < Sums::kClassBlocks; ++b)
 #pragma unroll
@@ -268,8 +309,8 @@ __device__ __forceinline__ void store_classes(Sums& sums,
             for (int pair = 0; pair < 4; ++pair)
                 packed.v[pair] = ptx::pack<T>(sums.at(2 * pair, b, k) * factor[b][k],
                                               sums.at(2 * pair + 1, b, k) * factor[b][k]);
-            T* const rows = static_cast<T*>(to) + (first_class + b * 32 + k) * stride + first_row;
-            *reinterpret_cast<Four<uint32_t>*>(rows) = packed;
+            T* const place = static_cast<T*>(to) + (first_class + b * 32 + k) * stride + first_row;
+            *reinterpret_cast<Four<uint32_t>*>(place) = packed;
         }
 }
 

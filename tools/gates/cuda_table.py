@@ -2,6 +2,8 @@
 # Copyright (c) 2026 The marginkernels authors
 """Writes the table of facts about the CUDA kernels, as Markdown."""
 
+import re
+
 import torch
 
 from marginkernels import CosFace, margin_cross_entropy
@@ -22,6 +24,7 @@ _STATISTICS = [
     "SmallTile, StatisticsOptions<mk::Identity, true, true>",
     "SmallTile, StatisticsOptions<mk::Identity, false, false, true, true>",
     "SmallTile, StatisticsOptions<mk::Curricular, false, true, false, true>",
+    "SmallTile, CentersOptions<mk::Identity, false>",
 ]
 _GRADIENT = [
     "BigTile, mk::Identity, false",
@@ -41,7 +44,15 @@ _UPDATE = [
 ]
 KERNELS = [f"statistics_kernel<bf16, {options}>(StatisticsCall)" for options in _STATISTICS]
 KERNELS += [f"gradient_kernel<bf16, {options}>(GradientCall)" for options in _GRADIENT]
+KERNELS += ["centers_gradient_kernel<bf16, SmallTile, mk::Identity>(GradientCall)"]
 KERNELS += [f"update_kernel<{options}>(UpdateCall)" for options in _UPDATE]
+
+OPTIONS = {  # that a kernel's name ends with, by the first of these that it contains
+    "StatisticsOptions": ("bias", "sum", "saved tiles", "maximum"),
+    "CentersOptions": ("bias",),
+    "centers_gradient_kernel": (),
+    "gradient_kernel": ("more",),
+}
 
 HEADER = """\
 # The CUDA kernels, compiled and simulated
@@ -62,7 +73,8 @@ TILE_NOTES = """\
 
 Label smoothing needs "sum". The accuracy needs "maximum", where the statistics do not have it
 anyway. "more" stands for label smoothing and the gradients of a bias and of a learnable scale.
-Curricular stands for the transforms (`csrc/transforms.h`), bf16 for fp16.
+Curricular stands for the transforms (`csrc/transforms.h`), bf16 for fp16. With sub-centres the
+main loop runs once for each, and an epilogue is what follows the last one.
 """
 
 UPDATE_NOTES = """\
@@ -113,11 +125,12 @@ def render(kernels: list[gate.Kernel]) -> str:
 def _variant(name: str) -> str:
     """Describes ``statistics_kernel<bf16, Tile<2, 64>, ...>`` in a few words."""
     kind, options = name.split("_kernel<")[0], name.split(">, ")[1]
-    flags = [flag.strip(" >") for flag in options.replace("StatisticsOptions<", "").split(",")]
+    flags = [flag.strip(" >") for flag in re.sub(r"\w+Options<", "", options).split(",")]
     words = [] if flags[0] == "Identity" else [flags[0]]
-    names = ("bias", "sum", "saved tiles", "maximum") if kind == "statistics" else ("more",)
+    names = next(names for marker, names in OPTIONS.items() if marker in name)
     words += [word for word, flag in zip(names, flags[1:], strict=True) if flag == "true"]
-    return f"{kind}: {', '.join(words) or 'plain'}"
+    words += ["sub-centres"] * ("centers" in name.lower())
+    return f"{kind.removeprefix('centers_')}: {', '.join(words) or 'plain'}"
 
 
 def _tile_row(kernel: gate.Kernel) -> str:
