@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict] = {
     "fp32 weights, odd D": dict(w_dtype=torch.float32, d=500),
     "fp16": dict(dtype=torch.float16),
     "not normalised, bias": dict(normalize=(False, False), bias=True, **EXTRAS),
+    "several targets": dict(labels=3),
 }
 # the row kernels of these variants differ from the ones above hardly or not at all
 TILE_VARIANTS: dict[str, dict] = {
@@ -54,6 +55,7 @@ TILE_VARIANTS: dict[str, dict] = {
     "bias": dict(bias=True, **EXTRAS),
     "fp16, bias": dict(dtype=torch.float16, bias=True, **EXTRAS),
     "saved tiles": dict(save_tiles=True, want_max=True),
+    "several targets, bias": dict(labels=3, bias=True, **EXTRAS),
     **{
         name: dict(transform=name, **EXTRAS)
         for name in TRANSFORMS
@@ -133,7 +135,7 @@ def served(variant: str, config: Config) -> tuple[str, ...]:
     """Returns the tile kernels of a variant that a configuration serves."""
     settings = ALL_VARIANTS[variant]
     transform, saved = settings.get("transform", "identity"), settings.get("save_tiles", False)
-    extras = any(settings.get(name, False) for name in ("bias", "want_sum", "extras"))
+    extras = any(settings.get(name, False) for name in ("bias", "want_sum", "extras", "labels"))
     loads = dict(
         statistics_kernel=configs.load("statistics", transform, saved=saved, extras=extras),
         gradient_kernel=configs.load("gradient", transform, extras=extras),
@@ -157,6 +159,7 @@ def run_launchers(
     extras: bool = False,  # the gradients of norms and of the scale
     save_tiles: bool = False,
     transform: str = "identity",
+    labels: int = 1,  # of a row
     n: int = ROWS,
     c: int = CLASSES,
     config: Config | None = None,
@@ -164,7 +167,7 @@ def run_launchers(
     """Calls the forward and the backward launcher on operands of zeros."""
     definition = TRANSFORMS[transform]
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
-    y, scale = torch.zeros(n, dtype=torch.int64), torch.ones(())
+    y, scale = torch.zeros(n, labels, dtype=torch.int64), torch.ones(())
     b = torch.zeros(c) if bias else None
     shared: dict[str, Any] = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
@@ -175,15 +178,15 @@ def run_launchers(
     lse, _, _, _, logit_max, x_inv, w_inv, tiles, _ = head_fwd(
         x, w, y, scale, b, save_tiles=save_tiles, want_sum=want_sum, want_max=want_max, **shared
     )
-    g = torch.zeros(n)
-    head_held(y, first=0, count=c, ignore_index=-100)
+    g, of_targets = torch.zeros(n), torch.zeros(n, labels)
+    head_held(y[:, 0], first=0, count=c, ignore_index=-100)
     head_loss(
-        lse, g, g, y, scale, g if extras else None, logit_max, ignore_index=-100,
+        lse, g, g, y[:, 0], scale, g if extras else None, logit_max, ignore_index=-100,
         reduction="mean", rotation=Rotation(), need_scale=extras,
     )  # fmt: skip
     head_bwd(
-        x, w, y, scale, b, None, lse, x_inv, w_inv, tiles, g, g,
-        g if extras else None, g if want_sum else None,
+        x, w, y, scale, b, None, lse, x_inv, w_inv, tiles, g, of_targets,
+        of_targets if extras else None, g if want_sum else None,
         need_x=True, need_w=True, need_bias=bias, need_scale=extras, **shared,
     )  # fmt: skip
 

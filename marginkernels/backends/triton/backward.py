@@ -60,7 +60,7 @@ def head_bwd(
         transform=transform, row_parameter=row_parameter, constants=constants,
         config=config, w_rounded=w_rounded, load=configs.load(
             "gradient", transform,
-            extras=bias is not None or grad_sum is not None or need_scale,
+            extras=bias is not None or grad_sum is not None or need_scale or y.numel() > len(x),
         ),
     )  # fmt: skip
     dx = x.new_empty(x.shape if need_x else 0)

@@ -16,11 +16,11 @@ class Load(enum.IntFlag):
     """Says what is compiled into which tile kernel, and takes registers."""
 
     STATISTICS = 1  # and nothing else
-    STATISTICS_EXTRAS = 2  # a bias, sums of logits
+    STATISTICS_EXTRAS = 2  # a bias, sums of logits, several targets of a row
     STATISTICS_SAVED = 4  # saved tiles
     STATISTICS_TRANSFORM = 8  # of the negatives, perhaps with extras
     GRADIENT = 16
-    GRADIENT_EXTRAS = 32  # a bias, sums of logits, the gradient of the scale
+    GRADIENT_EXTRAS = 32  # likewise, and the gradient of the scale
     GRADIENT_TRANSFORM = 64
     PLAIN = STATISTICS | GRADIENT
     EXTRAS = STATISTICS_EXTRAS | STATISTICS_SAVED | GRADIENT_EXTRAS

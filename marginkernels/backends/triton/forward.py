@@ -45,7 +45,8 @@ def head_fwd(
         transform=transform, row_parameter=row_parameter, constants=constants,
         config=config, x_inv=x_inv if normalize_x else None,
         load=configs.load(
-            "statistics", transform, saved=save_tiles, extras=want_sum or bias is not None
+            "statistics", transform, saved=save_tiles,
+            extras=want_sum or bias is not None or y.numel() > len(x),
         ),
     )  # fmt: skip
     n, c = len(x), operands.classes

@@ -51,9 +51,15 @@ def flag_kernel(
 
 
 @triton.jit
+def read_labels(y, there):
+    """Returns the classes of targets, -1 where there is none."""
+    return tl.load(y, mask=there, other=-1).to(tl.int32)
+
+
+@triton.jit
 def _holds_label(y, there, tile, BLOCK_C: tl.constexpr):
     """Returns 1 for the tiles that hold one of the labels, and else 0."""
-    label = tl.load(y, mask=there, other=-1).to(tl.int32)
+    label = read_labels(y, there)
     of_label = tl.where(label >= 0, label // BLOCK_C, -1)
     return tl.max((of_label[:, None] == tile[None, :]).to(tl.int32), 0)
 

@@ -44,6 +44,7 @@ from .constants import (
     NO_MAXIMUM,
     OFFSET_START,
 )
+from .target_kernels import read_labels
 
 SIZES = ["N", "C", "labels", "D_TILES", "first_tile", "class_tiles"]
 
@@ -101,7 +102,7 @@ def only_label(y, labels, row, N):
     """Returns the label of each row; None where rows have several."""
     label = None
     if labels is None:
-        label = tl.load(y + row, mask=row < N, other=-1).to(tl.int32)
+        label = read_labels(y + row, row < N)
     return label
 
 
@@ -121,7 +122,7 @@ def exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C: tl.constexpr):
             v = tl.where((col >= C)[None, :], float("-inf"), v)
             for l in range(labels):
                 if (bits.to(tl.int32) >> (l % 8)) & 1 != 0:
-                    own = tl.load(y + row * labels + l, mask=row < N, other=-1).to(tl.int32)
+                    own = read_labels(y + row * labels + l, row < N)
                     v = tl.where(own[:, None] == col[None, :], float("-inf"), v)
     return v
 
