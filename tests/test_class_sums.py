@@ -16,6 +16,7 @@ from torch import Tensor
 from marginkernels import ops
 from marginkernels.testing import assert_within_budget
 from marginkernels.transforms import TRANSFORMS
+from tests.support.backends import skip_without_tiles
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -170,6 +171,20 @@ def test_sweeps_agree_with_fp64(case, backend, device):
                 name, one, [plain[name].reshape(1, -1)], exact[name].reshape(1, -1),
                 slack * torch.finfo(F32).eps / torch.finfo(one.dtype).eps,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [Case(targets=2), Case(sub_centers=3), Case(transform="sphereface2")]
+)
+def test_exponentials_are_kept_for_no_other_sum(case, backend, device):
+    skip_without_tiles(backend)
+    case = case._replace(compute_dtype=BF16)
+    given = problem(case, device)
+    with pytest.raises(ValueError, match="save_tiles: "):
+        ops.head_fwd(backend)(
+            *given.operands, save_tiles=True, want_sum=False, want_max=False,
+            compute_dtype=BF16, **given.settings,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [Case(sub_centers=3), Case(sub_centers=4, compute_dtype=BF16)])

@@ -141,13 +141,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Arguments arguments(x, w, y, scale, bias, index, normalize_x, normalize_w, compute_dtype,
                               transform, row_parameter, constants, sub_centers);
     const Call& call = arguments.call;
+    TORCH_CHECK_VALUE(!save_tiles || (call.transform == Transform::kIdentity && call.targets == 1 &&
+                                      sub_centers == 1),
+                      "save_tiles: needs the identity, one target of a row and one centre of a "
+                      "class, got '",
+                      transform, "', ", call.targets, " and ", sub_centers);
     TORCH_CHECK_VALUE(!save_tiles || (has_fixed_offset(call) && call.compute != Type::kFloat16),
                       "save_tiles: needs both sides normalised, no bias, a scale below ",
                       mk::kOffsetScaleLimit, " and float32 or bfloat16, got scale ", call.scale,
                       " and ", compute_dtype);
-    TORCH_CHECK_VALUE(!save_tiles || (call.targets == 1 && sub_centers == 1),
-                      "save_tiles: needs one target of a row and one centre of a class, got ",
-                      call.targets, " and ", sub_centers);
     check_per_class(known_w_inv, "known_w_inv", call.c);
     const auto options = x.options().dtype(at::kFloat);
     const auto per_row = [&](bool wanted) { return at::empty({wanted ? call.n : 0}, options); };
