@@ -13,9 +13,11 @@
 #include <limits>
 #include <random>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cpu/schedule.h"
+#include "../../csrc/transforms.h"
 
 namespace {
 
@@ -29,7 +31,21 @@ struct Case {
     Type x_type, w_type;
     bool normalize_x, normalize_w, bias, tiles, extras;
     bool index = false;  // w has twice as many rows, of which every other one is swept
+    int64_t targets = 1, centers = 1;  // of a row; of a class
+    bool one_versus_rest = false;      // by the transform below
 };
+
+using OneVersusRest = mk::SphereFace2;
+constexpr float kConstants[] = {3, -0.2F, 0.98F, 0.2F};
+
+// Returns the transform of a case.
+Transform transform_of(const Case& one) {
+    Transform found = Transform::kIdentity;
+    mk::Transforms::for_each([&](Transform transform, auto functor) {
+        if (std::is_same_v<decltype(functor), OneVersusRest>) found = transform;
+    });
+    return one.one_versus_rest ? found : Transform::kIdentity;
+}
 
 std::mt19937 generator(0);
 
@@ -146,11 +162,14 @@ struct Inputs {
           all_w(one.index ? spread(rows, one.c, one.d) : rows, one.index ? 2 * one.c : one.c, one.d,
                 one.w_type),
           bias(normal(one.c)),
-          y(one.n),
+          y(one.n * one.targets),
           scale(one.normalize_x && one.normalize_w ? 16 : 0.5) {
-        for (int64_t i = 0; i < one.n; ++i) y[i] = i % 5 == 4 ? -1 : int64_t(generator() % one.c);
-        a = normal(one.n), target = normal(one.n), u = normal(one.n, 1e-3F);
-        grad_w_norm = normal(one.n);
+        const int64_t all = one.n * one.targets;
+        for (int64_t t = 0; t < all; ++t) y[t] = t % 5 == 4 ? -1 : int64_t(generator() % one.c);
+        if (one.targets > 1)  // a target may come twice
+            for (int64_t t = 0; t < all; t += 3 * one.targets) y[t + 1] = y[t];
+        a = normal(one.n), target = normal(all), u = normal(one.n, 1e-3F);
+        grad_w_norm = normal(all);
         for (int64_t j = 0; j < one.c && one.index; ++j) index.push_back(row(j));
     }
 
@@ -165,6 +184,9 @@ struct Inputs {
         call.w = {w.data(), w.stride, one.w_type};
         call.index = one.index ? index.data() : nullptr;
         call.y = y.data();
+        call.targets = one.targets, call.centers = one.centers;
+        call.transform = transform_of(one);
+        std::copy(std::begin(kConstants), std::end(kConstants), call.constants);
         call.bias = one.bias ? bias.data() : nullptr;
         call.scale = scale;
         call.normalize_x = one.normalize_x;
@@ -201,8 +223,8 @@ struct Results {
         : in(in),
           tiles(in.one),
           lse(in.one.n),
-          target_cosine(in.one.n),
-          w_norm(in.one.n),
+          target_cosine(in.y.size()),
+          w_norm(in.y.size()),
           logit_sum(in.one.n),
           logit_max(in.one.n),
           x_inv(in.one.n),
@@ -228,14 +250,14 @@ struct Results {
 
     // Makes the backward sweep, with dw or with an update of w.
     void backward(const Stored& w, void* dw, const Update* update, int threads) {
-        const bool extras = in.one.extras;
+        const bool extras = in.one.extras, with_sum = extras && !in.one.one_versus_rest;
         BackwardResults results = {};
         results.dx = dx.data(), results.dw = dw, results.update = update;
         results.dbias = extras ? dbias.data() : nullptr;
         results.dscale = extras ? &dscale : nullptr;
         sweep_backward(in.call(w),
                        {lse.data(), w_inv.data(), tiles.memory, in.a.data(), in.target.data(),
-                        extras ? in.grad_w_norm.data() : nullptr, extras ? in.u.data() : nullptr},
+                        extras ? in.grad_w_norm.data() : nullptr, with_sum ? in.u.data() : nullptr},
                        results, on_threads(threads));
     }
 
