@@ -129,17 +129,26 @@ def test_compile_gate_fires(monkeypatch):
         assert any(complaint in problem for problem in row.problems), gate.describe(row)
 
 
+# rows, classes, and targets of a row where it has several
+SIZES = ((300, 1000, 2), (1, 1, 100), (16, 16, 16), (257, 4096, 17), (4097, 1, 3))
+
+
 @needs_triton
 def test_new_sizes_and_margins_compile_nothing():
     from marginkernels.backends.triton.configs import TABLE
 
     gate = pytest.importorskip("tools.gates.triton")
     config = TABLE["sm_90"]["half"][0]
-    for settings in ({}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True)):
+    for settings in (
+        {}, dict(w_dtype=F32, d=500), dict(bias=True, want_sum=True, extras=True), dict(labels=2)
+    ):  # fmt: skip
         kernels = set()
-        for n, c in ((300, 1000), (1, 1), (16, 16), (257, 4096), (4097, 1)):
+        for n, c, labels in SIZES:
+            own = dict(dtype=BF16) | settings
+            if "labels" in own:
+                own["labels"] = labels
             with gate.aot.recorded_launches("sm_90") as launches:
-                gate.run_launchers(**dict(dict(dtype=BF16), **settings), n=n, c=c, config=config)
+                gate.run_launchers(**own, n=n, c=c, config=config)
                 gate.run_step(BF16, rule="adamw", n=n, c=c, config=config)
             kernels.add(frozenset((launch.kernel, launch.key) for launch in launches))
         assert len(kernels) == 1
