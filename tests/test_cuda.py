@@ -50,8 +50,9 @@ def test_any_number_of_multiprocessors(multiprocessors):
         ((150, 300, 72), (BF16, F32, None), dict(margin=ArcFace(0.3))),
         ((20, 150, 40), (F32, F32, F16), dict(margin=MVSoftmax(0.3), label_smoothing=0.1)),
         ((20, 150, 40), (F32, F32, None), dict(margin=ArcFace(0.3), bias=True)),
+        ((20, 450, 40), (BF16, F32, None), dict(margin=ArcFace(0.3), sub_centers=3)),
     ],
-    ids=["bf16, saved tiles", "fp16, transform", "fp32, bias"],
+    ids=["bf16, saved tiles", "fp16, transform", "fp32, bias", "bf16, sub-centres"],
 )
 def test_ptx_agrees_with_the_fibers(shape, dtypes, settings):
     """Compares statistics and gradients: the arithmetic of both is exact but for exp2."""
@@ -59,6 +60,7 @@ def test_ptx_agrees_with_the_fibers(shape, dtypes, settings):
     def step():
         torch.manual_seed(0)
         problem = random_problem(*shape, dtypes=dtypes, scale=32.0, **settings)
+        problem.y //= settings.get("sub_centers", 1)  # of the rows of w
         return problem.solve_fused(host.NAME)
 
     by_fibers, by_ptx, counters = simulate.twice(step)
