@@ -35,7 +35,7 @@ demo: build/extension
 gallery: build/extension
 	$(BIN)/python examples/margin_gallery.py
 
-# hours on two cores; an interrupted one goes on where it stopped
+# trains what docs/study_results.jsonl lacks, all of it in hours; goes on where it stopped
 study: build/extension
 	$(BIN)/python examples/study.py $(STUDY_ARGS)
 

@@ -59,6 +59,16 @@ def split(faces: list[str], images: Tensor) -> Split:
     )
 
 
+def with_wrong_labels(split: Split, share: float, seed: int) -> Tensor:
+    """Returns labels of which exactly ``share`` name another class, each drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = split.labels.clone()
+    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    offset = torch.randint(1, split.num_classes, (len(wrong),), generator=generator)
+    labels[wrong] = (labels[wrong] + offset) % split.num_classes
+    return labels
+
+
 def to_input(images: Tensor) -> Tensor:
     """Turns bits (M, 1, 32, 32) into floats in channels_last, ink 1 and paper -1."""
     return images.float().mul(2).sub(1).contiguous(memory_format=torch.channels_last)

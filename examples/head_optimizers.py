@@ -21,7 +21,7 @@ import model
 import training
 from marginkernels import ArcFace, MarginSoftmaxHead, backend_report
 from marginkernels.optim import SGD, RowwiseAdagrad
-from study import spread
+from runs import spread
 
 BATCH_SIZE = 256
 Optimizer = Callable[[MarginSoftmaxHead], torch.optim.Optimizer]

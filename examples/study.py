@@ -2,49 +2,44 @@
 # Copyright (c) 2026 The marginkernels authors
 """Trains the demo's network with one loss after another and compares them on unseen characters.
 
-    python examples/study.py                         # all losses, three seeds: hours on two cores
+    python examples/study.py                         # all that docs/study_results.jsonl lacks
     python examples/study.py --only ArcFace CosFace  # trains these, and shows all that is there
     python examples/study.py --steps 40 --seeds 1    # a quick look
 
-Each run is kept in examples/out/study as it ends: an interrupted study goes on where it was. A loss
-with other settings is trained anew. After a change of network, data or training remove that folder.
-The tables of the whole study go to docs/study.md, those of a part to examples/out/study.
+Each run is kept as it ends: an interrupted study goes on where it was. A loss with other settings
+is trained anew. After a change of network, data or training remove docs/study_results.jsonl.
+Runs with another number of steps, and their tables, go to examples/out/study.
 """
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-import data
-import evaluate
 import model
 import training
+import wrong_labels
 from marginkernels import (
     AdaCos,
     AdaFace,
     AirFace,
     ArcFace,
     ASoftmax,
+    Circle,
     CosFace,
     CurricularFace,
+    InterTopK,
     MarginSoftmaxHead,
     NSoftmax,
     TripletLoss,
 )
+from runs import BATCH_SIZE, OUT, SEEDS, Runs, differences, fresh_backbone, metrics, row, table
 
-OUT = Path(__file__).parent / "out" / "study"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "study.md"
 READING = "## Reading\n"  # the text below this heading is written by hand, and kept
 
-EPOCHS, SEEDS, BATCH_SIZE = 22, 3, 256
-METRICS = ("accuracy", "tar", "rank1")
+PART = "losses"
 
 TRIPLET, TRIPLET_START = "N-Softmax, then triplet", "N-Softmax"
 # large batches of whole characters, because the hardest negatives in small batches are easy
@@ -60,16 +55,23 @@ COMPARED = (
     ("AdaCos", "ArcFace, hard"),
     ("AdaFace", "ArcFace, hard"),
     ("AdaFace", "CosFace"),
+    ("ArcFace, sub-centres", "ArcFace, hard"),
+    ("ArcFace, top-k", "ArcFace, hard"),
+    ("Circle", "ArcFace, hard"),
     (TRIPLET, TRIPLET_START),
 )
 
 INTRODUCTION = """\
 # A study of the losses
 
-`make study` writes this page, in four hours of one core; an interrupted study goes on where it
-stopped. Every loss has the demo's network and data, and the same {steps} steps of {batch_size}
-images, initial weights and batches. The tables show mean and standard deviation over {seeds}, in
-percent. Verification is of 2,000 characters and two handwritten designs that training never saw.
+`make study` writes this page from [the records](study_results.jsonl), and first trains what they
+lack. A run takes two to eight minutes of one core, all of them hours. Every loss has the demo's
+network and data, and the same {steps} steps of {batch_size} images, initial weights and batches.
+The tables show mean and standard deviation in percent, over as many seeds as runs. Verification is
+of 2,000 characters and two handwritten designs that training never saw.
+
+Of "earlier" runs, only what the tables show is kept. They had another version of the project and
+the same settings, steps, and seeds. No difference between a run of theirs and a later one is shown.
 
 Learning rates, weight decay and clipping are those of the demo, and so is its ArcFace, whose scale
 is half and whose margin two fifths of what its authors use for faces. They were not chosen for any
@@ -105,149 +107,101 @@ def head_settings(num_classes: int) -> dict[str, dict]:
         "CurricularFace": dict(margin=CurricularFace(0.2), scale=scale),
         # AdaFace's averages start far from these norms; t_alpha = 0.01 is too slow in a short run
         "AdaFace": dict(margin=AdaFace(0.16, t_alpha=0.1), scale=scale),
+        "ArcFace, sub-centres": dict(
+            margin=ArcFace(0.2, branch="hard"), scale=scale, sub_centers=wrong_labels.SUB_CENTERS
+        ),
+        "ArcFace, top-k": dict(margin=InterTopK(ArcFace(0.2, branch="hard")), scale=scale),
+        "Circle": dict(margin=Circle(0.25), scale=256.0),
     }
 
 
 LOSSES = (*head_settings(3), TRIPLET)
+CHOICES = (*LOSSES, wrong_labels.PART)
 
 
 def arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, help=f"batches per run, instead of {EPOCHS} epochs")
+    parser.add_argument("--steps", type=int, help="batches per run, instead of those of the study")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each loss")
-    parser.add_argument("--only", nargs="+", choices=LOSSES, metavar="LOSS", default=LOSSES,
-                        help=f"losses to train: {', '.join(map(repr, LOSSES))}")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=CHOICES, metavar="LOSS",
+                        help=f"what to train: {', '.join(map(repr, CHOICES))}")  # fmt: skip
     return parser.parse_args()
 
 
-class Study:
-    """Runs and remembers: results.jsonl has a line for each run, beside the run's network."""
+class Losses:
+    """Trains each loss on right labels, and writes the tables of that part of the study."""
 
-    def __init__(self, steps: int | None):
-        _, faces, images = data.load()
-        self.split = data.split(faces, images)
-        self.pairs = evaluate.draw_pairs(self.split)
-        self.steps = steps or EPOCHS * (len(self.split.labels) // BATCH_SIZE)
-        self.triplet_steps = max(1, self.steps * BATCH_SIZE // TRIPLET_BATCH_SIZE // TRIPLET_SHARE)
-        self.path = OUT / "results.jsonl"
-        OUT.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records = {self.key(record): record for record in map(json.loads, lines)}
-
-    @staticmethod
-    def key(record: dict) -> tuple:
-        """Returns the entries that tell runs apart."""
-        return tuple(record[name] for name in ("loss", "settings", "steps", "seed"))
+    def __init__(self, runs: Runs):
+        self.runs = runs
+        self.triplet_steps = max(1, runs.steps * BATCH_SIZE // TRIPLET_BATCH_SIZE // TRIPLET_SHARE)
 
     def plan(self, name: str, seed: int) -> dict:
-        """Returns the record of a run, without its results."""
-        settings = " ".join(repr(criterion(name, self.split.num_classes)).split())
-        return dict(loss=name, settings=settings, steps=self.steps, seed=seed)
-
-    def result(self, name: str, seed: int) -> dict | None:
-        """Returns the record of a run that has ended."""
-        return self.records.get(self.key(self.plan(name, seed)))
-
-    def network(self, name: str, seed: int) -> Path:
-        """Names the file of a run's network."""
-        letters = "".join(c if c.isalnum() else "-" for c in name.lower())
-        return OUT / f"{letters}-{self.steps}-{seed}.pt"
+        """Returns the plan of a run."""
+        head = criterion(name, self.runs.split.num_classes)
+        return self.runs.plan(PART, name, head, self.runs.steps, seed)
 
     def run(self, name: str, seed: int) -> None:
         """Trains, judges and records, unless that has been done."""
-        if self.result(name, seed) and self.network(name, seed).exists():
-            return
-        torch.manual_seed(seed)
-        backbone = model.backbone()
-        batch_size, steps, together = BATCH_SIZE, self.steps, 1
-        backbone_rate = training.BACKBONE_RATE
+        if not self.runs.has(self.plan(name, seed)):
+            self.train(name, seed)
+
+    def train(self, name: str, seed: int) -> None:
+        """Trains, judges and records."""
+        plan, split = self.plan(name, seed), self.runs.split
+        backbone = fresh_backbone(seed)
+        options: dict[str, Any] = {}
         if name == TRIPLET:
-            self.run(TRIPLET_START, seed)
-            backbone.load_state_dict(torch.load(self.network(TRIPLET_START, seed)))
-            batch_size, steps = TRIPLET_BATCH_SIZE, self.triplet_steps
-            backbone_rate = TRIPLET_RATE
-            together = len(self.split.labels) // self.split.num_classes
-        batches = data.batches(
-            self.split.images, self.split.labels, batch_size, steps,
-            torch.Generator().manual_seed(seed), together,
-        )  # fmt: skip
-        loss = criterion(name, self.split.num_classes)
-        losses = training.train(backbone, loss, batches, steps, backbone_rate=backbone_rate)
-        started = time.perf_counter()
-        bar = tqdm(losses, total=steps, unit="step", desc=f"{name}, seed {seed}", mininterval=0.5)
-        for value in bar:
-            bar.set_postfix_str(f"loss {value:.2f}", False)
-        seconds = time.perf_counter() - started
-        ten_fold, all_pairs = evaluate.judge(backbone, self.split, self.pairs)
-        metrics = zip(METRICS, (ten_fold.accuracy, all_pairs.tar, all_pairs.rank1), strict=True)
-        record = self.plan(name, seed) | dict(metrics) | dict(seconds=seconds)
-        torch.save(backbone.state_dict(), self.network(name, seed))
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.records[self.key(record)] = record
+            start = self.plan(TRIPLET_START, seed)
+            if not self.runs.weights(start).exists():
+                self.train(TRIPLET_START, seed)
+            self.runs.load(start, backbone)
+            options = dict(
+                batch_size=TRIPLET_BATCH_SIZE,
+                steps=self.triplet_steps,
+                backbone_rate=TRIPLET_RATE,
+                together=len(split.labels) // split.num_classes,
+            )
+        loss = criterion(name, split.num_classes)
+        self.runs.train(plan, backbone, loss, split.images, split.labels, **options)
 
     def tables(self, seeds: int) -> str:
         """Writes tables of the losses and of their differences, as far as their runs have ended."""
-        metrics = {
-            (name, seed): [record[metric] for metric in METRICS]
-            for name in LOSSES
-            for seed in range(seeds)
-            if (record := self.result(name, seed))
-        }
-        losses = {name: [v for (of, _), v in metrics.items() if of == name] for name in LOSSES}
-        differences = {
-            f"{a} minus {b}": [
-                [x - y for x, y in zip(v, metrics[b, seed], strict=True)]
-                for (of, seed), v in metrics.items()
-                if of == a and (b, seed) in metrics
-            ]
-            for a, b in COMPARED
-        }
-        return f"{table('loss', losses)}\n{table('difference, seed by seed', differences)}"
+        plans = {name: [self.plan(name, seed) for seed in range(seeds)] for name in LOSSES}
+        of = {name: self.runs.found(each) for name, each in plans.items()}
+        losses, compared = [], []
+        for name, records in of.items():
+            losses += self.runs.earlier_row(name) + row(name, list(map(metrics, records.values())))
+        for a, b in COMPARED:
+            name = f"{a} minus {b}"
+            compared += self.runs.earlier_row(name) + row(name, differences(of[a], of[b]))
+        return f"{table('loss', losses)}\n{table('difference, seed by seed', compared)}"
 
 
-def table(heading: str, rows: dict[str, list[list[float]]]) -> str:
-    """Writes mean and deviation of each metric; the rows hold the METRICS of their runs."""
-    lines = [
-        f"| {heading} | 10-fold accuracy | TAR at FAR 1e-3 | rank-1 | runs |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, runs in rows.items():
-        if runs:
-            cells = [name, *map(spread, zip(*runs, strict=True)), str(len(runs))]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def spread(fractions: Sequence[float]) -> str:
-    """Writes mean and standard deviation in percent."""
-    mean = f"{100 * statistics.mean(fractions):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
-
-
-def write(path: Path, study: Study, seeds: int, tables: str) -> None:
+def write(path: Path, losses: Losses, seeds: int) -> None:
     """Writes the page; what stands below the heading of the reading stays."""
     introduction = INTRODUCTION.format(
-        steps=f"{study.steps:,}", batch_size=BATCH_SIZE, start=TRIPLET_START,
-        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
-        triplet_steps=study.triplet_steps, triplet_batch_size=f"{TRIPLET_BATCH_SIZE:,}",
+        steps=f"{losses.runs.steps:,}", batch_size=BATCH_SIZE, start=TRIPLET_START,
+        triplet_steps=losses.triplet_steps, triplet_batch_size=f"{TRIPLET_BATCH_SIZE:,}",
     )  # fmt: skip
+    page = f"{introduction}\n{losses.tables(seeds)}\n{wrong_labels.section(losses.runs, seeds)}"
     _, heading, reading = (path.read_text() if path.exists() else "").partition(READING)
-    path.write_text(f"{introduction}\n{tables}" + (f"\n{heading}{reading}" if heading else ""))
-    print(f"wrote {path}")
+    path.write_text(page + (f"\n{heading}{reading}" if heading else ""))
+    print(f"{page}\nwrote {path}")
 
 
 def main() -> None:
     args = arguments()
-    study = Study(args.steps)
+    runs = Runs(args.steps)
+    losses = Losses(runs)
+    chosen = args.only or [name for name in CHOICES if name not in runs.earlier]
     for seed in range(args.seeds):  # every loss runs one seed first, for an early table
-        for name in args.only:
-            study.run(name, seed)
-    tables = study.tables(args.seeds)
-    print(f"\n{tables}")
-    is_whole = args.steps is None and args.seeds >= SEEDS and args.only is LOSSES
-    write(DOCUMENT if is_whole else OUT / "study.md", study, args.seeds, tables)
+        for name in chosen:
+            if name == wrong_labels.PART:
+                wrong_labels.run_all(runs, seed)
+            else:
+                losses.run(name, seed)
+    write(OUT / "study.md" if args.steps else DOCUMENT, losses, args.seeds)
 
 
 if __name__ == "__main__":

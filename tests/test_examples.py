@@ -58,3 +58,18 @@ def test_the_distributed_example_goes_on_with_another_number_of_ranks(tmp_path):
     assert (list(first), list(second)) == ([20, 40], [60])
     assert first[40] < 0.7 * first[20]
     assert first | second == pytest.approx(in_one_go, rel=1e-2)
+
+
+def test_a_share_of_the_labels_names_another_class(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import data
+
+    _, faces, images = data.load()
+    split = data.split(faces, images)
+    one, other = (data.with_wrong_labels(split, 0.2, seed) for seed in (0, 1))
+    wrong = one != split.labels
+    assert wrong.sum() == round(0.2 * len(wrong))
+    assert one.min() >= 0 and one.max() < split.num_classes
+    assert one.equal(data.with_wrong_labels(split, 0.2, 0))
+    # two draws share few wrong labels: a fifth of a fifth
+    assert 0.03 < (wrong & (other != split.labels)).float().mean() < 0.05

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Trains with wrong labels: the part of the study that compares what was made for them."""
+
+from typing import Any
+
+import data
+import model
+from marginkernels import ArcFace, InterClassFilter, MarginSoftmaxHead
+from runs import Runs, differences, fresh_backbone, metrics, row, table
+
+PART = "wrong labels"
+SHARE = 0.2  # of the labels
+SCALE, SUB_CENTERS, THRESHOLD = 32.0, 3, 0.4
+
+PLAIN, CENTERS, FILTER = "ArcFace", "ArcFace, sub-centres", "ArcFace, filter"
+RIGHT = "ArcFace, right labels"
+LOSSES = (PLAIN, CENTERS, FILTER, RIGHT)
+
+INTRODUCTION = """\
+## Wrong labels
+
+Now {share:.0%} of the training labels name another class, drawn at random, the same for every loss
+of a seed. All have margin and scale of "ArcFace, hard" above, its network, batches and rates, and
+half its steps, {steps:,}. The filter leaves out other classes whose cosine is above {threshold}: a
+cosine needs no scaling, so that is the published number. Sub-centres give each class {sub_centers}
+centres. "{right}" has no wrong label.
+"""
+
+
+def criterion(name: str, num_classes: int) -> MarginSoftmaxHead:
+    """Builds a fresh head."""
+    options: dict[str, Any] = dict(margin=ArcFace(0.2, branch="hard"))
+    if name == CENTERS:
+        options |= dict(sub_centers=SUB_CENTERS)
+    if name == FILTER:
+        options |= dict(margin=InterClassFilter(options["margin"], THRESHOLD))
+    return MarginSoftmaxHead(model.EMBEDDING_SIZE, num_classes, scale=SCALE, **options)
+
+
+def plan(runs: Runs, name: str, seed: int) -> dict:
+    """Returns the plan of a run."""
+    head = criterion(name, runs.split.num_classes)
+    return runs.plan(PART, name, head, runs.steps // 2, seed)
+
+
+def run_all(runs: Runs, seed: int) -> None:
+    """Trains, judges and records all of a seed, except where that has been done."""
+    for name in LOSSES:
+        if not runs.has(plan(runs, name, seed)):
+            run(runs, name, seed)
+
+
+def run(runs: Runs, name: str, seed: int) -> None:
+    """Trains, judges and records."""
+    split = runs.split
+    labels = split.labels if name == RIGHT else data.with_wrong_labels(split, SHARE, seed)
+    backbone = fresh_backbone(seed)
+    head = criterion(name, split.num_classes)
+    runs.train(plan(runs, name, seed), backbone, head, split.images, labels)
+
+
+def section(runs: Runs, seeds: int) -> str:
+    """Writes the introduction and tables of this part."""
+    of = {name: runs.found(plan(runs, name, seed) for seed in range(seeds)) for name in LOSSES}
+    losses, compared = [], []
+    for name, records in of.items():
+        losses += row(name, list(map(metrics, records.values())))
+    for name in LOSSES[1:]:
+        compared += row(f"{name}, minus {PLAIN}", differences(of[name], of[PLAIN]))
+    introduction = INTRODUCTION.format(
+        share=SHARE, steps=runs.steps // 2, threshold=THRESHOLD, sub_centers=SUB_CENTERS,
+        right=RIGHT,
+    )  # fmt: skip
+    return f"{introduction}\n{table('loss', losses)}\n{table('difference, seed by seed', compared)}"
