@@ -28,8 +28,10 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 DOCS = Path(__file__).parents[1] / "docs"
 THETA = torch.linspace(0, math.pi, 1441, dtype=torch.float64)
 PLAIN = "#ced4da"
-COLORS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#c92a2a", "#0b7285")
+COLORS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#c92a2a", "#0b7285", "#f08c00")
 SEEN_FROM = math.radians(50)  # angle to the target in the curves of the other classes
+LAST_OF_THE_NEAREST = math.cos(math.radians(60))  # cosine of the last class that gets a penalty
+SCALE = torch.tensor(32.0, dtype=torch.float64)  # where a loss adds a bias to the logits
 
 plt.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -37,7 +39,8 @@ plt.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.ri
 def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
     """Returns the t that takes the place of the target's cosine, at each angle."""
     ones = torch.ones_like(THETA)
-    rows = mk.Rows(torch.zeros(len(THETA), dtype=torch.int64), x_norm * ones, ones, None)
+    label = torch.zeros(len(THETA), dtype=torch.int64)
+    rows = mk.Rows(label, x_norm * ones, ones, None, scale=SCALE)
     with torch.no_grad():
         return margin.double().eval()(THETA.cos(), rows)
 
@@ -45,7 +48,8 @@ def target(margin: nn.Module, x_norm: float = 1.0) -> Tensor:
 def others(margin: mk.Margin) -> Tensor:
     """Returns the values that replace another class's cosine, for one angle to the target."""
     ones = torch.ones(1, dtype=torch.float64)
-    rows = mk.Rows(torch.zeros(1, dtype=torch.int64), ones, None, None)
+    label, hardest = torch.zeros(1, dtype=torch.int64), (ones * LAST_OF_THE_NEAREST).expand(1, 6)
+    rows = mk.Rows(label, ones, None, None, scale=SCALE, hardest=hardest)
     c = ones * math.cos(SEEN_FROM) if margin.needs_target_cosine else ones.new_empty(0)
     with torch.no_grad():
         name, *operands = margin.double().eval().negatives(c, rows)
@@ -79,7 +83,7 @@ def annealed(margin: type, m: int, weight: float) -> nn.Module:
 def panels() -> dict[str, dict[str, Tensor]]:
     """Computes curves by panel and label. Labels of other classes' curves begin with "others"."""
     arcs = {branch: target(mk.ArcFace(branch=branch)) for branch in
-            ("none", "easy", "keep", "hard", "continuous", "monotone")}  # fmt: skip
+            ("none", "easy", "keep", "hard", "continuous", "monotone", "clip")}  # fmt: skip
     return {
         "ArcFace, m = 0.5": arcs,
         "CombinedMargin, (1, 0.3, 0.2)": {
@@ -132,12 +136,23 @@ def panels() -> dict[str, dict[str, Tensor]]:
             "target, CosFace(0.4)": target(mk.InterClassFilter(mk.CosFace())),
             "others": others(mk.InterClassFilter(mk.CosFace())),
         },
+        "InterTopK, ArcFace(0.2), penalty 0.2": target_and_others(
+            mk.InterTopK(mk.ArcFace(0.2), penalty=0.2)
+        ),
+        "Circle, m = 0.25": target_and_others(mk.Circle()),
+        "SphereFace2, bias 0": {
+            "C, m = 0.4": target(mk.SphereFace2()),
+            "A, m = 0.4": target(mk.SphereFace2(kind="A")),
+            "others, C": others(mk.SphereFace2()),
+            "others, A": others(mk.SphereFace2(kind="A")),
+        },
+        "UnifiedCE, 100,000 classes, scale 32": target_and_others(mk.UnifiedCE(100_000)),
     }  # fmt: skip
 
 
 def draw_margins(path: Path) -> None:
     """Draws one panel for each margin."""
-    figure, axes = plt.subplots(4, 4, figsize=(14, 12.4), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(5, 4, figsize=(14, 15.2), layout="constrained", sharex=True)
     for panel, (title, curves) in zip(axes.flat, panels().items(), strict=True):
         draw_curves(panel, curves)
         panel.set_title(title, fontsize=9)

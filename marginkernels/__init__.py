@@ -38,6 +38,8 @@ from .margins import (
     ParametricMargin,
     Rows,
     SphereFace,
+    SphereFace2,
+    UnifiedCE,
     X2Softmax,
     margins_from_counts,
 )
@@ -80,7 +82,9 @@ __all__ = [
     "Rows",
     "Sharding",
     "SphereFace",
+    "SphereFace2",
     "TripletLoss",
+    "UnifiedCE",
     "X2Softmax",
     "__version__",
     "backend_notes",

@@ -151,7 +151,7 @@ def test_every_loss_moves_the_weights_by_its_gradient(name, backend):
     loss, (x, w, y) = LOSSES[name], operands(dtype=torch.float32)
     head = MarginSoftmaxHead(
         x.shape[1], LOSS_CLASSES, margin=loss.make(), scale=loss.scale, normalize=loss.normalize,
-        z_loss=1e-2, label_smoothing=0.1, backend=backend,
+        backend=backend, **loss.accepted(z_loss=1e-2, label_smoothing=0.1),
     )  # fmt: skip
     with torch.no_grad():
         head.weight.copy_(w)

@@ -34,7 +34,7 @@ def test_fp32_needs_no_fp64(name, backend, device):
     x, w, y = (t.to(device) for t in operands(dtype=torch.float32))
     margin = LOSSES[name].make().to(device)
     loss = replace(LOSSES[name], make=lambda: margin)
-    settings = dict(label_smoothing=0.1, z_loss=0.01, focal_gamma=2.0, backend=backend)
+    settings = loss.accepted(label_smoothing=0.1, z_loss=0.01, focal_gamma=2.0, backend=backend)
     with NoFloat64():
         solve(lambda x, w: fused(loss, x, w, y, **settings), x, w)
 

@@ -5,6 +5,7 @@
 from .angles import safe_acos, safe_sin
 from .annealed import ASoftmax, LSoftmax
 from .base import Margin, MarginHooks, Rows, adapted, name_of, straight_through
+from .binary import OneVersusRest, SphereFace2, UnifiedCE
 from .negatives import AirFace, ArcNegFace, Circle, CurricularFace, MVSoftmax
 from .norms import AdaFace, MagFace
 from .parametric import Interval, ParametricMargin, SharedMargin
@@ -35,10 +36,13 @@ __all__ = [
     "Margin",
     "MarginHooks",
     "NSoftmax",
+    "OneVersusRest",
     "ParametricMargin",
     "Rows",
     "SharedMargin",
     "SphereFace",
+    "SphereFace2",
+    "UnifiedCE",
     "Wrapper",
     "X2Softmax",
     "adapted",

@@ -159,12 +159,39 @@ def circle(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
     )(c, y, x_norm)
 
 
+def sphereface2(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
+    g = 2 * ((c + 1) / 2) ** 3 - 1
+    return with_negatives(
+        lambda _: g.gather(1, y[:, None]) - 0.3 - 2.5 / 16, lambda *_: g + 0.3 - 2.5 / 16
+    )(c, y, x_norm)
+
+
+def sphereface2_of_angles(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
+    theta = torch.acos(c)
+    return with_negatives(
+        lambda c_y: (continuous(c_y, 0.2) + 1) ** 2 / 2 - 1 + 0.5 / 16,
+        lambda *_: (torch.cos(theta - 0.2) + 1) ** 2 / 2 - 1 + 0.5 / 16,
+    )(c, y, x_norm)
+
+
+def unified(c: Tensor, y: Tensor, x_norm: Tensor) -> Defined:
+    threshold = torch.tensor(math.log(10 * C)).to(c) / 16
+    return with_negatives(lambda c_y: c_y - 0.4 - threshold, lambda *_: c - threshold)(c, y, x_norm)
+
+
 @dataclass
 class Loss:
     make: Callable[[], torch.nn.Module]  # a fresh margin
     define: Definition
     normalize: str = "both"
     scale: float = 16.0
+    # of a one-versus-rest loss: the weights of the target's term and of the others'
+    binary: tuple[float, float] | None = None
+
+    def accepted(self, **settings: Any) -> dict[str, Any]:
+        """Leaves out settings that change a softmax, where the loss is none."""
+        softmax = ("label_smoothing", "z_loss", "focal_gamma")
+        return {k: v for k, v in settings.items() if self.binary is None or k not in softmax}
 
 
 C = 61
@@ -232,6 +259,17 @@ LOSSES = {
     "ArcNegFace": Loss(mk.ArcNegFace, with_negatives(hard, arc_negative)),
     "Circle": Loss(mk.Circle, circle, scale=20.0),
     "inter-top-k": Loss(lambda: mk.InterTopK(mk.ArcFace(0.2, branch="continuous")), inter_top_k),
+    "SphereFace2": Loss(
+        lambda: mk.SphereFace2(0.3, bias=-2.5, weight=1.5), sphereface2, binary=(1.05, 0.45)
+    ),
+    "SphereFace2 of the angle": Loss(
+        lambda: mk.SphereFace2(0.2, kind="A", t=2, bias=0.5, balance=0.6),
+        sphereface2_of_angles,
+        binary=(0.6, 0.4),
+    ),
+    "unified cross-entropy": Loss(
+        lambda: mk.UnifiedCE(C, negative=0.5), unified, binary=(1.0, 0.5)
+    ),
 }
 
 
@@ -258,6 +296,12 @@ def dense(
     t, extra = loss.define(c, y, x_norm)
     kept = dict(both=1.0, weight=x_norm[:, None], none=x_norm[:, None] * w_norm)[loss.normalize]
     logits = loss.scale * kept * t
+    if loss.binary is not None:
+        own = F.one_hot(y, logits.shape[1]).to(logits)
+        positive, negative = loss.binary
+        weights = positive * own + negative * (1 - own)
+        terms = F.binary_cross_entropy_with_logits(logits, own, weights, reduction="none")
+        return terms.sum(1) * (1.0 if sample_weight is None else sample_weight)
     rows = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
     p = logits.softmax(1).gather(1, y[:, None])[:, 0]
     rows = rows * (1 - p) ** focal_gamma + z_loss * logits.logsumexp(1) ** 2 + extra
@@ -300,11 +344,11 @@ def solve(function: Callable, x: Tensor, w: Tensor) -> list[Tensor]:
     return [rows.detach(), *torch.autograd.grad((rows * upstream).sum(), leaves)]
 
 
-def settings_of(kind: str, n: int) -> dict[str, Any]:
-    """Returns settings that compose with every loss: one of them, all, or none ("alone")."""
+def settings_of(kind: str, n: int, loss: Loss) -> dict[str, Any]:
+    """Returns settings that compose with a loss: one of them, all, or none ("alone")."""
     weights = torch.linspace(0.2, 2, n, dtype=F64)
     each = dict(label_smoothing=0.1, sample_weight=weights, z_loss=1e-2, focal_gamma=2.0)
-    return {"alone": {}, "all": each}.get(kind, {kind: each.get(kind)})
+    return loss.accepted(**{"alone": {}, "all": each}.get(kind, {kind: each.get(kind)}))
 
 
 def stays_in_the_definitions_budget(
@@ -315,7 +359,8 @@ def stays_in_the_definitions_budget(
     The plain path is the definition in the same type, with the features in several orders.
     """
     x, w, y = operands(d=96, dtype=dtype)
-    loss, settings = LOSSES[name], settings_of("all", len(x))
+    loss = LOSSES[name]
+    settings = settings_of("all", len(x), loss)
     settings["sample_weight"] = settings["sample_weight"].float()
     exact = solve(lambda x, w: dense(loss, x, w, y, **settings), x.double(), w.double())
     draws = []
@@ -343,8 +388,9 @@ def finite_at_the_ends(name: str, dtype: torch.dtype, backend: str, device: str 
     w = torch.randn(C, 24, device=device)
     y = torch.arange(30, device=device)
     x = torch.cat([2 * w[:10], -0.5 * w[10:20], w[40:50]])
-    settings = dict(backend=backend, label_smoothing=0.1, z_loss=1e-3, focal_gamma=0.5)
+    loss = LOSSES[name]
+    settings = loss.accepted(label_smoothing=0.1, z_loss=1e-3, focal_gamma=0.5)
     for value in solve(
-        lambda x, w: fused(LOSSES[name], x, w, y, **settings), x.to(dtype), w.to(dtype)
+        lambda x, w: fused(loss, x, w, y, backend=backend, **settings), x.to(dtype), w.to(dtype)
     ):
         assert value.isfinite().all()

@@ -197,7 +197,7 @@ def solve_step(x, w, y, settings, modules, shard):
         **dict(given, **leaves), reduction="none", backend="reference", return_stats=True
     )
     upstream = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
-    leaves |= {k: t for m in modules for k, t in m.named_parameters()}
+    leaves |= {f"learnt {k}": t for m in modules for k, t in m.named_parameters()}
     if isinstance(given["scale"], torch.nn.Parameter):
         leaves["scale"] = given["scale"]
     gradients = torch.autograd.grad((losses * upstream).sum(), leaves.values())

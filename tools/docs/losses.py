@@ -20,7 +20,7 @@ MARGINS = [
     mk.NSoftmax, mk.LSoftmax, mk.ASoftmax, mk.SphereFace, mk.CosFace, mk.ArcFace, mk.CombinedMargin,
     mk.X2Softmax, mk.ElasticFace, mk.AdaMSoftmax, mk.AdaFace, mk.MagFace, mk.AirFace,
     mk.InterClassFilter, mk.MVSoftmax, mk.CurricularFace, mk.ArcNegFace,
-    mk.Circle, mk.InterTopK,
+    mk.Circle, mk.InterTopK, mk.SphereFace2, mk.UnifiedCE,
 ]  # fmt: skip
 OTHERS = [mk.AdaCos, mk.TripletLoss, mk.margins_from_counts]
 REQUIRED = dict(num_classes=10, margin=mk.CosFace())
@@ -39,11 +39,11 @@ differs between public implementations, and which one is followed.
 t takes the place of the target's cosine c = cos(theta): the target logit is scale t, the others are
 scale c_j, unless the table says what becomes of them. With `normalize="weight"` logits keep |x|,
 with `"none"` also |w_j|. The column `normalize` says what the paper has; give it to the head, whose
-default is `"both"`. Angles are in radians. All compose with label smoothing, sample weights,
-`z_loss`, `focal_gamma` and `ignore_index`. What a loss remembers are buffers or parameters: saved
-with the head, and moved in training mode only. What happens beyond theta = pi - m differs between
-public implementations, and so does the gradient. `branch=` and `gradient=` name the rules in use,
-and the docstrings say who uses which.
+default is `"both"`. Angles are in radians. All compose with sample weights and `ignore_index`, and
+all but the one-versus-rest losses with label smoothing, `z_loss` and `focal_gamma`. What a loss
+remembers are buffers or parameters: saved with the head, and moved in training mode only. What
+happens beyond theta = pi - m differs between public implementations, and so does the gradient.
+`branch=` and `gradient=` name the rules in use, and the docstrings say who uses which.
 """
 
 PICTURES = """
