@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from . import arguments, ops, validation
 from .call import resolve_compute_dtype
 from .distributed.exchange import opened
+from .greatest import CHUNK, greatest
 from .norms import unit_rows
 
 if TYPE_CHECKING:
     from .modules import MarginSoftmaxHead
-
-# rows of the weight in a block: 8 MB of fp32 logits for 256 rows
-CHUNK = 8192
 
 
 def logits(head: "MarginSoftmaxHead", embeddings: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ def topk(head: "MarginSoftmaxHead", embeddings: Tensor, k: int) -> tuple[Tensor,
     values = rows.new_empty(len(rows), 0, dtype=ops.statistics_dtype(compute_dtype))
     classes = values.long()
     for start, block in _blocks(head, rows):
-        best, where = block.topk(min(k, block.shape[1]), dim=1)
+        best, where = greatest(block, k)
         values = torch.cat([values, best], dim=1)
         classes = torch.cat([classes, where + start], dim=1)
         values, classes = _greatest(k, values, classes)
