@@ -24,7 +24,7 @@ class Batch:
     x: Tensor  # (N, D)
     label: Tensor  # (N,) or (N, L) as given
     local_class: Tensor  # as label: the class among those of this rank; -1 where it is not there
-    sample_weight: Tensor | None  # (N,)
+    sample_weight: Tensor | None  # (N,), with the weight of the row's class
     label_weights: Tensor | None  # (N, L)
 
     def __init__(self, exchange: Exchange, call: Call, noise: Tensor | None):
@@ -49,6 +49,10 @@ class Batch:
         self._kept: Tensor | None = None
         self._class: Tensor | None = None
         self._x_norm: Tensor | None = None
+        if call.class_weight is not None:
+            weight = call.class_weight[self._classes()]
+            given = self.sample_weight
+            self.sample_weight = weight if given is None else weight * given
 
     @property
     def labels_per_row(self) -> int:

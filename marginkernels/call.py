@@ -32,6 +32,7 @@ class Operands(NamedTuple):
     sample_weight: Tensor | None  # (n,)
     row_margin: Tensor | None  # (n,)
     label_weights: Tensor | None  # (n, L)
+    class_weight: Tensor | None  # (C,) of all ranks
 
 
 class Call(NamedTuple):
@@ -45,6 +46,7 @@ class Call(NamedTuple):
     sample_weight: Tensor | None  # (n,)
     row_margin: Tensor | None  # (n,)
     label_weights: Tensor | None  # (n, L)
+    class_weight: Tensor | None  # (C,) of all ranks
     margin: MarginHooks
     scale: float | Tensor
     observer: AdaptiveScale | None  # the scale's module, where it wants to observe
@@ -74,7 +76,7 @@ def check(
     validation.check_settings(settings)
     arguments.boolean("return_stats", return_stats)
     validation.check_operands(operands, shard, settings.sub_centers)
-    x, w, y, bias, sample_weight, row_margin, label_weights = operands
+    x, w, y, bias, sample_weight, row_margin, label_weights, class_weight = operands
     observer = observer_of(scale)
     value: float | Tensor
     if isinstance(scale, nn.Module):
@@ -89,6 +91,7 @@ def check(
         stats_dtype, scale=value, z_loss=settings.z_loss, focal_gamma=settings.focal_gamma
     )
     num_classes = w.shape[0] // settings.sub_centers if shard is None else shard.total
+    validation.check_class_weight(class_weight, num_classes, settings.label_smoothing, x, y)
     hooks = validation.check_margin(margin, num_classes, w.device, row_margin)
     validation.check_cosines(hooks, observer, settings.normalize, bias is not None)
     validation.check_sum(hooks, settings)
@@ -112,7 +115,7 @@ def check(
     call = Call(
         settings=settings, x=x, w=w, bias=bias, label=y,
         sample_weight=sample_weight, row_margin=row_margin, label_weights=label_weights,
-        margin=hooks, scale=value,
+        class_weight=class_weight, margin=hooks, scale=value,
         observer=observer, learns_scale=learns_scale, sampling=sampling, update=update,
         x_dtype=x_dtype, compute_dtype=compute_dtype, stats_dtype=stats_dtype, backend=backend,
         # a compiler fuses what it sees, and compiles no graph for each number
@@ -130,7 +133,7 @@ def agreed(call: Call, margin: nn.Module, scale: float | Tensor | nn.Module) -> 
         training, described = (margin.training, scale.training), _described(scale)
     given = dict(
         sample_weight=call.sample_weight, row_margin=call.row_margin,
-        label_weights=call.label_weights,
+        label_weights=call.label_weights, class_weight=call.class_weight,
     )  # fmt: skip
     return {
         "margin": _described(margin),

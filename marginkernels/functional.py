@@ -59,6 +59,7 @@ def margin_cross_entropy(
     z_loss: float = 0.0,
     focal_gamma: float = 0.0,
     sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     row_margin: Tensor | None = None,
     label_weights: Tensor | None = None,
     other_labels: str = "exclude",
@@ -109,8 +110,15 @@ def margin_cross_entropy(
             F.cross_entropy.
         z_loss: adds z_loss times the square of the log-sum-exp of all logits to each row's loss.
         focal_gamma: multiplies each row's cross-entropy by (1 - p_y)^gamma, p_y the target's
-            probability: the focal loss (arXiv:1708.02002).
+            probability: the focal loss (arXiv:1708.02002), row by row, with the factor's gradient.
+            sphereface_pytorch takes the factor for a constant: that is ``rows * (1 -
+            torch.exp(-rows.detach())) ** gamma`` of ``reduction="none"`` and no ``focal_gamma``.
+            arcface-pytorch has one factor for the batch, the same formula without the detach of
+            the mean.
         sample_weight: (N,) weights >= 0, or None.
+        class_weight: (C,) weights >= 0, or None: each row has that of its class, times its
+            ``sample_weight``, as ``weight`` of F.cross_entropy. The classes are those of all ranks.
+            Label smoothing refuses it, and so do several labels, which have their own weights.
         row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
         label_weights: (N, L) weights >= 0 of several labels, as mixup and CutMix have them (L = 2);
             a label of weight 0 is none. None: equal ones that add up to 1 in each row.
@@ -155,7 +163,7 @@ def margin_cross_entropy(
         normalize, reduction, ignore_index, label_smoothing, z_loss, focal_gamma, compute_dtype,
         save_tiles, backend, sub_centers, other_labels,
     )  # fmt: skip
-    operands = Operands(x, w, y, bias, sample_weight, row_margin, label_weights)
+    operands = Operands(x, w, y, bias, sample_weight, row_margin, label_weights, class_weight)
     exchange, call = opened(
         shard, x, w,
         lambda: check(settings, operands, margin, scale, shard, sampling, update, return_stats),

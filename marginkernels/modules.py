@@ -59,6 +59,7 @@ class MarginSoftmaxHead(nn.Module):
             step; a ``scale`` that is an ``nn.Parameter`` or module is trained and saved with the
             head, a plain tensor is saved as a buffer.
         bias: whether to learn a bias per class, from 0.
+        class_weight: see :func:`margin_cross_entropy`; a buffer, which may be reassigned.
         device, dtype: of ``weight`` (C K, D), K the ``sub_centers``, which starts as N(0, 0.01^2),
             as in insightface arcface_torch.
         sharding: splits the classes over the ranks of a process group, or of a device mesh of one
@@ -79,6 +80,7 @@ class MarginSoftmaxHead(nn.Module):
     """
 
     _given_scale: Tensor | None = None
+    _given_class_weight: Tensor | None = None
     _update: Update | None = None  # of an optimizer of marginkernels.optim
     _looked_for_replicas = False
     _split = False  # whether the weight was ever a DTensor: fully_shard's is none in its forward
@@ -98,6 +100,7 @@ class MarginSoftmaxHead(nn.Module):
         z_loss: float = 0.0,
         focal_gamma: float = 0.0,
         other_labels: str = "exclude",
+        class_weight: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
         save_tiles: str | bool = "auto",
         backend: str = "auto",
@@ -123,7 +126,8 @@ class MarginSoftmaxHead(nn.Module):
         )  # fmt: skip
         validation.check_settings(self.settings)
         self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.margin, self.scale = margin, scale
+        validation.check_class_weight(class_weight, num_classes, label_smoothing)
+        self.margin, self.scale, self.class_weight = margin, scale, class_weight
         observer = observer_of(scale)
         validation.check_cosines(hooks, observer, normalize, bias)
         validation.check_sum(hooks, self.settings)
@@ -133,8 +137,9 @@ class MarginSoftmaxHead(nn.Module):
         if sharding is not None:
             self._mesh, self.shard = sharding.split(num_classes, device, sub_centers)
             self._require_agreement(
-                self.shard, bias=bias, dtype=dtype or torch.get_default_dtype(), sampling=sampling
-            )
+                self.shard, bias=bias, dtype=dtype or torch.get_default_dtype(), sampling=sampling,
+                class_weight=None if class_weight is None else class_weight.dtype,
+            )  # fmt: skip
             self._copy_first(self.shard)
             refuse_ddp()
         self.sampler = None
@@ -155,6 +160,8 @@ class MarginSoftmaxHead(nn.Module):
         if name == "scale":
             if isinstance(value, AdaptiveScale):
                 value.check(self.num_classes)
+            arguments.replace(self, name, value)
+        elif name == "class_weight":
             arguments.replace(self, name, value)
         elif name == "sampling":
             validation.check_own_generator(value)
@@ -201,6 +208,7 @@ class MarginSoftmaxHead(nn.Module):
         """
         self._reset_classes()
         arguments.restore("scale", self.scale, self._given_scale)
+        arguments.restore("class_weight", self.class_weight, self._given_class_weight)
         arguments.reset_inside(self)
         if self.shard is not None:
             self._copy_first(self.shard)
@@ -287,7 +295,7 @@ class MarginSoftmaxHead(nn.Module):
         return margin_cross_entropy(
             embeddings, self.held_weight(), labels, margin=self.margin, scale=self.scale,
             bias=self.held_bias(), shard=self.shard, sampling=sampling,
-            update=self._update, **given,
+            update=self._update, class_weight=self.class_weight, **given,
             **self.settings._asdict(),
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     z_loss: float
     focal_gamma: float
     sample_weight: Tensor | None
+    class_weight: Tensor | None
     row_margin: Tensor | None
     label_weights: Tensor | None
     other_labels: str

@@ -51,7 +51,7 @@ def check_settings(settings: Settings) -> None:
 
 def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: int = 1) -> None:
     """Checks types, shapes and devices of the tensors of one call."""
-    x, w, y, bias, sample_weight, row_margin, label_weights = operands
+    x, w, y, bias, sample_weight, row_margin, label_weights, _ = operands
     check_tensor("x", x)
     check_tensor("w", w, like=x)
     for name, t in (("x", x), ("w", w)):
@@ -91,6 +91,28 @@ def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: 
         if y.ndim == 1:
             raise ValueError(f"label_weights: expected None for labels ({n},): see sample_weight")
         check_tensor("label_weights", label_weights, like=x, shape=tuple(y.shape))
+
+
+def check_class_weight(
+    class_weight: Any,
+    num_classes: int,
+    label_smoothing: float,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> None:
+    """Checks weights of classes, of a head or of a call with x and y, and what goes with them."""
+    if class_weight is None:
+        return
+    check_tensor("class_weight", class_weight, like=x, shape=(num_classes,))
+    if class_weight.requires_grad:
+        raise ValueError("class_weight: expected constants, got a tensor that requires grad")
+    if label_smoothing > 0:
+        raise ValueError(
+            "class_weight: expected None with label_smoothing, where F.cross_entropy weights the "
+            "smoothed classes too, for which a sweep has no weighted sum of logits"
+        )
+    if y is not None and y.ndim == 2:
+        raise ValueError("class_weight: expected None for several labels: see label_weights")
 
 
 def check_tensor(
@@ -245,6 +267,9 @@ def check_values(call: "Call") -> Tensor:
     if call.sample_weight is not None:
         what = "sample_weight: expected finite weights >= 0"
         label = _checked(label, call.sample_weight, 0, statistics.max, what)
+    if call.class_weight is not None:
+        what = "class_weight: expected finite weights >= 0"
+        label = _checked(label, call.class_weight, 0, statistics.max, what)
     if call.label_weights is not None:
         what = "label_weights: expected finite weights >= 0"
         label = _checked(label, call.label_weights, 0, statistics.max, what)

@@ -36,6 +36,7 @@ class Head(Protocol):
     weight: nn.Parameter
     bias: nn.Parameter | None
     margin: nn.Module
+    class_weight: Tensor | None
     embedding_size: int
     num_classes: int
     shard: ClassShard | None
@@ -121,6 +122,7 @@ def _check(
     if optimizer is not None:
         _check_optimizer(head, optimizer)
     validation.check_margin(head.margin, head.num_classes + k)
+    validation.check_class_weight(head.class_weight, head.num_classes + k, 0.0)
     if head.shard is not None:
         ranks = dist.get_world_size(head.shard.group)
         check_whole("num_classes + k", head.num_classes + k, head.sub_centers, ranks)
