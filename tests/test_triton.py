@@ -198,6 +198,22 @@ def test_targets_of_a_class_are_added_up_wherever_they_stand(most_scanned, monke
         problem.check("triton")
 
 
+@needs_triton
+def test_targets_are_added_up_alike_scanned_and_sorted(monkeypatch, poisoned):
+    """Has several targets of a row, one of them twice, and classes with targets of many rows."""
+    from marginkernels.backends.triton import backward
+
+    problem = updates.problem(updates.Case(targets=5, c=30), "cpu")
+    taken = []
+    for most_scanned in (0, 10_000):
+        monkeypatch.setattr(backward, "MOST_SCANNED", most_scanned)
+        torch.manual_seed(1)
+        with simulated("ttsem", races="off"):
+            taken.append(updates.take("triton", updates.Case(targets=5, c=30), problem))
+    for is_sorted, scanned in zip(*((t.dw, t.plain_dx, t.w) for t in taken), strict=True):
+        torch.testing.assert_close(is_sorted, scanned, rtol=1e-5, atol=1e-5)
+
+
 def test_the_same_call_gives_the_same_bits(poisoned):
     problem = random_problem(
         70, 300, 40, dtypes=(BF16, BF16, None), bias=True, margin=ArcFace(0.3), scale=16.0,
