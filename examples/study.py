@@ -32,6 +32,7 @@ from marginkernels import (
     InterTopK,
     MarginSoftmaxHead,
     NSoftmax,
+    SphereFace2,
     TripletLoss,
 )
 from runs import BATCH_SIZE, OUT, SEEDS, Runs, differences, fresh_backbone, metrics, row, table
@@ -58,6 +59,7 @@ COMPARED = (
     ("ArcFace, sub-centres", "ArcFace, hard"),
     ("ArcFace, top-k", "ArcFace, hard"),
     ("Circle", "ArcFace, hard"),
+    ("SphereFace2", "ArcFace, hard"),
     (TRIPLET, TRIPLET_START),
 )
 
@@ -112,7 +114,13 @@ def head_settings(num_classes: int) -> dict[str, dict]:
         ),
         "ArcFace, top-k": dict(margin=InterTopK(ArcFace(0.2, branch="hard")), scale=scale),
         "Circle": dict(margin=Circle(0.25), scale=256.0),
+        "SphereFace2": dict(margin=sphereface2(num_classes, scale=40.0), scale=40.0),
     }
+
+
+def sphereface2(num_classes: int, scale: float) -> SphereFace2:
+    """Builds the margin with its authors' settings, among them the bias it starts from."""
+    return SphereFace2(bias=SphereFace2().first_bias(num_classes, scale), weight=50 / scale)
 
 
 LOSSES = (*head_settings(3), TRIPLET)
