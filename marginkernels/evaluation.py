@@ -25,7 +25,7 @@ def logits(head: "MarginSoftmaxHead", embeddings: Tensor) -> Tensor:
             "logits: the classes are split over ranks: topk merges them, and "
             "full_state_dict() loads into a head that has them all"
         )
-    _check(head, embeddings)
+    check_embeddings(head, embeddings)
     return torch.cat([block for _, block in _blocks(head, embeddings)], dim=1)
 
 
@@ -35,7 +35,7 @@ def topk(head: "MarginSoftmaxHead", embeddings: Tensor, k: int) -> tuple[Tensor,
 
     def check() -> torch.dtype:
         arguments.integer("k", k, most=head.num_classes)
-        _check(head, embeddings)
+        check_embeddings(head, embeddings)
         return _compute_dtype(head, embeddings)
 
     exchange, compute_dtype = opened(
@@ -56,7 +56,8 @@ def topk(head: "MarginSoftmaxHead", embeddings: Tensor, k: int) -> tuple[Tensor,
     return _greatest(k, *exchange.candidates(k, values, classes))
 
 
-def _check(head: "MarginSoftmaxHead", embeddings: Tensor) -> None:
+def check_embeddings(head: "MarginSoftmaxHead", embeddings: Tensor) -> None:
+    """Raises TypeError or ValueError for embeddings that are not (N, D) on the head's device."""
     validation.check_tensor("embeddings", embeddings, like=head.weight)
     if embeddings.ndim != 2 or embeddings.shape[1] != head.embedding_size:
         raise ValueError(

@@ -3,6 +3,7 @@
 """Holds ``MarginSoftmaxHead``, the ``nn.Module`` with weight, margin, scale and settings."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -11,35 +12,33 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.torch_version import TorchVersion
 
-from . import arguments, backends, evaluation, validation
+from . import arguments, backends, cleaning, evaluation, validation
 from .distributed.extend import extend
 from .distributed.shard import (
     ClassShard,
     Sharding,
     copy_first,
-    local,
     look_for_replicas,
     refuse_ddp,
     require_agreement,
-    sharded,
     sharding_of,
     watch_wrappers,
 )
 from .functional import margin_cross_entropy
-from .generators import rank_generator, without_unused
+from .generators import without_unused
 from .loss import HeadStats
-from .pages import in_huge_pages
 from .sampling import PartialFC, step_generators
 from .scales import AdaptiveScale, observer_of
 from .settings import Setting, Settings, shared
 from .update import Update
+from .weights import ClassWeights
 
 # before, torch.compile cannot update a parameter in backward:
 # https://github.com/pytorch/pytorch/pull/178622
 COMPILES_STEPS = TorchVersion(torch.__version__) >= "2.13"
 
 
-class MarginSoftmaxHead(nn.Module):
+class MarginSoftmaxHead(ClassWeights):
     """Joins the last layer of a classifier for embeddings with its loss.
 
     It holds the class weights and computes :func:`margin_cross_entropy` on them.
@@ -82,6 +81,7 @@ class MarginSoftmaxHead(nn.Module):
     _given_scale: Tensor | None = None
     _given_class_weight: Tensor | None = None
     _update: Update | None = None  # of an optimizer of marginkernels.optim
+    _counted: cleaning.Counted | None = None  # by center_counts
     _looked_for_replicas = False
     _split = False  # whether the weight was ever a DTensor: fully_shard's is none in its forward
 
@@ -151,11 +151,6 @@ class MarginSoftmaxHead(nn.Module):
         self._reset_classes()
         watch_wrappers()
 
-    @property
-    def sub_centers(self) -> int:
-        """Returns the number of rows of ``weight`` that each class has."""
-        return self.settings.sub_centers
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
             if isinstance(value, AdaptiveScale):
@@ -184,18 +179,6 @@ class MarginSoftmaxHead(nn.Module):
             num_classes=self.num_classes, margin=self.margin, **given, **shared(self.settings),
         )  # fmt: skip
 
-    def _parameter(
-        self,
-        shape: tuple[int, ...],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> nn.Parameter:
-        if self.shard is None or self._mesh is None:
-            return nn.Parameter(in_huge_pages(torch.empty(shape, device=device, dtype=dtype)))
-        count = self.shard.size * (shape[0] // self.num_classes)
-        held = in_huge_pages(torch.empty(count, *shape[1:], device=device, dtype=dtype))
-        return nn.Parameter(sharded(held, self._mesh, shape))
-
     def reset_parameters(self) -> None:
         """Starts afresh, as after ``to_empty``.
 
@@ -218,14 +201,6 @@ class MarginSoftmaxHead(nn.Module):
         named = (*self.named_parameters(), *self.named_buffers())
         others = [t for name, t in named if name not in ("weight", "bias")]
         copy_first(shard.group, others)
-
-    def _reset_classes(self) -> None:
-        weight, generator = local(self.weight.detach()), None
-        if self.shard is not None and not weight.is_meta:
-            generator = rank_generator(weight.device, dist.get_rank(self.shard.group))
-        nn.init.normal_(weight, std=0.01, generator=generator)
-        if self.bias is not None:
-            nn.init.zeros_(local(self.bias.detach()))
 
     @overload
     def forward(
@@ -302,29 +277,6 @@ class MarginSoftmaxHead(nn.Module):
     # torch.compile knows neither process groups nor the rows of a DTensor
     _eager_loss = torch._disable_dynamo(_loss)
 
-    def held_weight(self) -> Tensor:
-        """Returns the rows of ``weight`` that this rank has to hold."""
-        return self._held("weight", self.weight)
-
-    def held_bias(self) -> Tensor | None:
-        """Returns the part of ``bias`` that this rank has to hold."""
-        return None if self.bias is None else self._held("bias", self.bias)
-
-    def _held(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns the classes of this rank.
-
-        Raises:
-            RuntimeError: another has split the tensor, as fully_shard does outside of its forward.
-        """
-        mesh = getattr(tensor, "device_mesh", None)
-        if mesh is not None and mesh != self._mesh:
-            raise RuntimeError(
-                f"{name}: expected the head's own, got a DTensor over {mesh}, of which this rank "
-                "holds a part. Call the head between unshard() and reshard() of the module that "
-                "fully_shard was given, or leave the head out: sharding= splits its classes"
-            )
-        return local(tensor)
-
     def logits(self, embeddings: Tensor) -> Tensor:
         """Computes the logits (N, C) without margin, for evaluation.
 
@@ -372,6 +324,54 @@ class MarginSoftmaxHead(nn.Module):
         """
         extend(self, k, init, optimizer)
 
+    def center_counts(
+        self,
+        source: Tensor | Iterable[tuple[Tensor, Tensor]],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Counts how many rows are nearest to each centre of their class, (C, K) int64.
+
+        It remembers the K cosines of each row, for :meth:`drop_sub_centers`. For a sharded head the
+        call is collective: ranks give their own rows, in as many batches as they have, and get the
+        counts of all.
+
+        Args:
+            source: embeddings (M, D), or an iterable of batches (embeddings, labels), as
+                ``((backbone(images), labels) for images, labels in loader)``. It runs without
+                gradient.
+            labels: (M,), for embeddings; ``ignore_index`` leaves a row out.
+        """
+        return cleaning.center_counts(self, source, labels)
+
+    def drop_sub_centers(
+        self,
+        keep: str = "dominant",
+        angle: float = 1.309,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Tensor:
+        """Keeps one centre of each class, and says which of the counted rows are close to it.
+
+        So does Sub-center ArcFace (Deng et al., ECCV 2020): the centre with most rows is the
+        dominant one, and the others are dropped. Rows more than 75 degrees from it count as
+        wrongly labelled and are removed. A plain head is then trained on the rest, from scratch
+        in the paper. This head is a plain one from now on, which trains on.
+
+        Args:
+            keep: "dominant", the centre with most rows in :meth:`center_counts`, which has to come
+                before; of equals, and of a class without rows, the first.
+            angle: in radians, in (0, pi].
+            optimizer: as for :meth:`extend`: it goes on with the rows that stay.
+
+        Returns:
+            (M,) bool, for the rows of this rank in the order in which they were counted: True where
+            the row is at most ``angle`` from the dominant centre of its class, False for a row that
+            was left out.
+
+        Raises:
+            RuntimeError: nothing was counted, or the weight has changed since.
+        """
+        return cleaning.drop_sub_centers(self, keep, angle, optimizer)
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns ``state_dict()`` with the classes of all ranks, as an unsharded head has it.
 
@@ -384,14 +384,6 @@ class MarginSoftmaxHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict = without_unused(state_dict, prefix + "sampler", self.sampler)
-        if self.shard is not None and self._mesh is not None:
-            # each rank takes its own of a tensor with all classes
-            for name in ("weight", "bias"):
-                value = state_dict.get(prefix + name)
-                if isinstance(value, Tensor) and not arguments.is_dtensor(value):
-                    rows = value[self.shard.rows(1 if name == "bias" else self.sub_centers)]
-                    rows = rows.to(local(self.weight).device)
-                    state_dict[prefix + name] = sharded(rows, self._mesh, value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -406,5 +398,5 @@ class MarginSoftmaxHead(nn.Module):
 
 
 for _name in Settings._fields:
-    if _name not in vars(MarginSoftmaxHead):
+    if not hasattr(MarginSoftmaxHead, _name):
         setattr(MarginSoftmaxHead, _name, Setting(_name))

@@ -124,6 +124,10 @@ class Exchange(ABC):
         """
 
     @abstractmethod
+    def own(self, values: Tensor) -> Tensor:
+        """Returns this rank's rows (n, ...) of numbers (N, ...), without gradient."""
+
+    @abstractmethod
     def of_own_rows(
         self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
     ) -> Tensor:
@@ -202,6 +206,9 @@ class Whole(Exchange):
         return x
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
+        return values
+
+    def own(self, values: Tensor) -> Tensor:
         return values
 
     def of_own_rows(
@@ -315,6 +322,9 @@ class Sharded(Exchange):
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
         every = self.layout.every(values.detach(), fill)
         return self._through_own(values, every) if values.requires_grad else every
+
+    def own(self, values: Tensor) -> Tensor:
+        return values[self.layout.own]
 
     def of_own_rows(
         self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
