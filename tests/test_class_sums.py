@@ -42,6 +42,7 @@ CASES = [
     Case(targets=3),
     Case(targets=3, compute_dtype=BF16),
     Case(targets=9, n=130, classes=300, compute_dtype=BF16),
+    Case(targets=10, n=3, classes=1200, compute_dtype=BF16),  # most tiles have few targets
     Case(targets=2, compute_dtype=F16, n=1, classes=5),
     Case(targets=3, extras=True, normalize="none"),
     Case(targets=3, extras=True, compute_dtype=BF16, indexed=True),
