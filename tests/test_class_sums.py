@@ -93,7 +93,7 @@ def problem(case: Case, device: str) -> Problem:
     w[-1] = 0
     one_versus_rest = TRANSFORMS[case.transform].one_versus_rest
     with_bias = case.extras and case.transform == "identity"
-    bias = torch.randn(case.classes).repeat_interleave(k) if with_bias else None
+    bias = torch.randn(case.classes * k) if with_bias else None
     with_sum = case.extras and not one_versus_rest
     upstream = (
         torch.rand(n), torch.randn(y.shape), torch.randn(y.shape) if case.extras else None,

@@ -270,6 +270,27 @@ def test_each_load_has_a_tile():
         assert all(any(load & config.serves for config in kind) for kind in row.values())
 
 
+@pytest.mark.parametrize(
+    "changed, complaint",
+    [
+        (dict(sub_centers=2), "sub_centers = 2"),
+        (dict(y=torch.zeros(4, 3, dtype=torch.int64)), "shape \\(4, 3\\)"),
+        (dict(transform="sphereface2", constants=torch.ones(4)), "'sphereface2'"),
+    ],
+)
+@needs_triton
+def test_exponentials_are_saved_for_softmax_over_whole_classes_alone(changed, complaint):
+    from marginkernels.backends.triton.forward import head_fwd
+
+    call = dict(
+        x=torch.ones(4, 8), w=torch.ones(6, 8), y=torch.zeros(4, dtype=torch.int64),
+        scale=torch.ones(()), bias=None, normalize_x=True, normalize_w=True, compute_dtype=F32,
+        want_sum=False, want_max=False, transform="identity", row_parameter=None, constants=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"save_tiles: expected False with .*{complaint}"):
+        head_fwd(**call | changed, save_tiles=True)
+
+
 @needs_triton
 def test_offsets_beyond_32_bits():
     """Reads the last rows of operands of more than 2^31 elements; only touched pages exist."""
@@ -294,7 +315,7 @@ def test_offsets_beyond_32_bits():
         statistics_kernel, (tiles,), x, w, y, torch.ones(n), q, torch.tensor(1.0), None, None, None,
         torch.zeros(1, tiles, dtype=torch.int8), partials, None, n, c, None, d // 64, 0, tiles,
         tiles, tiles, 0, 0, TRANSFORM=None, ONE_VERSUS_REST=False, NORMALIZE_W=True,
-        SAVE_TILES=False, WANT_SUM=False, SEPARATE_MAX=False,
+        SUB_CENTERS=1, SAVE_TILES=False, WANT_SUM=False, SEPARATE_MAX=False,
         PRECISION="ieee", BLOCK_N=64, BLOCK_C=128, BLOCK_D=64, num_stages=3, DESCRIPTORS=False,
         FLATTEN=False,
         ctas=range(tiles - 1, tiles), **common,
@@ -341,6 +362,7 @@ def test_tuning_tries_tensor_descriptors_and_no_tile_that_cannot_run():
     assert all(config.block_c <= 128 for config in tuning.candidates("sm_90", "half", 1000, True))
     assert all(config.block_n == 64 for config in tuning.candidates("sm_90", "half", 60, False))
     assert not any(config.descriptors for config in tuning.candidates("sm_86", "half", 999, False))
+    assert not any(config.flatten for config in tuning.candidates("sm_90", "half", 999, False, 3))
     for tile in ((256, 256, 64, 8, 2, 1), (128, 128, 64, 4, 4, 2), (128, 256, 64, 8, 3, 2)):
         assert not tuning.fits(Config(*tile), "sm_90", "half")
 

@@ -56,6 +56,9 @@ TILE_VARIANTS: dict[str, dict] = {
     "fp16, bias": dict(dtype=torch.float16, bias=True, **EXTRAS),
     "saved tiles": dict(save_tiles=True, want_max=True),
     "several targets, bias": dict(labels=3, bias=True, **EXTRAS),
+    "3 centres": dict(sub_centers=3),
+    "3 centres, bias": dict(sub_centers=3, bias=True, **EXTRAS),
+    "3 centres, airface": dict(sub_centers=3, transform="airface", **EXTRAS),
     **{
         name: dict(transform=name, **EXTRAS)
         for name in TRANSFORMS
@@ -136,9 +139,12 @@ def served(variant: str, config: Config) -> tuple[str, ...]:
     settings = ALL_VARIANTS[variant]
     transform, saved = settings.get("transform", "identity"), settings.get("save_tiles", False)
     extras = any(settings.get(name, False) for name in ("bias", "want_sum", "extras", "labels"))
+    centers = settings.get("sub_centers", 1)
     loads = dict(
-        statistics_kernel=configs.load("statistics", transform, saved=saved, extras=extras),
-        gradient_kernel=configs.load("gradient", transform, extras=extras),
+        statistics_kernel=configs.load(
+            "statistics", transform, centers, saved=saved, extras=extras
+        ),
+        gradient_kernel=configs.load("gradient", transform, centers, extras=extras),
     )
     return tuple(
         kernel
@@ -160,18 +166,20 @@ def run_launchers(
     save_tiles: bool = False,
     transform: str = "identity",
     labels: int = 1,  # of a row
+    sub_centers: int = 1,
     n: int = ROWS,
     c: int = CLASSES,
     config: Config | None = None,
 ) -> None:
     """Calls the forward and the backward launcher on operands of zeros."""
     definition = TRANSFORMS[transform]
+    c *= sub_centers
     x, w = torch.zeros(n, d, dtype=dtype), torch.zeros(c, d, dtype=w_dtype or dtype)
     y, scale = torch.zeros(n, labels, dtype=torch.int64), torch.ones(())
     b = torch.zeros(c) if bias else None
     shared: dict[str, Any] = dict(
         normalize_x=normalize[0], normalize_w=normalize[1], compute_dtype=dtype,
-        transform=transform, config=config,
+        transform=transform, sub_centers=sub_centers, config=config,
         row_parameter=torch.zeros(n) if definition.per_row else None,
         constants=torch.zeros(definition.constants) if definition.constants else None,
     )  # fmt: skip

@@ -52,20 +52,21 @@ def head_bwd(
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
     w_rounded: Tensor | None = None,  # (C, D)
+    sub_centers: int = 1,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        config=config, w_rounded=w_rounded, load=configs.load(
-            "gradient", transform,
+        sub_centers=sub_centers, config=config, w_rounded=w_rounded, load=configs.load(
+            "gradient", transform, sub_centers,
             extras=bias is not None or grad_sum is not None or need_scale or y.numel() > len(x),
         ),
     )  # fmt: skip
     dx = x.new_empty(x.shape if need_x else 0)
     dw = w.new_empty(w.shape if need_w else 0)
-    dbias = operands.statistics(operands.classes if need_bias else 0)
+    dbias = operands.statistics(operands.count if need_bias else 0)
     dscale = operands.statistics(*(() if need_scale else (0,)))
     if len(x) == 0:
         return dx, dw.zero_(), dbias.zero_(), dscale.zero_()
@@ -97,13 +98,13 @@ class BackwardSweep:
         operands: Operands,
         incoming: Incoming,
         tiles: Tensor,  # (N, classes of all tiles), or (0,)
-        dw_bytes: int,  # of a class, in a buffer
+        dw_bytes: int,  # of a row of w, in a buffer
         need_bias: bool,
         need_scale: bool,
     ) -> "BackwardSweep":
         """Chooses where G comes from, and computes the targets' column."""
         source: GradientSource
-        slot = operands.y.new_empty(operands.classes, dtype=torch.int32)
+        slot = operands.y.new_empty(operands.count, dtype=torch.int32)
         if tiles.numel() > 0:
             source = SavedGradient(operands, incoming, tiles, dw_bytes, slot)
         else:
@@ -127,12 +128,16 @@ class BackwardSweep:
             if operands.classes == 0:
                 dx_raw.zero_()
         for first, stop, w_chunk in operands.chunks(source.chunk_tiles):
-            start, count = first * operands.config.block_c, len(w_chunk)
+            start = first * operands.tile_rows
             g = source.next(first, stop, w_chunk)
             if dx_raw is not None:
-                (vendor_gemm.add_mm if first else vendor_gemm.mm)(dx_raw, g, w_chunk)
+                for centre, rows in enumerate(operands.by_centre(w_chunk)):
+                    product = vendor_gemm.add_mm if first or centre else vendor_gemm.mm
+                    product(dx_raw, g[centre], rows)
             if dbias.numel() > 0:
-                torch.sum(source.dbias[:, :count], 0, out=dbias[start : start + count])
+                own_dbias = operands.by_centre(dbias[start : start + len(w_chunk)])
+                for centre, out in enumerate(own_dbias):
+                    torch.sum(source.dbias[:, centre, : len(out)], 0, out=out)
             if take is not None:
                 take(start, w_chunk, g)
         return dx_raw

@@ -22,10 +22,13 @@ class Load(enum.IntFlag):
     GRADIENT = 16
     GRADIENT_EXTRAS = 32  # likewise, and the gradient of the scale
     GRADIENT_TRANSFORM = 64
+    STATISTICS_CENTERS = 128  # several of each class, perhaps with extras and a transform
+    GRADIENT_CENTERS = 256
     PLAIN = STATISTICS | GRADIENT
     EXTRAS = STATISTICS_EXTRAS | STATISTICS_SAVED | GRADIENT_EXTRAS
     TRANSFORM = STATISTICS_TRANSFORM | GRADIENT_TRANSFORM
-    ANY = PLAIN | EXTRAS | TRANSFORM
+    CENTERS = STATISTICS_CENTERS | GRADIENT_CENTERS
+    ANY = PLAIN | EXTRAS | TRANSFORM | CENTERS
 
 
 class Config(NamedTuple):
@@ -53,11 +56,13 @@ ROW_PADDING = 64
 WORTH_PADDING = 1.25
 
 _FOUR_WARPS = Load.STATISTICS_EXTRAS | Load.STATISTICS_TRANSFORM
+# what takes a second and a third tile of registers
+_SMALLER = Load.TRANSFORM | Load.CENTERS
 _SMALL = Load.PLAIN | Load.STATISTICS_SAVED
 _SAVED_OR_TRANSFORMED = Load.STATISTICS_SAVED | Load.STATISTICS_TRANSFORM
 _FP32 = [
     Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
-    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS),
+    Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.CENTERS),
 ]
 _TF32 = [
     Config(128, 64, 32, 4, 3, 2, Load.STATISTICS),
@@ -70,12 +75,12 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(128, 128, 32, 4, 3, 2, Load.GRADIENT),
             Config(128, 128, 64, 8, 3, 1, Load.PLAIN | Load.EXTRAS),
             Config(64, 64, 64, 4, 3, 3, Load.PLAIN | Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
+            Config(128, 64, 64, 8, 3, 1, _SMALLER),
         ],
         "tf32": _TF32,
         "fp32": [
             Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.STATISTICS_TRANSFORM),
-            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM),
+            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM | Load.CENTERS),
         ],
     },
     "sm_86": {
@@ -83,7 +88,7 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             Config(128, 128, 32, 4, 3, 2, Load.GRADIENT),
             Config(128, 128, 32, 8, 3, 1, Load.PLAIN | Load.EXTRAS),
             Config(64, 64, 64, 4, 3, 3, Load.PLAIN | Load.EXTRAS),
-            Config(128, 64, 32, 8, 3, 1, Load.TRANSFORM),
+            Config(128, 64, 32, 8, 3, 1, _SMALLER),
         ],
         "tf32": _TF32,
         "fp32": _FP32,
@@ -99,11 +104,14 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             # Statistics with saved tiles, N = 1024: 397 with 64 rows, 322 with 128 and 8 warps
             Config(128, 128, 64, 4, 3, 2, _FOUR_WARPS, descriptors=True),
             Config(128, 128, 64, 8, 3, 1, Load.GRADIENT_EXTRAS, descriptors=True),
-            Config(128, 64, 64, 8, 3, 1, Load.GRADIENT_TRANSFORM, descriptors=True),
+            Config(128, 64, 64, 8, 3, 1, Load.GRADIENT_TRANSFORM | Load.CENTERS, descriptors=True),
             Config(64, 128, 64, 4, 3, 2, _SMALL, descriptors=True, flatten=True),
             Config(64, 128, 64, 4, 3, 2, Load.EXTRAS | Load.TRANSFORM),
         ],
-        "tf32": [Config(128, 64, 32, 4, 3, 2)],
+        "tf32": [
+            Config(128, 64, 32, 4, 3, 2, Load.ANY & ~Load.CENTERS),
+            Config(128, 64, 32, 8, 3, 1, Load.CENTERS),
+        ],
         "fp32": [
             Config(64, 64, 16, 4, 3, 2, Load.GRADIENT | _SAVED_OR_TRANSFORMED),
             Config(64, 64, 16, 8, 3, 1, Load.ANY & ~Load.GRADIENT & ~_SAVED_OR_TRANSFORMED),
@@ -113,30 +121,33 @@ TABLE: dict[str, dict[str, list[Config]]] = {
         "half": [
             Config(128, 128, 64, 8, 3, 1, Load.PLAIN | Load.EXTRAS),
             Config(64, 128, 64, 4, 3, 2, Load.PLAIN | Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
+            Config(128, 64, 64, 8, 3, 1, _SMALLER),
         ],
         "tf32": [
             Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
+            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | _SMALLER),
         ],
-        "fp32": [Config(64, 64, 16, 4, 3, 2)],
+        "fp32": [
+            Config(64, 64, 16, 4, 3, 2, Load.ANY & ~Load.CENTERS),
+            Config(64, 64, 16, 8, 3, 1, Load.CENTERS),
+        ],
     },
     "sm_120": {
         "half": [
             Config(128, 128, 32, 4, 3, 2, Load.PLAIN),
             Config(128, 128, 32, 8, 3, 1, Load.EXTRAS),
             Config(64, 128, 64, 4, 2, 2, Load.PLAIN | Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
+            Config(128, 64, 64, 8, 3, 1, _SMALLER),
         ],
         "tf32": [
             Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
+            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | _SMALLER),
         ],
         "fp32": _FP32,
     },
     "gfx942": {
         "half": [
-            Config(128, 128, 64, 8, 2, 1),
+            Config(128, 128, 64, 8, 2, 1, Load.ANY & ~Load.CENTERS),
             Config(64, 64, 64, 4, 2, 2),
         ],
         "fp32": [Config(64, 64, 16, 4, 2, 2)],
@@ -177,9 +188,13 @@ def kind(compute_dtype: torch.dtype, target_name: str) -> str:
     return "tf32" if allowed and "tf32" in TABLE[target_name] else "fp32"
 
 
-def load(kernel: str, transform: str, *, saved: bool = False, extras: bool) -> Load:
-    """Returns the load of a kernel, "statistics" or "gradient", in a call with this transform."""
+def load(
+    kernel: str, transform: str, sub_centers: int, *, saved: bool = False, extras: bool
+) -> Load:
+    """Returns the load of a kernel, "statistics" or "gradient", in a call with these settings."""
     name = kernel.upper()
+    if sub_centers > 1:
+        return Load[f"{name}_CENTERS"]
     if transform != "identity":
         return Load[f"{name}_TRANSFORM"]
     if saved:

@@ -12,7 +12,7 @@ from . import vendor_gemm
 from .operands import Operands
 from .sources import GradientSource
 
-# takes a chunk: the place of its first class in the sweep, its rows of w, and G (N, classes)
+# takes a chunk: the place of its first row of w in the sweep, its rows, and G (K, N, classes)
 TakeChunk = Callable[[int, Tensor, Tensor], None]
 
 
@@ -38,7 +38,8 @@ class TakeDw:
         """Takes a chunk, see :data:`TakeChunk`."""
         part = slice(first, first + len(w_chunk))
         raw = self.place(part)
-        vendor_gemm.mm(raw, g.t(), self.gradient.source.x)
+        for centre, out in enumerate(self.gradient.operands.by_centre(raw)):
+            vendor_gemm.mm(out, g[centre].t(), self.gradient.source.x)
         self.take(part, w_chunk, raw)
 
     def place(self, part: slice) -> Tensor:

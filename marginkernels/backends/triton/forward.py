@@ -34,22 +34,23 @@ def head_fwd(
     row_parameter: Tensor | None,  # (N,)
     constants: Tensor | None,  # (K,)
     keep_rounded: bool = False,
+    sub_centers: int = 1,
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
-    if save_tiles and TRANSFORMS[transform].one_versus_rest:
-        raise ValueError(f"save_tiles: expected False with the transform {transform!r}, got True")
+    if save_tiles:
+        _check_that_tiles_can_be_saved(y, transform, sub_centers)
     x_inv = x.new_empty(len(x), dtype=torch.float32)
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        config=config, x_inv=x_inv if normalize_x else None,
+        sub_centers=sub_centers, config=config, x_inv=x_inv if normalize_x else None,
         load=configs.load(
-            "statistics", transform, saved=save_tiles,
+            "statistics", transform, sub_centers, saved=save_tiles,
             extras=want_sum or bias is not None or y.numel() > len(x),
         ),
     )  # fmt: skip
-    n, c = len(x), operands.classes
+    n, c = len(x), operands.count
     tiles_shape = configs.tiles_shape(n, c) if save_tiles else (0,)
     results = ops.Forward(
         lse=operands.statistics(n),
@@ -72,6 +73,18 @@ def head_fwd(
     if n:
         _finish_rows(operands, results, partials, want_sum, want_max, separate_max)
     return results
+
+
+def _check_that_tiles_can_be_saved(y: Tensor, transform: str, sub_centers: int) -> None:
+    """Raises ValueError where G is not what the saved exponentials are, but for factors."""
+    obstacles = {
+        f"sub_centers = {sub_centers}": sub_centers > 1,
+        f"y of shape {tuple(y.shape)}": y.ndim > 1 and y.shape[1] > 1,
+        f"the transform {transform!r}": TRANSFORMS[transform].one_versus_rest,
+    }
+    for obstacle, is_there in obstacles.items():
+        if is_there:
+            raise ValueError(f"save_tiles: expected False with {obstacle}, got True")
 
 
 def _take_statistics(

@@ -9,7 +9,7 @@ captured in a CUDA graph.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from .row_kernels import prepare_rows_kernel, project_kernel
 from .target_kernels import flag_kernel
 from .transforms import Transform
 
-# a class is an int32 in the kernels, up to the end of 128 tiles; offsets have 64 bits
+# a row of w is an int32 in the kernels, up to the end of 128 tiles, each of whose classes has
+# ``sub_centers`` rows; offsets have 64 bits
 MOST_CLASSES = 2**31 - 2**15
 # the most that a chunk of classes takes in buffers: for G, for rounded rows of w, and for dw where
 # its final place cannot hold it in fp32. So GEMMs run well, and launches are few
@@ -67,6 +68,7 @@ class Operands:
     index: Tensor | None  # (C,) rows of w that are swept; w then has more than C
     transform: Transform
     normalize_w: bool
+    sub_centers: int  # rows of w of a class; C counts rows
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Operands:
         transform: str,
         row_parameter: Tensor | None,  # (N,)
         constants: Tensor | None,  # (K,)
+        sub_centers: int,
         load: configs.Load,
         config: Config | None,  # in the place of the table's
         x_inv: Tensor | None = None,  # (N,)
@@ -93,9 +96,11 @@ class Operands:
         Writes the inverse norms of its rows into ``x_inv``, where it is given.
         """
         functor = Transform.of(transform, row_parameter, constants, len(x), bias is not None)
-        classes = len(w if index is None else index)
-        if classes >= MOST_CLASSES:
-            raise ValueError(f"w: expected fewer than {MOST_CLASSES} classes, got {classes}")
+        count, most = len(w if index is None else index), MOST_CLASSES - (sub_centers - 1) * 2**15
+        if count >= most:
+            raise ValueError(f"w: expected fewer than {most} classes, got {count}")
+        if sub_centers < 1 or count % sub_centers:
+            raise ValueError(f"w: expected a multiple of sub_centers = {sub_centers}, got {count}")
         target = configs.target(x.device)
         kind = configs.kind(compute_dtype, target.name)
         config = config or configs.choose(target.name, kind, load, len(x))
@@ -117,18 +122,24 @@ class Operands:
             y=y.contiguous().flatten(),
             labels=None if y.ndim == 1 or y.shape[1] == 1 else y.shape[1],
             scale=scale,
-            bias=None if bias is None else _continued(bias, config.block_c),
+            bias=None if bias is None else _continued(bias, config.block_c * sub_centers),
             index=None if index is None else index.contiguous(),
             transform=functor,
             normalize_w=normalize_w,
+            sub_centers=sub_centers,
         )
         operands.prepare(x, None if readable else rows, x_inv)
         return operands
 
     @functools.cached_property
+    def count(self) -> int:
+        """Counts the rows of w that are swept, C."""
+        return len(self.w if self.index is None else self.index)
+
+    @functools.cached_property
     def classes(self) -> int:
         """Counts the classes that are swept."""
-        return len(self.w if self.index is None else self.index)
+        return self.count // self.sub_centers
 
     @functools.cached_property
     def row_tiles(self) -> int:
@@ -139,6 +150,11 @@ class Operands:
     def class_tiles(self) -> int:
         """Counts the class tiles."""
         return ceil_div(self.classes, self.config.block_c)
+
+    @functools.cached_property
+    def tile_rows(self) -> int:
+        """Counts the rows of w in a class tile."""
+        return self.config.block_c * self.sub_centers
 
     @functools.cached_property
     def d_tiles(self) -> int:
@@ -158,15 +174,15 @@ class Operands:
         """Returns the programs per row tile of the statistics."""
         return configs.columns(self.programs, self.row_tiles, self.class_tiles)
 
-    def chunk_tiles(self, class_bytes: int) -> int:
-        """Returns how many class tiles a chunk has, of which each class takes so many bytes.
+    def chunk_tiles(self, row_bytes: int) -> int:
+        """Returns how many class tiles a chunk has, of which each row of w takes so many bytes.
 
-        A class also takes a rounded row where w has to be rounded. All chunks have about the same
+        A row also takes a rounded one where w has to be rounded. All chunks have about the same
         size.
         """
         if self.rows is None:
-            class_bytes += self.width * self.x.itemsize
-        most = max(1, CHUNK_BYTES // max(1, class_bytes * self.config.block_c))
+            row_bytes += self.width * self.x.itemsize
+        most = max(1, CHUNK_BYTES // max(1, row_bytes * self.tile_rows))
         return ceil_div(self.class_tiles, max(1, ceil_div(self.class_tiles, most)))
 
     def keeping(self, rows: Tensor, w_inv: Tensor | None) -> "Operands":
@@ -184,14 +200,14 @@ class Operands:
         the rows of an index. Writes the inverse norms of the rows into ``w_inv`` (C,) on the way,
         where it is given.
         """
-        block = self.config.block_c
+        block = self.tile_rows
         if self.rows is not None:
             self.prepare(self.rows, None, w_inv)
         else:
-            buffer = self.x.new_empty(min(tiles * block, self.classes), self.width)
+            buffer = self.x.new_empty(min(tiles * block, self.count), self.width)
         for first in range(0, self.class_tiles, tiles):
             stop = min(first + tiles, self.class_tiles)
-            part = slice(first * block, min(stop * block, self.classes))
+            part = slice(first * block, min(stop * block, self.count))
             if self.rows is not None:
                 rows = self.rows[part]
             else:
@@ -202,6 +218,12 @@ class Operands:
                 else:
                     self.prepare(self.w, rows, inverse, self.index[part])
             yield first, stop, rows
+
+    def by_centre(self, rows: Tensor) -> Sequence[Tensor]:
+        """Returns the rows (classes K, .) of each of the K centres, (classes, .)."""
+        if self.sub_centers == 1:
+            return [rows]
+        return rows.view(-1, self.sub_centers, *rows.shape[1:]).unbind(1)
 
     def target_row(self) -> Tensor:
         """Returns the rows of w that hold targets, (N L,), or -1."""
@@ -270,16 +292,17 @@ class Operands:
         """
         flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
         flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, 128),)](
-            self.y, flags, slot, N=len(self.x), C=self.classes, labels=self.labels,
-            class_tiles=self.class_tiles, BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c,
-            BLOCK_T=128, num_warps=4, enable_fp_fusion=True,
+            self.y, flags, slot, N=len(self.x), C=self.count, labels=self.labels,
+            class_tiles=self.class_tiles, SUB_CENTERS=self.sub_centers,
+            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return flags
 
     def inverse_norms(self) -> Tensor:
-        """Allocates an fp32 number for each class, (C,), in memory that goes on after the last."""
-        padding = -self.classes % _CLASSES_PADDING
-        return self.statistics(self.classes + padding)[: self.classes]
+        """Allocates an fp32 number for each row of w, (C,), in memory that goes on after them."""
+        padding = -self.classes % _CLASSES_PADDING * self.sub_centers
+        return self.statistics(self.count + padding)[: self.count]
 
     def to_last_tile(self, w_inv: Tensor) -> Tensor:
         """Returns ``w_inv`` with what stands after it, to the end of the last tile of classes.
@@ -287,16 +310,17 @@ class Operands:
         That has no effect: it is there to be read, since a mask would make the loads scalar. A
         w_inv in memory that ends before is copied.
         """
-        size = self.class_tiles * self.config.block_c
+        size = self.class_tiles * self.tile_rows
         if (w_inv.storage_offset() + size) * w_inv.itemsize > w_inv.untyped_storage().nbytes():
             w_inv = self.inverse_norms().copy_(w_inv)
         return w_inv.as_strided((size,), (1,))
 
     def factors(self, w_chunk: Tensor) -> list[Tensor] | list[TensorDescriptor]:
         """Returns x and w as the tile kernels take them."""
-        config, factors = self.config, [self.x, w_chunk]
+        config = self.config
         if not config.descriptors:
-            return factors
+            return [self.x, w_chunk]
+        factors = self.x, w_chunk.view(-1, self.sub_centers * self.width)
         blocks = config.block_n, config.block_c
         return [
             TensorDescriptor.from_tensor(rows, [block, config.block_d])
@@ -308,7 +332,7 @@ class Operands:
         config, transform = self.config, self.transform
         return dict(
             TRANSFORM=transform.apply, ONE_VERSUS_REST=transform.one_versus_rest,
-            NORMALIZE_W=self.normalize_w,
+            NORMALIZE_W=self.normalize_w, SUB_CENTERS=self.sub_centers,
             inverse_limit=self.inverse_limit, labels=self.labels, D_TILES=self.d_tiles,
             PRECISION=self.precision, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
             BLOCK_D=config.block_d, DESCRIPTORS=config.descriptors, FLATTEN=config.flatten,

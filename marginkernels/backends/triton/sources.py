@@ -30,22 +30,25 @@ class Incoming(NamedTuple):
 
 
 class GradientSource:
-    """Hands out G chunk by chunk, but for factors that the results are multiplied with."""
+    """Hands out G chunk by chunk, but for factors that the results are multiplied with.
+
+    Each of the K centres of a class has a matrix of its own, (N, classes).
+    """
 
     chunk_tiles: int  # class tiles of a chunk
     x: Tensor  # (N, width): the other operand of dw
     row_weight: Tensor | None = None  # (N,) of dx, where it lacks 1 / |x_i| too
     dx_factor: Tensor | None = None  # ()
     dw_factor: Tensor | None = None  # ()
-    dbias: Tensor  # where it is needed: (row tiles, classes of a chunk) sums for the latest chunk
+    dbias: Tensor  # where it is needed: (row tiles, K, classes of a chunk) sums of the latest chunk
     dscale: Tensor  # where it is needed: (class tiles, row tiles) parts of a sum
 
-    def __init__(self, operands: Operands, class_bytes: int) -> None:
+    def __init__(self, operands: Operands, row_bytes: int) -> None:
         self.operands = operands
-        self.chunk_tiles = operands.chunk_tiles(class_bytes)
+        self.chunk_tiles = operands.chunk_tiles(row_bytes)
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
-        """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
+        """Returns G (K, N, classes) of the class tiles from ``first`` to ``stop``."""
         raise NotImplementedError
 
 
@@ -60,7 +63,7 @@ class TileGradient(GradientSource):
         self,
         operands: Operands,
         incoming: Incoming,
-        dw_bytes: int,  # of a class, in a buffer
+        dw_bytes: int,  # of a row of w, in a buffer
         slot: Tensor,  # (C,) int32, see Targets
         need_bias: bool,
         need_scale: bool,
@@ -73,10 +76,10 @@ class TileGradient(GradientSource):
         if operands.x.dtype == torch.float16:
             g_scale = _power_of_two(operands, incoming)
             self.dx_factor = self.dw_factor = 1 / g_scale
-        g_width = self.chunk_tiles * config.block_c
-        self.g = operands.x.new_empty(row_tiles * config.block_n, g_width)
+        centers, g_width = operands.sub_centers, self.chunk_tiles * config.block_c
+        self.g = operands.x.new_empty(centers, row_tiles * config.block_n, g_width)
         if need_bias:
-            self.dbias = operands.statistics(row_tiles, g_width)
+            self.dbias = operands.statistics(row_tiles, centers, g_width)
         if need_scale:
             self.dscale = operands.statistics(operands.class_tiles, row_tiles)
         sums = (self.dbias if need_bias else None, self.dscale if need_scale else None)
@@ -88,7 +91,7 @@ class TileGradient(GradientSource):
         )  # fmt: skip
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
-        """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
+        """Returns G (K, N, classes) of the class tiles from ``first`` to ``stop``."""
         operands = self.operands
         programs = operands.row_tiles * (stop - first)
         if operands.config.flatten:
@@ -99,7 +102,7 @@ class TileGradient(GradientSource):
             class_tiles=operands.class_tiles, g_tiles=self.chunk_tiles,
             **operands.tile_settings(),
         )  # fmt: skip
-        return self.g[: len(operands.x), : len(w_chunk)]
+        return self.g[:, : len(operands.x), : len(w_chunk) // operands.sub_centers]
 
 
 class SavedGradient(GradientSource):
@@ -126,9 +129,9 @@ class SavedGradient(GradientSource):
         )  # fmt: skip
 
     def next(self, first: int, stop: int, w_chunk: Tensor) -> Tensor:
-        """Returns G (N, classes) of the class tiles from ``first`` to ``stop``."""
+        """Returns G (K, N, classes) of the class tiles from ``first`` to ``stop``."""
         start = first * self.operands.config.block_c
-        return self.tiles[:, start : start + len(w_chunk)]
+        return self.tiles[None, :, start : start + len(w_chunk)]
 
 
 def _power_of_two(operands: Operands, incoming: Incoming) -> Tensor:

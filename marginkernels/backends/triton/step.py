@@ -55,14 +55,15 @@ def head_step(
     project: bool,
     first_class: int,
     w_rounded: Tensor | None = None,  # (C, D)
+    sub_centers: int = 1,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the op of :mod:`marginkernels.ops`; ``config`` replaces the table's."""
     operands = Operands.of(
         x, w, y, scale, bias, index, normalize_w=normalize_w, compute_dtype=compute_dtype,
         transform=transform, row_parameter=row_parameter, constants=constants,
-        config=config, w_rounded=w_rounded, load=configs.load(
-            "gradient", transform,
+        sub_centers=sub_centers, config=config, w_rounded=w_rounded, load=configs.load(
+            "gradient", transform, sub_centers,
             extras=bias is not None or grad_sum is not None or need_scale or y.numel() > len(x),
         ),
     )  # fmt: skip
@@ -72,7 +73,7 @@ def head_step(
         lse, x_inv, w_inv, grad_lse, grad_target, grad_w_norm, grad_sum
     ).contiguous()
     dx = x.new_empty(x.shape if need_x else 0)
-    dbias = operands.statistics(operands.classes if need_bias else 0)
+    dbias = operands.statistics(operands.count if need_bias else 0)
     dscale = operands.statistics(0)
     dw_bytes = 4 * operands.width
     sweep = BackwardSweep.of(operands, incoming, tiles, dw_bytes, need_bias, need_scale)

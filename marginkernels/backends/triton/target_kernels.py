@@ -21,9 +21,10 @@ def flag_kernel(
     flags,  # (row tiles, class tiles) int8
     slot,  # (C,) int32, or None: set to -1 for target_kernel
     N,
-    C,
+    C,  # rows of w
     labels,  # of a row, None: one
     class_tiles,
+    SUB_CENTERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -35,32 +36,34 @@ def flag_kernel(
     row_tiles = tl.cdiv(N, BLOCK_N)
     row_tile = tl.program_id(0) % row_tiles
     first = tl.program_id(0) // row_tiles * BLOCK_T
+    ROWS: tl.constexpr = BLOCK_C * SUB_CENTERS  # of w in a tile
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = first + tl.arange(0, BLOCK_T)
     if labels is None:
-        bits = _holds_label(y + row, row < N, tile, BLOCK_C)
+        bits = _holds_label(y + row, row < N, tile, ROWS)
     else:
         bits = tl.zeros((BLOCK_T,), tl.int32)
         for l in range(labels):
-            bits |= _holds_label(y + row * labels + l, row < N, tile, BLOCK_C) << (l % 8)
+            bits |= _holds_label(y + row * labels + l, row < N, tile, ROWS) << (l % 8)
     own = flags + row_tile.to(tl.int64) * class_tiles
     tl.store(own + tile, bits.to(tl.int8), mask=tile < class_tiles)
     if slot is not None:
-        col = first * BLOCK_C + tl.arange(0, BLOCK_T * BLOCK_C)
-        tl.store(slot + col, -1, mask=col < tl.where(row_tile == 0, C, 0))
+        for part in tl.static_range(SUB_CENTERS):
+            col = first * ROWS + part * BLOCK_T * BLOCK_C + tl.arange(0, BLOCK_T * BLOCK_C)
+            tl.store(slot + col, -1, mask=col < tl.where(row_tile == 0, C, 0))
 
 
 @triton.jit
 def read_labels(y, there):
-    """Returns the classes of targets, -1 where there is none."""
+    """Returns the rows of w that targets name, -1 where there is none."""
     return tl.load(y, mask=there, other=-1).to(tl.int32)
 
 
 @triton.jit
-def _holds_label(y, there, tile, BLOCK_C: tl.constexpr):
+def _holds_label(y, there, tile, ROWS: tl.constexpr):
     """Returns 1 for the tiles that hold one of the labels, and else 0."""
     label = read_labels(y, there)
-    of_label = tl.where(label >= 0, label // BLOCK_C, -1)
+    of_label = tl.where(label >= 0, label // ROWS, -1)
     return tl.max((of_label[:, None] == tile[None, :]).to(tl.int32), 0)
 
 

@@ -9,9 +9,12 @@ Fast because: tensor cores accumulate in fp32; on sm_90 six to eight instruction
 Names, as in csrc/cuda/tile.cuh:
 
     i, j         a row of x, and a class
+    K            rows of w of a class, its sub-centres: SUB_CENTERS
+    winner       the centre, of K, that stands for a class: the one with the greatest v, times q
     r            row factor, scale / |x_i|, or scale where x is not normalised
     q            1 / |w_j|, or 1 where w is not normalised
-    v            <x_i, w_j>; then, as the same tile, times q, a cosine, the transformed cosine
+    v            <x_i, w_j>, the winner's; then, as the same tile, times q, a cosine, the
+                 transformed cosine
     excluded     pairs that take no part: a row's targets, and classes from C on; their v is -inf
     rate         factor of a row that turns v into a logit
     unit         of logits: ln 2, so that an exponential is a bare exp2, or 1
@@ -52,12 +55,14 @@ SIZES = ["N", "C", "labels", "D_TILES", "first_tile", "class_tiles"]
 @triton.jit
 def dot(
     x,  # (N, D_TILES * BLOCK_D)
-    w,  # (classes, D_TILES * BLOCK_D)
+    w,  # (classes K, D_TILES * BLOCK_D), as a descriptor (classes, K * D_TILES * BLOCK_D)
     row,  # the tile's first
     col,  # the tile's first
+    centre,  # of each class
     N,
     classes,
     D_TILES,
+    SUB_CENTERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,7 +78,7 @@ def dot(
     if DESCRIPTORS:
         for step in range(D_TILES):
             x_tile = x.load([row, step * BLOCK_D])
-            w_tile = w.load([col, step * BLOCK_D])
+            w_tile = w.load([col, (centre * D_TILES + step) * BLOCK_D])
             acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
     else:
         stride = D_TILES * BLOCK_D
@@ -81,14 +86,81 @@ def dot(
         rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)
         cols = tl.minimum(tl.arange(0, BLOCK_C), classes - 1 - col)
         x_offs = rows[:, None] * stride + k[None, :]
-        w_offs = cols[None, :] * stride + k[:, None]
+        w_offs = cols[None, :] * (SUB_CENTERS * stride) + k[:, None]
         x += row.to(tl.int64) * stride
-        w += col.to(tl.int64) * stride
+        w += (col.to(tl.int64) * SUB_CENTERS + centre) * stride
         for _ in range(D_TILES):
             acc = tl.dot(tl.load(x + x_offs), tl.load(w + w_offs), acc, input_precision=PRECISION)
             x += BLOCK_D
             w += BLOCK_D
     return acc
+
+
+@triton.jit
+def products(
+    x,
+    w,
+    w_inv,
+    row,  # the tile's first
+    start,  # the tile's first class
+    first,  # class of w
+    N,
+    C,
+    D_TILES,
+    NORMALIZE_W: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Returns v, times q; the winner of each; and q of the first centres.
+
+    The first of equal centres wins.
+    """
+    q = tl.full((BLOCK_C,), 1.0, tl.float32)
+    v = dot(
+        x, w, row, start - first, 0, N, C - first, D_TILES, SUB_CENTERS, BLOCK_N, BLOCK_C, BLOCK_D,
+        PRECISION, DESCRIPTORS,
+    )  # fmt: skip
+    if NORMALIZE_W:
+        q = load_of_centre(w_inv, start, 0, SUB_CENTERS, BLOCK_C)
+        v *= q[None, :]
+    winner = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
+    for centre in tl.static_range(1, SUB_CENTERS):
+        other = dot(
+            x, w, row, start - first, centre, N, C - first, D_TILES, SUB_CENTERS, BLOCK_N, BLOCK_C,
+            BLOCK_D, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+        if NORMALIZE_W:
+            other *= load_of_centre(w_inv, start, centre, SUB_CENTERS, BLOCK_C)[None, :]
+        wins = other > v
+        v = tl.where(wins, other, v)
+        winner = tl.where(wins, centre, winner)
+    return v, winner, q
+
+
+@triton.jit
+def load_of_centre(
+    values,  # (C K,)
+    start,  # the tile's first class
+    centre: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Loads what one centre of each class of a tile has, (BLOCK_C,)."""
+    return tl.load(values + (start + tl.arange(0, BLOCK_C)) * SUB_CENTERS + centre)
+
+
+@triton.jit
+def load_of_winner(values, start, winner, SUB_CENTERS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Loads what the winners of a tile have, (BLOCK_N, BLOCK_C), or (1, BLOCK_C) for one centre."""
+    value = load_of_centre(values, start, 0, SUB_CENTERS, BLOCK_C)[None, :]
+    for centre in tl.static_range(1, SUB_CENTERS):
+        other = load_of_centre(values, start, centre, SUB_CENTERS, BLOCK_C)[None, :]
+        value = tl.where(winner == centre, other, value)
+    return value
 
 
 @triton.jit
@@ -98,16 +170,37 @@ def row_factor(x_inv, scale, row, N):
 
 
 @triton.jit
-def only_label(y, labels, row, N):
-    """Returns the label of each row; None where rows have several."""
+def only_label(y, labels, row, N, SUB_CENTERS: tl.constexpr):
+    """Returns the class of each row's label; None where rows have several."""
     label = None
     if labels is None:
-        label = read_labels(y + row, row < N)
+        label = _load_class(y + row, row < N, SUB_CENTERS)
     return label
 
 
 @triton.jit
-def exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C: tl.constexpr):
+def _load_class(y, there, SUB_CENTERS: tl.constexpr):
+    """Loads the classes of targets, -1 where there is none."""
+    label = read_labels(y, there)
+    if SUB_CENTERS > 1:
+        label = tl.where(label < 0, label, label // SUB_CENTERS)
+    return label
+
+
+@triton.jit
+def exclude(
+    v,
+    flag,
+    label,
+    y,
+    labels,
+    row,
+    start,
+    N,
+    C,
+    SUB_CENTERS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Sets the excluded to -inf. Only flagged tiles and the last one pay for it.
 
     Of several labels a tile looks at those whose bit is set in its flag.
@@ -122,7 +215,7 @@ def exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C: tl.constexpr):
             v = tl.where((col >= C)[None, :], float("-inf"), v)
             for l in range(labels):
                 if (bits.to(tl.int32) >> (l % 8)) & 1 != 0:
-                    own = read_labels(y + row * labels + l, row < N)
+                    own = _load_class(y + row * labels + l, row < N, SUB_CENTERS)
                     v = tl.where(own[:, None] == col[None, :], float("-inf"), v)
     return v
 
@@ -130,19 +223,19 @@ def exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C: tl.constexpr):
 @triton.jit(do_not_specialize=[*SIZES, "stop_tile", "columns", "carry", "tiles_stride"])
 def statistics_kernel(
     x,  # (N, D_TILES * BLOCK_D)
-    w,  # ((stop_tile - first_tile) * BLOCK_C, D_TILES * BLOCK_D): the classes of this launch
+    w,  # ((stop_tile - first_tile) * BLOCK_C K, D_TILES * BLOCK_D): the classes of this launch
     y,  # (N,) or (N, labels) int64, -1: no target here
     x_inv,  # (N,)
-    w_inv,  # (C,) and on to the end of the last tile
+    w_inv,  # (C K,) and on to the end of the last tile
     scale,  # ()
-    bias,  # (C,) and on to the end of the last tile, or None
+    bias,  # (C K,) and on to the end of the last tile, or None
     row_parameter,  # (N,) of the transform, or None
-    constants,  # (K,) of the transform, or None
+    constants,  # of the transform, or None
     flags,  # (row tiles, class tiles) int8, see flag_kernel
     partials,  # (PLANES, columns, N), see constants.py
     tiles,  # (N, class tiles * BLOCK_C) exp(z - offset) q_j, or None
     N,
-    C,
+    C,  # classes
     labels,  # of a row, None: one
     D_TILES,
     first_tile,  # the class tiles of this launch
@@ -155,7 +248,8 @@ def statistics_kernel(
     TRANSFORM: tl.constexpr,  # of cosines, see transforms.py, or None
     ONE_VERSUS_REST: tl.constexpr,  # the sums, which a transform may ask for
     NORMALIZE_W: tl.constexpr,
-    SAVE_TILES: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,  # K
+    SAVE_TILES: tl.constexpr,  # not with several centres
     WANT_SUM: tl.constexpr,
     SEPARATE_MAX: tl.constexpr,  # of the logits, where exponentials are not relative to it
     PRECISION: tl.constexpr,
@@ -178,7 +272,7 @@ def statistics_kernel(
     row_tile = tl.program_id(0) % row_tiles
     column = tl.program_id(0) // row_tiles
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = only_label(y, labels, row, N)
+    label = only_label(y, labels, row, N, SUB_CENTERS)
     if TRANSFORM is None:
         r = row_factor(x_inv, scale, row, N) * PER_UNIT
     else:
@@ -207,21 +301,19 @@ def statistics_kernel(
     for tile in tl.range(first_tile + column, stop_tile, columns, flatten=FLATTEN):
         start = tile * BLOCK_C
         col = start + tl.arange(0, BLOCK_C)
-        v = dot(
-            x, w, row_tile * BLOCK_N, start - first_tile * BLOCK_C, N, C - first_tile * BLOCK_C,
-            D_TILES, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
+        v, winner, q = products(
+            x, w, w_inv, row_tile * BLOCK_N, start, first_tile * BLOCK_C, N, C, D_TILES,
+            NORMALIZE_W, SUB_CENTERS, BLOCK_N, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        if NORMALIZE_W:
-            q = tl.load(w_inv + col)
-            v *= q[None, :]
         rate = r  # the logits are v * rate
         if bias is not None:
-            v = tl.fma(v, rate[:, None], tl.maximum(tl.load(bias + col), MASKED)[None, :])
+            own_bias = load_of_winner(bias, start, winner, SUB_CENTERS, BLOCK_C)
+            v = tl.fma(v, rate[:, None], tl.maximum(own_bias, MASKED))
             rate = 1.0
         if TRANSFORM is not None:
             v *= inverse
         flag = flags + row_tile.to(tl.int64) * class_tiles + tile
-        v = exclude(v, flag, label, y, labels, row, start, N, C, BLOCK_C)
+        v = exclude(v, flag, label, y, labels, row, start, N, C, SUB_CENTERS, BLOCK_C)
         if SEPARATE_MAX:
             top = tl.maximum(top, tl.max(v, 1) * rate)
         if TRANSFORM is not None:

@@ -77,7 +77,8 @@ def fastest(
             return None
         target = configs.target(x.device).name
         kind = configs.kind(settings["compute_dtype"], target)
-        timed = candidates(target, kind, len(x), settings.get("save_tiles", False))
+        saves_tiles, sub_centers = settings.get("save_tiles", False), settings.get("sub_centers", 1)
+        timed = candidates(target, kind, len(x), saves_tiles, sub_centers)
         found[key] = min(
             timed, key=lambda config: _time(lambda: op(x, w, *operands, **settings, config=config))
         )
@@ -85,12 +86,20 @@ def fastest(
     return found[key]
 
 
-def candidates(target: str, kind: str, rows: int, saves_tiles: bool) -> list[Config]:
-    """Lists the table's configurations, and the tiles beyond that may run on this target."""
+def candidates(
+    target: str, kind: str, rows: int, saves_tiles: bool, sub_centers: int = 1
+) -> list[Config]:
+    """Lists the table's configurations, and the tiles beyond that may run on this target.
+
+    With sub-centres each has a main loop of its own, and an epilogue that no loop takes in.
+    """
+    table, several = configs.TABLE[target][kind], sub_centers > 1
+    if several:
+        table = [config for config in table if config.serves & configs.Load.CENTERS]
     beyond = [Config(*tile) for tile in TILES[kind]]
-    tried = configs.TABLE[target][kind] + [tile for tile in beyond if fits(tile, target, kind)]
+    tried = table + [tile for tile in beyond if fits(tile, target, kind, 3 if several else 1)]
     if target in DESCRIPTOR_TARGETS:
-        tried += [config._replace(descriptors=True, flatten=True) for config in tried]
+        tried += [config._replace(descriptors=True, flatten=not several) for config in tried]
     # what a configuration serves is of no account when it is measured
     unique = dict.fromkeys(config._replace(serves=configs.Load.ANY) for config in tried)
     return [
@@ -101,10 +110,17 @@ def candidates(target: str, kind: str, rows: int, saves_tiles: bool) -> list[Con
     ]
 
 
-def fits(config: Config, target: str, kind: str) -> bool:
-    """Returns whether a multiprocessor may have registers and shared memory for the programs."""
+def fits(config: Config, target: str, kind: str, held: int = 1) -> bool:
+    """Returns whether a multiprocessor may have registers and shared memory for the programs.
+
+    Args:
+        config: the tile.
+        target: the row of the table.
+        kind: of arithmetic.
+        held: tiles that a program has in registers.
+    """
     threads = 32 * config.num_warps
-    registers = config.block_n * config.block_c // threads + REGISTERS_BESIDE
+    registers = held * config.block_n * config.block_c // threads + REGISTERS_BESIDE
     size = 2 if kind == "half" else 4
     stage = (config.block_n + config.block_c) * config.block_d * size
     shared = config.num_stages * stage + (1 << 10)
@@ -128,6 +144,7 @@ def _shape_class(op: Callable, x: Tensor, w: Tensor, settings: dict) -> str:
     sizes = [triton.next_power_of_2(size) for size in (*x.shape, len(w))]
     precision = torch.backends.cuda.matmul.fp32_precision
     flags = [str(v) for v in settings.values() if isinstance(v, bool | str | torch.dtype)]
+    flags.append(str(settings.get("sub_centers", 1)))
     parts = (device, triton.__version__, op.__name__, *sizes, w.dtype, precision, *flags)
     return " ".join(map(str, parts))
 
