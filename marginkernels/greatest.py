@@ -56,7 +56,7 @@ def greatest_cosines(
     step = max(1, CHUNK // sub_centers) * sub_centers
     for start in range(0, count, step):
         rows = slice(start, start + step)
-        block = _cosines(x, w[rows] if index is None else w[index[rows]], compute_dtype)
+        block = _products(x, w[rows] if index is None else w[index[rows]], compute_dtype)
         if sub_centers > 1:
             block = block.unflatten(1, (-1, sub_centers)).amax(2)
         places, width = targets - start // sub_centers, block.shape[1]
@@ -65,16 +65,15 @@ def greatest_cosines(
         limit = torch.where(inside, -math.inf, math.inf).to(block)
         block.scatter_reduce_(1, places.clamp(0, width - 1), limit, "amin")
         best, _ = torch.cat([best, greatest(block, k)[0]], dim=1).topk(k, dim=1)
-    return best
+    return best / row_norm(x, compute_dtype)[:, None]
 
 
-def _cosines(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Returns the cosines of the rows as rounded, (N, C) in the statistics dtype."""
+def _products(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Returns |x_i| times the cosines of the rows as rounded, (N, C) in the statistics dtype."""
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type == "cuda" and compute_dtype.itemsize == 2:
             # as exact as a product in fp32, which adds up the same products
             product = torch.mm(x.to(compute_dtype), w.to(compute_dtype).T, out_dtype=torch.float32)
         else:
             product = ops.rounded(x, compute_dtype) @ ops.rounded(w, compute_dtype).T
-    norms = row_norm(x, compute_dtype)[:, None], row_norm(w, compute_dtype)
-    return product.div_(norms[0]).div_(norms[1])
+    return product.div_(row_norm(w, compute_dtype))
