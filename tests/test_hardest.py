@@ -119,6 +119,23 @@ def test_a_sample_has_its_own_hardest(backend, device):
         torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_no_label_of_a_row_is_among_its_hardest(backend, device):
+    x, w, y = operands(dtype=F32)
+    y = torch.stack([y, (y + 7) % C], 1)
+    cosines = F.normalize(x.double()) @ F.normalize(w.double()).T
+    own = torch.zeros_like(cosines).scatter(1, y, 1.0) > 0
+    nearest = cosines.masked_fill(own, -2).topk(5, dim=1).indices
+    closer = torch.cos(torch.acos(cosines.gather(1, nearest)) - 0.1)
+    others = cosines.scatter(1, nearest, closer).masked_fill(own, -math.inf)
+    lse = (16 * others).logsumexp(1, keepdim=True)
+    exact = F.softplus(lse - 16 * (cosines.gather(1, y) - 0.2)).mean(1)
+    given = [t.to(device) for t in (x, w, y)]
+    margin = InterTopK(CosFace(0.2), penalty=0.1)
+    settings = dict(margin=margin, scale=16.0, reduction="none", backend=backend)
+    ours = margin_cross_entropy(*given, **settings)
+    torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_a_schedule_drives_margin_and_penalty_as_wespeaker_does():
     margin = InterTopK(ArcFace(0.0), penalty=0.09)  # mp = 0.06 for m = 0.2 is 0.09 for 0.3
     schedule = MarginSchedule(margin, initial=0.0, final=0.3, start=10, finish=60)
