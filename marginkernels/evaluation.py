@@ -85,10 +85,9 @@ def _blocks(head: "MarginSoftmaxHead", embeddings: Tensor) -> Iterator[tuple[int
             block = x @ w.T
         if k > 1:
             block = block.unflatten(1, (-1, k)).max(2).values  # of the nearest centre
-        yield (
-            first + start,
-            block if bias is None else block + bias[start : start + count].to(w.dtype),
-        )
+        if bias is not None:
+            block = block + bias[start : start + count].to(w.dtype)
+        yield first + start, block
 
 
 def _operand(rows: Tensor, normalised: bool, compute_dtype: torch.dtype) -> Tensor:
