@@ -49,7 +49,7 @@ def check(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], what: s
     # rounded, because another rounding of a cosine may choose another centre
     x, w = (t.to(dtype).float() for t in (torch.randn(n, d), torch.randn(c * centers, d)))
     y = torch.randint(c, (n, 8) if what == "labels" else (n,))
-    more = dict(save_tiles=what == SAVED, sub_centers=centers)
+    more: dict[str, Any] = dict(save_tiles=what == SAVED, sub_centers=centers)
     if what == "one versus rest":
         more |= dict(margin=SphereFace2(), scale=32.0)
     exact = step("reference", x.double(), w.double(), y, torch.float64, **more | NO_TILES)
@@ -75,9 +75,9 @@ def step(
 ) -> list[Tensor]:
     """Returns loss, dx and dw of a step."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    settings = dict(margin=ArcFace(0.5), scale=64.0, compute_dtype=dtype, backend=backend) | more
-    margin = settings["margin"].to(x.device)
-    loss = margin_cross_entropy(x, w, y, **settings | dict(margin=margin))
+    settings: dict[str, Any] = dict(margin=ArcFace(0.5), scale=64.0) | more
+    settings["margin"].to(x.device)
+    loss = margin_cross_entropy(x, w, y, compute_dtype=dtype, backend=backend, **settings)
     return [loss.detach(), *torch.autograd.grad(loss, (x, w))]
 
 
