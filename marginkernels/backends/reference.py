@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from .. import ops, rules, transforms
-from ..numerics import least_norm
 from ..rounding import stored
 from ..transforms import TRANSFORMS, Transform
 from .base import Backend
+from .reference_rows import (
+    LogSumExp,
+    SoftplusSum,
+    finite,
+    inverse_norm,
+    is_zero_row,
+    projected,
+    unit_or_zero,
+)
 
 # numbers in a block: of its logits, and of its classes' rows; and the fewest classes in one
 BLOCK_NUMBERS = 1 << 20
@@ -128,7 +136,7 @@ class _Classes(NamedTuple):
 
     def _block(self, x_unit: Tensor, classes: slice) -> _Block:
         w = ops.rounded(self.w[self.rows(classes)], self.compute_dtype)
-        w_inv = _inverse_norm(w, self.compute_dtype)
+        w_inv = inverse_norm(w, self.compute_dtype)
         w_unit = w * w_inv[:, None] if self.normalize_w else w
         product = x_unit @ w_unit.T
         name, row_parameter, constants = self.transform
@@ -161,9 +169,9 @@ class _Classes(NamedTuple):
         """Returns the gradient of the block's weights (B, D), in the statistics dtype."""
         gradient = self.scale * (g.T @ x_unit)
         if self.normalize_w:
-            gradient = _project(gradient, block.w, block.w_inv, self.compute_dtype)
+            gradient = projected(gradient, block.w, block.w_inv, self.compute_dtype)
         if radial is not None:
-            unit = _unit_or_zero(block.w, block.w_inv, self.compute_dtype)
+            unit = unit_or_zero(block.w, block.w_inv, self.compute_dtype)
             gradient = gradient + radial[block.classes, None] * unit
         return gradient
 
@@ -195,10 +203,10 @@ def head_fwd(
         w, labels, scale, bias, index, normalize_w, compute_dtype, checked, sub_centers
     )
     x = ops.rounded(x, compute_dtype)
-    x_inv = _inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
+    x_inv = inverse_norm(x, compute_dtype) if normalize_x else x.new_ones(len(x))
     x_unit = x * x_inv[:, None] if normalize_x else x
     is_binary = TRANSFORMS[transform].one_versus_rest
-    total = _SoftplusSum(x) if is_binary else _LogSumExp(x)
+    total = SoftplusSum(x) if is_binary else LogSumExp(x)
     target_cosine, logit_sum = x.new_zeros(y.shape), x.new_zeros(len(x))
     of_labels = target_cosine.view(labels.shape)
     logit_max = x.new_full((len(x),), -math.inf)
@@ -225,39 +233,6 @@ def head_fwd(
         tiles=x.new_empty(0),
         w_rounded=x.new_empty(0, dtype=compute_dtype),
     )
-
-
-class _LogSumExp:
-    """Adds up exponentials block by block, relative to the greatest so far: none overflows."""
-
-    def __init__(self, rows: Tensor) -> None:  # (N, D), for the number and the type
-        self.top = rows.new_full((len(rows),), -math.inf)
-        self.total = rows.new_zeros(len(rows))
-
-    def add(self, f: Tensor) -> None:  # (N, B)
-        """Adds exp(f); -inf adds nothing."""
-        previous, self.top = self.top, torch.maximum(self.top, f.amax(1))
-        self.total *= torch.exp(previous - _finite(self.top))
-        self.total += torch.exp(f - _finite(self.top)[:, None]).sum(1)
-
-    def result(self) -> Tensor:
-        """Returns the logarithm of the sum of each row, (N,)."""
-        return self.top + self.total.log()
-
-
-class _SoftplusSum:
-    """Adds up log(1 + exp(f)) block by block."""
-
-    def __init__(self, rows: Tensor) -> None:  # (N, D), for the number and the type
-        self.total = rows.new_zeros(len(rows))
-
-    def add(self, f: Tensor) -> None:  # (N, B)
-        """Adds the terms; -inf adds nothing."""
-        self.total -= torch.nn.functional.logsigmoid(-f).sum(1)
-
-    def result(self) -> Tensor:
-        """Returns the sum of each row, (N,)."""
-        return self.total
 
 
 def head_bwd(
@@ -316,12 +291,12 @@ def head_step(
         old = [t[rows].to(gradient.dtype) for t in (w, *state)]
         new_w, new_state = rules.applied(rule, old[0], gradient, old[1:], numbers)
         if project:
-            inverse = _inverse_norm(new_w, compute_dtype)[:, None]
-            new_w = new_w * inverse.masked_fill(_is_zero_row(new_w, compute_dtype), 1.0)
+            inverse = inverse_norm(new_w, compute_dtype)[:, None]
+            new_w = new_w * inverse.masked_fill(is_zero_row(new_w, compute_dtype), 1.0)
         class_id = first_class + places[rows]
         for position, (t, new) in enumerate(zip((w, *state), (new_w, *new_state), strict=True)):
             t[rows] = torch.where(skip, t[rows], stored(new, t.dtype, position, random, class_id))
-        w_inv[classes] = _inverse_norm(ops.rounded(w[rows], compute_dtype), compute_dtype)
+        w_inv[classes] = inverse_norm(ops.rounded(w[rows], compute_dtype), compute_dtype)
 
     return _sweep_backward(
         update, x, w, y, scale, bias, index, lse, x_inv, w_inv.clone(), tiles, grad_lse,
@@ -389,7 +364,7 @@ def _sweep_backward(
             )  # fmt: skip
     if need_x:
         dx *= scale
-        dx = _project(dx, rows, x_inv, compute_dtype) if normalize_x else dx
+        dx = projected(dx, rows, x_inv, compute_dtype) if normalize_x else dx
     return dx.to(x.dtype), dbias, dscale
 
 
@@ -400,7 +375,7 @@ def _logit_gradient(
     grad_sum: Tensor | None,  # (N,)
 ) -> Tensor:
     """Returns dL/df, (N, B); 0 for pairs that take no part in lse and logit_sum."""
-    p = torch.sigmoid(block.f) if lse is None else torch.exp(block.f - _finite(lse)[:, None])
+    p = torch.sigmoid(block.f) if lse is None else torch.exp(block.f - finite(lse)[:, None])
     g = grad_lse[:, None] * p
     if grad_sum is not None:
         g = g + grad_sum[:, None]
@@ -415,38 +390,3 @@ def _by_class(
     """Adds up what flows through |w_y|, by class (C,)."""
     radial, terms = torch.zeros_like(w_inv), torch.where(y >= 0, grad_w_norm, 0.0)
     return radial.index_add_(0, y.clamp_min(0).flatten(), terms.flatten())
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """Replaces infinities by 0: where all negatives are masked, -inf - (-inf) would be NaN."""
-    return torch.where(maximum.isinf(), 0.0, maximum)
-
-
-def _inverse_norm(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Returns 1 / |row| for each of ``rows`` (R, D), at most that of the least norm."""
-    return 1 / torch.linalg.vector_norm(rows, dim=1).clamp_min(least_norm(compute_dtype))
-
-
-def _project(
-    gradient: Tensor,  # (R, D) of the unit rows
-    rows: Tensor,  # (R, D)
-    inverse_norm: Tensor,  # (R,)
-    compute_dtype: torch.dtype,
-) -> Tensor:
-    """Turns the gradient of unit rows into that of the rows: its tangent part over the norm.
-
-    The gradient of zero rows is 0.
-    """
-    unit = rows * inverse_norm[:, None]
-    tangent = gradient - (gradient * unit).sum(1, keepdim=True) * unit
-    return (tangent * inverse_norm[:, None]).masked_fill(_is_zero_row(rows, compute_dtype), 0)
-
-
-def _unit_or_zero(rows: Tensor, inverse_norm: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Returns ``rows`` (R, D) over their norms; 0 for zero rows."""
-    return (rows * inverse_norm[:, None]).masked_fill(_is_zero_row(rows, compute_dtype), 0)
-
-
-def _is_zero_row(rows: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Says for each of ``rows`` (R, D) whether it is shorter than the least norm, (R, 1)."""
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True) < least_norm(compute_dtype)
