@@ -74,7 +74,11 @@ BAD = {
     "y float": (lambda a: dict(y=a["y"].float()), TypeError, ["y:", "int64", "float32"]),
     "y int32": (lambda a: dict(y=a["y"].int()), TypeError, ["y:", "int64", "int32"]),
     "y list": (lambda a: dict(y=a["y"].tolist()), TypeError, ["y:", "int64", "list"]),
-    "y shape": (lambda a: dict(y=a["y"][:, None]), ValueError, ["y:", f"({N},)", f"({N}, 1)"]),
+    "y shape": (
+        lambda a: dict(y=a["y"][:, None, None]),
+        ValueError,
+        ["y:", f"({N},)", f"({N}, L)", f"({N}, 1, 1)"],
+    ),
     "y too large": (
         lambda a: dict(y=row(a["y"], 2, C)),
         ValueError,
