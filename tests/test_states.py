@@ -284,6 +284,6 @@ def test_margin_schedule(ramp, m):
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.margin.m == pytest.approx(values[8])
     untouched = CosFace(0.1)
-    with pytest.raises(ValueError, match=r"final: expected CosFace's m in \[0, 2\], got 2.5"):
+    with pytest.raises(ValueError, match=r"final: expected CosFace's m in \[-2, 2\], got 2.5"):
         MarginSchedule(untouched, final=2.5, finish=10)
     assert untouched.m == 0.1

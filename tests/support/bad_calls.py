@@ -242,9 +242,9 @@ BAD = {
         ["margin:", "ArcFace", "[0, 3.14", "got 4"],
     ),
     "margin 0-d range": (
-        lambda a: dict(margin=changed(CosFace(torch.zeros(())), -0.1)),
+        lambda a: dict(margin=changed(CosFace(torch.zeros(())), -2.1)),
         ValueError,
-        ["margin:", "CosFace", "[0, 2]", "-0.1"],
+        ["margin:", "CosFace", "[-2, 2]", "-2.1"],
     ),
     "margin number range": (
         lambda a: dict(margin=changed(ArcFace(0.5), 4)),
