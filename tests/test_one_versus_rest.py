@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from marginkernels import MarginSchedule, MarginSoftmaxHead, SphereFace2, UnifiedCE
+from marginkernels import MarginSchedule, MarginSoftmaxHead, Rows, SphereFace2, UnifiedCE
 from marginkernels.functional import margin_cross_entropy
+from marginkernels.transforms import TRANSFORMS
 from tests.support.losses import C, operands
 
 F32, F64 = torch.float32, torch.float64
@@ -89,6 +90,37 @@ def test_the_first_bias_balances_target_and_others():
         others = 0.3 * (classes - 1) / (1 + math.exp(-scale * (value + m) - bias))
         assert target == pytest.approx(others, rel=1e-9)
     assert UnifiedCE(1000, rate=0.1).bias.item() == pytest.approx(math.log(1000))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 1000])
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_the_first_bias_of_angular_margins_and_of_few_classes(scale, classes):
+    for margin in (SphereFace2(0.4), SphereFace2(0.2, kind="A"), SphereFace2(2.0, kind="A", t=1)):
+        bias = torch.tensor(margin.first_bias(classes, scale), dtype=F64)
+        rows = Rows(torch.zeros(1, dtype=torch.int64), torch.ones(1), None, None,
+                    scale=torch.tensor(scale, dtype=F64))  # fmt: skip
+        right = torch.zeros(1, 1, dtype=F64)
+        target = scale * margin.double()(right[0], rows)
+        name, *operands = margin.negatives(right[0], rows)
+        other = scale * TRANSFORMS[name].function(right, *operands)[0][0]
+        pulls = margin.positive * (-target - bias).sigmoid()
+        pushes = margin.negative * (classes - 1) * (other + bias).sigmoid()
+        torch.testing.assert_close(pulls, pushes)
+
+
+def test_a_balance_that_is_set_later_holds_from_the_next_step():
+    x, w, y = operands(dtype=F32)
+    margin, other = SphereFace2(balance=0.5), SphereFace2(balance=0.7, weight=2.0)
+    margin.balance, margin.weight = 0.7, 2.0
+    losses = [margin_cross_entropy(x, w, y, margin=given, scale=8.0) for given in (margin, other)]
+    assert losses[0] == losses[1]
+
+
+def test_a_first_bias_needs_another_class_and_a_share_of_both():
+    with pytest.raises(ValueError, match=r"num_classes: .* got 1"):
+        SphereFace2().first_bias(1, 40.0)
+    with pytest.raises(ValueError, match=r"balance: .* got 1"):
+        SphereFace2(balance=1.0).first_bias(10, 40.0)
 
 
 def test_a_head_trains_saves_and_resets_the_bias():

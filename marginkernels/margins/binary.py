@@ -27,10 +27,11 @@ class OneVersusRest(SharedMargin):
     one_versus_rest = True
     needs_target_cosine = False
     sign = 1
+    positive: float = 1.0
+    negative: float = 1.0
 
-    def __init__(self, m: float, bias: float, positive: float, negative: float):
+    def __init__(self, m: float, bias: float):
         super().__init__(m)
-        self.positive, self.negative = positive, negative
         self._first_bias = bias
         self.bias = nn.Parameter(torch.tensor(bias))
 
@@ -103,22 +104,34 @@ class SphereFace2(OneVersusRest):
     ):
         if kind not in ("C", "A"):
             raise ValueError(f"kind: expected 'C' or 'A', got {kind!r}")
-        balance = number("balance", balance, least=0, most=1)
-        weight = number("weight", weight, above=0)
-        bias = number("bias", bias)
-        super().__init__(m, bias, weight * balance, weight * (1 - balance))
-        self.kind, self.t, self.balance, self.weight = kind, integer("t", t), balance, weight
+        super().__init__(m, number("bias", bias))
+        self.kind, self.t = kind, integer("t", t)
+        self.balance = number("balance", balance, least=0, most=1)
+        self.weight = number("weight", weight, above=0)
+
+    @property
+    def positive(self) -> float:  # type: ignore[override]
+        """Returns the factor of the target's term."""
+        return self.weight * self.balance
+
+    @property
+    def negative(self) -> float:  # type: ignore[override]
+        """Returns the factor of the other classes' terms."""
+        return self.weight * (1 - self.balance)
 
     def first_bias(self, num_classes: int, scale: float) -> float:
         """Returns the bias at which target and other classes pull alike where all cosines are 0.
 
         opensphere starts from it: ``SphereFace2(bias=SphereFace2().first_bias(10_000, 40.0))``.
         """
-        z = self.balance / ((1 - self.balance) * (num_classes - 1))
-        value = 2 * 0.5**self.t - 1
-        target, other = scale * (value - self.m), scale * (value + self.m)
-        root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(target - other))
-        return math.log(2 * z) - other - math.log(1 - z + root)
+        others = integer("num_classes", num_classes, least=2) - 1
+        scale = number("scale", scale, above=0)
+        balance = number("balance", self.balance, above=0, below=1)
+        right = torch.zeros((), dtype=torch.float64)  # the cosine
+        m = right + self.m
+        target = scale * self.target(right, m).item()
+        other = scale * (self._spread(m.sin()) if self.kind == "A" else self._spread(right) + m)
+        return _balancing(balance / ((1 - balance) * others), target, other.item())
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         if self.kind == "A":
@@ -171,7 +184,8 @@ class UnifiedCE(OneVersusRest):
         num_classes = integer("num_classes", num_classes)
         rate = number("rate", rate, above=0)
         negative = number("negative", negative, least=0)
-        super().__init__(m, math.log(10 * num_classes * rate), 1.0, negative)
+        super().__init__(m, math.log(10 * num_classes * rate))
+        self.negative = negative
 
     def target(self, c: Tensor, m: Tensor) -> Tensor:
         return c - m
@@ -181,3 +195,11 @@ class UnifiedCE(OneVersusRest):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative={self.negative:g}"
+
+
+def _balancing(ratio: float, target: float, other: float) -> float:
+    """Returns the b with ratio sigmoid(-(target + b)) = sigmoid(other + b), target <= other."""
+    root = math.sqrt((1 - ratio) ** 2 + 4 * ratio * math.exp(target - other))
+    if ratio < 1:  # the other form would cancel
+        return math.log(2 * ratio) - other - math.log(1 - ratio + root)
+    return math.log(ratio - 1 + root) - math.log(2) - target
