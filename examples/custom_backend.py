@@ -11,9 +11,10 @@ logits.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from marginkernels import ArcFace, CurricularFace, MarginSoftmaxHead, backends, ops
+from marginkernels import ArcFace, CurricularFace, MarginSoftmaxHead, SphereFace2, backends, ops
 from marginkernels.numerics import least_norm
 from marginkernels.transforms import TRANSFORMS, checked
 
@@ -40,7 +41,8 @@ class Logits:
 
     def __init__(self, x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *,
                  normalize_x: bool, normalize_w: bool, compute_dtype: torch.dtype, transform: str,
-                 row_parameter: Tensor | None, constants: Tensor | None, **_: Any):  # fmt: skip
+                 row_parameter: Tensor | None, constants: Tensor | None, sub_centers: int = 1,
+                 **_: Any):  # fmt: skip
         self.least = least_norm(compute_dtype)
         self.x, self.w = ops.rounded(x, compute_dtype), ops.rounded(w, compute_dtype)
         self.w_inv = 1 / self.w.norm(dim=1).clamp_min(self.least)  # (C,)
@@ -56,7 +58,17 @@ class Logits:
         self.value, self.slope = TRANSFORMS[name].function(self.cosine, *operands)
         shift = 0 if bias is None else bias
         self.z, self.f = scale * self.cosine + shift, scale * self.value + shift
-        self.is_target = torch.arange(len(w), device=w.device) == y[:, None]
+        self.one_versus_rest = TRANSFORMS[transform].one_versus_rest
+        self.targets = y if y.ndim == 2 else y[:, None]  # (N, L)
+        self.is_out = self.pairs_left_out(sub_centers)
+
+    def pairs_left_out(self, k: int) -> Tensor:
+        """Marks the classes of the targets, and all centres of a class but the nearest, (N, C)."""
+        of_class = self.cosine.unflatten(1, (-1, k))
+        nearest = of_class.argmax(2, keepdim=True)
+        is_out = torch.ones_like(of_class, dtype=torch.bool).scatter(2, nearest, False).flatten(1)
+        classes = torch.arange(is_out.shape[1], device=is_out.device) // k
+        return is_out | (classes == (self.targets // k)[:, :, None]).any(1)
 
     def projected(self, gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
         """Turns the gradient of unit rows into one of the rows; zero rows get none."""
@@ -71,13 +83,18 @@ def head_fwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
              want_max: bool, **settings: Any) -> ops.Forward:  # fmt: skip
     """Sweeps forward."""
     of = Logits(x, w if index is None else w[index], y, scale, bias, **settings)
-    others = of.f.masked_fill(of.is_target, -torch.inf)
+    others, total = of.f.masked_fill(of.is_out, -torch.inf), of.f
+    if of.one_versus_rest:
+        lse, total = -F.logsigmoid(-others).sum(1), of.f.sigmoid()
+    else:
+        lse = others.logsumexp(1)
+    places = of.targets.clamp_min(0)
     return ops.Forward(
-        lse=others.logsumexp(1),
-        target_cosine=of.cosine.masked_fill(~of.is_target, 0).sum(1),
+        lse=lse,
+        target_cosine=torch.where(y >= 0, of.cosine.gather(1, places).view(y.shape), 0),
         w_norm=torch.where(y >= 0, 1 / of.w_inv[y.clamp_min(0)], 0),
-        logit_sum=of.f.masked_fill(of.is_target, 0).sum(1) if want_sum else of.f.new_empty(0),
-        logit_max=of.z.masked_fill(of.is_target, -torch.inf).amax(1)
+        logit_sum=total.masked_fill(of.is_out, 0).sum(1) if want_sum else of.f.new_empty(0),
+        logit_max=of.z.masked_fill(of.is_out, -torch.inf).amax(1)
         if want_max
         else of.z.new_empty(0),
         x_inv=of.x_inv,
@@ -95,11 +112,14 @@ def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
     """Sweeps backward."""
     of = Logits(x, w if index is None else w[index], y, scale, bias, **settings)
     finite_lse = lse.masked_fill(lse.isinf(), 0)  # a row without other classes has -inf
-    g = grad_lse[:, None] * torch.exp(of.f - finite_lse[:, None])
+    p = of.f.sigmoid() if of.one_versus_rest else torch.exp(of.f - finite_lse[:, None])
+    g = grad_lse[:, None] * p
     g = g if grad_sum is None else g + grad_sum[:, None]
-    g = g.masked_fill(of.is_target, 0)  # dL/df
+    g = g.masked_fill(of.is_out, 0)  # dL/df
     dbias, dscale = g.sum(0), (g * of.value).sum()
-    g = torch.where(of.is_target, grad_target[:, None], g * of.slope)  # dL/d(scale cosine)
+    of_targets = torch.where(y >= 0, grad_target, 0).view(of.targets.shape)
+    # dL/d(scale cosine)
+    g = (g * of.slope).scatter_add(1, of.targets.clamp_min(0), of_targets)
     dx, dw = scale * (g @ of.unit_w), scale * (g.T @ of.unit_x)
     if settings["normalize_x"]:
         dx = of.projected(dx, of.x, of.x_inv)
@@ -122,17 +142,24 @@ def head_bwd(x: Tensor, w: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
 def main() -> None:
     backends.register(DenseBackend())
     torch.manual_seed(0)
-    x, y = torch.randn(128, 64, requires_grad=True), torch.randint(1000, (128,))
-    for margin in (ArcFace(0.5), CurricularFace()):
-        head = MarginSoftmaxHead(64, 1000, margin=margin, scale=32.0).eval()
+    x = torch.randn(128, 64, requires_grad=True)
+    one, three = torch.randint(1000, (128,)), torch.randint(1000, (128, 3))
+    for margin, y, sub_centers in (
+        (ArcFace(0.5), one, 1), (CurricularFace(), one, 1), (SphereFace2(), one, 1),
+        (ArcFace(0.5), three, 2),
+    ):  # fmt: skip
+        head = MarginSoftmaxHead(
+            64, 1000, margin=margin, scale=32.0, sub_centers=sub_centers
+        ).eval()
         results = []
         for backend in ("dense", "auto"):
             head.backend = backend
             loss = head(x, y)
             results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
+        kind = f"{type(margin).__name__}, labels {tuple(y.shape)}, centres {sub_centers}"
         for name, a, b in zip(("loss", "dx", "dw"), *results, strict=True):
             difference = ((a - b).norm() / b.norm()).item()
-            print(f"{type(margin).__name__}, {name}: relative difference {difference:.1e}")
+            print(f"{kind}, {name}: relative difference {difference:.1e}")
 
 
 if __name__ == "__main__":
