@@ -84,12 +84,14 @@ def margin_cross_entropy(
 
     computed in one sweep over the classes forward and one backward. The target is left out of the
     softmax sum by its index, and the loss is -logsigmoid(z_y - lse of the others): exact also where
-    the loss is near 0. Losses that change the other classes' logits too, as CurricularFace, have
-    their formula in :mod:`marginkernels.margins`; they need ``normalize="both"`` and no bias.
+    the loss is near 0. Losses that change the other classes' logits too, as CurricularFace, and
+    one-versus-rest losses, which are no softmax, as SphereFace2, have their formula in
+    :mod:`marginkernels.margins`; they need ``normalize="both"`` and no bias.
 
     Args:
         x: embeddings (N, D); float16, bfloat16, float32 or float64. N may be 0.
-        w: class weights (C, D), row-major; any of the same dtypes, also another than x's.
+        w: class weights (C, D), row-major; any of the same dtypes, also another than x's. With
+            ``sub_centers`` = K they are (C K, D).
         y: labels (N,), int64, in [0, C) or ``ignore_index``. Where values are not checked, as on a
             GPU, a row of any other label has the loss NaN and no gradient. Several labels of a row
             are (N, L), where a label may come twice, and a row with fewer is filled up with
@@ -111,15 +113,16 @@ def margin_cross_entropy(
         z_loss: adds z_loss times the square of the log-sum-exp of all logits to each row's loss.
         focal_gamma: multiplies each row's cross-entropy by (1 - p_y)^gamma, p_y the target's
             probability: the focal loss (arXiv:1708.02002), row by row, with the factor's gradient.
-            sphereface_pytorch takes the factor for a constant: that is ``rows * (1 -
-            torch.exp(-rows.detach())) ** gamma`` of ``reduction="none"`` and no ``focal_gamma``.
-            arcface-pytorch has one factor for the batch, the same formula without the detach of
-            the mean.
+            Others have other factors, which a loss without ``focal_gamma`` gives: the losses
+            ``rows`` of ``reduction="none"``, or their ``mean``. sphereface_pytorch takes the factor
+            for a constant, ``rows * (1 - torch.exp(-rows.detach())) ** gamma``. arcface-pytorch has
+            one for the batch, ``mean * (1 - torch.exp(-mean)) ** gamma``.
         sample_weight: (N,) weights >= 0, or None.
         class_weight: (C,) weights >= 0, or None: each row has that of its class, times its
             ``sample_weight``, as ``weight`` of F.cross_entropy. The classes are those of all ranks.
             Label smoothing refuses it, and so do several labels, which have their own weights.
-        row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None.
+        row_margin: (N,) margins that replace the margin's m (CombinedMargin: m2), or None. That of
+            a row is for all its labels.
         label_weights: (N, L) weights >= 0 of several labels, as mixup and CutMix have them (L = 2);
             a label of weight 0 is none. None: equal ones that add up to 1 in each row.
         other_labels: what the other labels of a row are to the cross-entropy of one: "exclude"
@@ -141,10 +144,11 @@ def margin_cross_entropy(
             gradient, of equals the first (Deng et al., ECCV 2020). All else counts classes.
         return_stats: also return :class:`HeadStats`, from the same sweep.
         shard: a :class:`ClassShard`, which says which classes ``w`` and ``bias`` hold. The other
-            ranks hold the other classes, and make the same call. x, y, sample_weight and row_margin
-            are this rank's rows. y and a margin's table count the classes of all ranks. The loss is
-            that of all ranks' rows, the same on each; with "none" the rows come rank after rank. dx
-            is times the number of ranks unless the shard says otherwise.
+            ranks hold the other classes, and make the same call. x, y, sample_weight, row_margin
+            and label_weights are this rank's rows. y, class_weight and a margin's table count the
+            classes of all ranks. The loss is that of all ranks' rows, the same on each; with "none"
+            the rows come rank after rank. dx is times the number of ranks unless the shard says
+            otherwise.
         sampling: :class:`PartialFC`, a step on a sample of the classes, or None for all.
         update: of an optimizer of :mod:`marginkernels.optim`, which moves ``w`` in backward, so
             that ``w`` gets no gradient; a head passes its own. None: ``w`` gets its gradient.

@@ -61,7 +61,7 @@ def greatest_cosines(
             block = block.unflatten(1, (-1, sub_centers)).amax(2)
         places, width = targets - start // sub_centers, block.shape[1]
         inside = (places >= 0) & (places < width)
-        # the least of a column's value and this
+        # -inf takes a target's column out; a target elsewhere is given a column to leave as it is
         limit = torch.where(inside, -math.inf, math.inf).to(block)
         block.scatter_reduce_(1, places.clamp(0, width - 1), limit, "amin")
         best, _ = torch.cat([best, greatest(block, k)[0]], dim=1).topk(k, dim=1)

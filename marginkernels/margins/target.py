@@ -104,8 +104,9 @@ class ArcFace(ParametricMargin):
     - "continuous": cos(theta) - 1 - cos(pi - m), which meets cos(theta + m) at -1; wespeaker,
       3D-Speaker
     - "monotone": -2 - cos(theta + m), which does so too; Keras_insightface
-    - "clip": -1, the cosine of min(theta + m, pi), without gradient; opensphere and AdaFace's
-      repository, which stop at pi less 1e-5 and 1e-3
+    - "clip": -1, the cosine of min(theta + m, pi), without gradient; AdaFace's repository, which
+      stops at pi - 1e-3, and with ``gradient="straight_through"`` opensphere, which stops at
+      3.14159
 
     Usual values: m = 0.5 with scale 64 for faces, m = 0.2 with scale 32 for speakers.
 
