@@ -73,17 +73,19 @@ The tables show mean and standard deviation in percent, over as many seeds as ru
 of 2,000 characters and two handwritten designs that training never saw.
 
 Of "earlier" runs, only what the tables show is kept. They had another version of the project and
-the same settings, steps, and seeds. No difference between a run of theirs and a later one is shown.
+the same settings, steps and seeds. No difference between a run of theirs and a later one is shown.
 
 Learning rates, weight decay and clipping are those of the demo, and so is its ArcFace, whose scale
 is half and whose margin two fifths of what its authors use for faces. They were not chosen for any
 other loss, and there are no other characters on which they could have been. So the comparison leans
 towards ArcFace and its kin; by how much, it cannot say. The losses with a scale of 64 in their
-papers have the same share of scale and margin, and N-Softmax has that scale too.
-Softmax, SphereFace and AdaCos have the settings of their papers. AdaFace's averages of the norms
-move faster than published, because a short training has no time for 0.01. The triplet loss
-(hardest positive and negative in the batch, squared distances, margin 0.2) goes on from the network
-of {start}, with {triplet_steps} steps of {triplet_batch_size} images at a tenth of its rate.
+papers have the same share of scale and margin, and N-Softmax has that scale too. Softmax,
+SphereFace, AdaCos, Circle and SphereFace2 have the settings of their authors. Sub-centres (3 of
+each class) and the penalty on the 5 nearest classes (0.06, as published for this scale and margin)
+are put on "ArcFace, hard". AdaFace's averages of the norms move faster than published, because a
+short training has no time for 0.01. The triplet loss (hardest positive and negative in the batch,
+squared distances, margin 0.2) goes on from the network of {start}, with {triplet_steps} steps of
+{triplet_batch_size} images at a tenth of its rate.
 """
 
 

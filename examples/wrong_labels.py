@@ -29,9 +29,10 @@ Now {share:.0%} of the training labels name another class, drawn at random, the 
 of a seed. All have margin and scale of "ArcFace, hard" above, its network, batches and rates, and
 half its steps, {steps:,}. The filter leaves out other classes whose cosine is above {threshold}: a
 cosine needs no scaling, so that is the published number. Sub-centres give each class {sub_centers}
-centres. "{cleaned}" follows the authors of sub-centres: it drops the images more than {degrees}
-degrees from the centre that most images of their class choose, and trains ArcFace anew on the
-others, as many steps again. "{right}" has no wrong label.
+centres. "{cleaned}" follows the authors of sub-centres.
+It drops the images more than {degrees} degrees from the centre that most images of their class
+choose, and trains ArcFace anew on the others, as many steps again. "{right}"
+has no wrong label: its difference is what they cost.
 """
 
 
