@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...transforms import TRANSFORMS
+
 
 class Load(enum.IntFlag):
     """Says what is compiled into which tile kernel, and takes registers."""
@@ -24,9 +26,12 @@ class Load(enum.IntFlag):
     GRADIENT_TRANSFORM = 64
     STATISTICS_CENTERS = 128  # several of each class, perhaps with extras and a transform
     GRADIENT_CENTERS = 256
+    STATISTICS_BINARY = 512  # a transform one versus rest, perhaps with extras
+    GRADIENT_BINARY = 1024
     PLAIN = STATISTICS | GRADIENT
     EXTRAS = STATISTICS_EXTRAS | STATISTICS_SAVED | GRADIENT_EXTRAS
-    TRANSFORM = STATISTICS_TRANSFORM | GRADIENT_TRANSFORM
+    BINARY = STATISTICS_BINARY | GRADIENT_BINARY
+    TRANSFORM = STATISTICS_TRANSFORM | GRADIENT_TRANSFORM | BINARY
     CENTERS = STATISTICS_CENTERS | GRADIENT_CENTERS
     ANY = PLAIN | EXTRAS | TRANSFORM | CENTERS
 
@@ -59,7 +64,8 @@ _FOUR_WARPS = Load.STATISTICS_EXTRAS | Load.STATISTICS_TRANSFORM
 # what takes a second and a third tile of registers
 _SMALLER = Load.TRANSFORM | Load.CENTERS
 _SMALL = Load.PLAIN | Load.STATISTICS_SAVED
-_SAVED_OR_TRANSFORMED = Load.STATISTICS_SAVED | Load.STATISTICS_TRANSFORM
+_SAVED_OR_TRANSFORMED = Load.STATISTICS_SAVED | Load.STATISTICS_TRANSFORM | Load.STATISTICS_BINARY
+_GRADIENT_TRANSFORMED = Load.GRADIENT_TRANSFORM | Load.GRADIENT_BINARY
 _FP32 = [
     Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.TRANSFORM),
     Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.CENTERS),
@@ -79,8 +85,17 @@ TABLE: dict[str, dict[str, list[Config]]] = {
         ],
         "tf32": _TF32,
         "fp32": [
-            Config(64, 64, 16, 4, 3, 2, Load.PLAIN | Load.STATISTICS_TRANSFORM),
-            Config(64, 64, 16, 8, 3, 1, Load.EXTRAS | Load.GRADIENT_TRANSFORM | Load.CENTERS),
+            Config(64, 64, 16, 4, 3, 2, Load.PLAIN | _SAVED_OR_TRANSFORMED & Load.TRANSFORM),
+            Config(64, 64, 16, 8, 2, 1, Load.STATISTICS_EXTRAS),
+            Config(
+                64,
+                64,
+                16,
+                8,
+                3,
+                1,
+                Load.EXTRAS & ~Load.STATISTICS_EXTRAS | Load.CENTERS | _GRADIENT_TRANSFORMED,
+            ),
         ],
     },
     "sm_86": {
@@ -104,31 +119,54 @@ TABLE: dict[str, dict[str, list[Config]]] = {
             # Statistics with saved tiles, N = 1024: 397 with 64 rows, 322 with 128 and 8 warps
             Config(128, 128, 64, 4, 3, 2, _FOUR_WARPS, descriptors=True),
             Config(128, 128, 64, 8, 3, 1, Load.GRADIENT_EXTRAS, descriptors=True),
-            Config(128, 64, 64, 8, 3, 1, Load.GRADIENT_TRANSFORM | Load.CENTERS, descriptors=True),
+            Config(
+                128,
+                64,
+                64,
+                8,
+                3,
+                1,
+                Load.GRADIENT_TRANSFORM | Load.CENTERS | Load.BINARY,
+                descriptors=True,
+            ),
             Config(64, 128, 64, 4, 3, 2, _SMALL, descriptors=True, flatten=True),
-            Config(64, 128, 64, 4, 3, 2, Load.EXTRAS | Load.TRANSFORM),
+            Config(64, 128, 64, 4, 3, 2, Load.EXTRAS | Load.TRANSFORM & ~Load.BINARY),
         ],
         "tf32": [
-            Config(128, 64, 32, 4, 3, 2, Load.ANY & ~Load.CENTERS),
-            Config(128, 64, 32, 8, 3, 1, Load.CENTERS),
+            Config(128, 64, 32, 4, 3, 2, Load.ANY & ~Load.CENTERS & ~Load.BINARY),
+            Config(128, 64, 32, 8, 3, 1, Load.CENTERS | Load.BINARY),
         ],
         "fp32": [
             Config(64, 64, 16, 4, 3, 2, Load.GRADIENT | _SAVED_OR_TRANSFORMED),
-            Config(64, 64, 16, 8, 3, 1, Load.ANY & ~Load.GRADIENT & ~_SAVED_OR_TRANSFORMED),
+            Config(64, 64, 16, 8, 2, 1, Load.STATISTICS_EXTRAS),
+            Config(
+                64,
+                64,
+                16,
+                8,
+                3,
+                1,
+                Load.ANY & ~Load.GRADIENT & ~Load.STATISTICS_EXTRAS & ~_SAVED_OR_TRANSFORMED,
+            ),
         ],
     },
     "sm_100": {
         "half": [
             Config(128, 128, 64, 8, 3, 1, Load.PLAIN | Load.EXTRAS),
             Config(64, 128, 64, 4, 3, 2, Load.PLAIN | Load.EXTRAS),
-            Config(128, 64, 64, 8, 3, 1, _SMALLER),
+            Config(128, 64, 64, 8, 3, 1, Load.TRANSFORM),
+            Config(64, 64, 64, 8, 3, 1, Load.GRADIENT_CENTERS),
+            Config(64, 32, 64, 4, 3, 2, Load.STATISTICS_CENTERS),
         ],
         "tf32": [
-            Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | _SMALLER),
+            Config(128, 64, 32, 4, 3, 2, Load.GRADIENT),
+            Config(128, 64, 32, 8, 3, 1, Load.STATISTICS | Load.EXTRAS | Load.TRANSFORM),
+            Config(64, 64, 32, 8, 3, 1, Load.GRADIENT_CENTERS),
+            Config(64, 32, 32, 4, 3, 2, Load.STATISTICS_CENTERS),
         ],
         "fp32": [
-            Config(64, 64, 16, 4, 3, 2, Load.ANY & ~Load.CENTERS),
+            Config(64, 64, 16, 4, 3, 2, Load.ANY & ~Load.CENTERS & ~Load.STATISTICS_EXTRAS),
+            Config(64, 64, 16, 8, 2, 1, Load.STATISTICS_EXTRAS),
             Config(64, 64, 16, 8, 3, 1, Load.CENTERS),
         ],
     },
@@ -141,7 +179,8 @@ TABLE: dict[str, dict[str, list[Config]]] = {
         ],
         "tf32": [
             Config(128, 64, 32, 4, 3, 2, Load.PLAIN),
-            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | _SMALLER),
+            Config(128, 64, 32, 8, 3, 1, Load.EXTRAS | Load.TRANSFORM),
+            Config(64, 64, 32, 8, 3, 1, Load.CENTERS),
         ],
         "fp32": _FP32,
     },
@@ -195,6 +234,8 @@ def load(
     name = kernel.upper()
     if sub_centers > 1:
         return Load[f"{name}_CENTERS"]
+    if TRANSFORMS[transform].one_versus_rest:
+        return Load[f"{name}_BINARY"]
     if transform != "identity":
         return Load[f"{name}_TRANSFORM"]
     if saved:

@@ -291,10 +291,11 @@ class Operands:
         Sets ``slot`` (C,) int32 to -1, where it is given.
         """
         flags = self.y.new_empty(self.row_tiles, self.class_tiles, dtype=torch.int8)
-        flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, 128),)](
+        block_t = 128 if self.labels is None else 64  # the loop over labels takes registers
+        flag_kernel[(self.row_tiles * ceil_div(self.class_tiles, block_t),)](
             self.y, flags, slot, N=len(self.x), C=self.count, labels=self.labels,
             class_tiles=self.class_tiles, SUB_CENTERS=self.sub_centers,
-            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=128,
+            BLOCK_N=self.config.block_n, BLOCK_C=self.config.block_c, BLOCK_T=block_t,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return flags
