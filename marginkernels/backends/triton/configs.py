@@ -234,7 +234,8 @@ def load(
     name = kernel.upper()
     if sub_centers > 1:
         return Load[f"{name}_CENTERS"]
-    if TRANSFORMS[transform].one_versus_rest:
+    # a name that is not there is refused later
+    if transform in TRANSFORMS and TRANSFORMS[transform].one_versus_rest:
         return Load[f"{name}_BINARY"]
     if transform != "identity":
         return Load[f"{name}_TRANSFORM"]
