@@ -17,13 +17,17 @@ COMPILED := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc benchmarks tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
     -o -name '*.cuh')
 
-.PHONY: test test-ptxsim demo gallery study bench gpu docs compile-gate lint format sanitize \
-    sanitize-cuda clean FORCE
+.PHONY: test test-trainers test-ptxsim demo trainers gallery study bench gpu docs compile-gate lint \
+    format sanitize sanitize-cuda clean FORCE
 
 # threads that spin while they wait starve a machine that others use too
-test test-ptxsim: export OMP_WAIT_POLICY ?= passive
+test test-trainers test-ptxsim: export OMP_WAIT_POLICY ?= passive
 test: build/extension
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# what marginkernels.compat drops into, with the packages themselves
+test-trainers: build/extension $(VENV)/trainers
+	$(BIN)/python -m pytest -q tests/compat $(TEST_ARGS)
 
 # the simulator of PTX that `make test` uses; two to three minutes on two cores
 test-ptxsim: $(VENV)/package
@@ -31,6 +35,13 @@ test-ptxsim: $(VENV)/package
 
 demo: build/extension
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+# each trainer with its own head and with ours, and the table of docs/trainers.md; some minutes
+trainers: build/extension $(VENV)/trainers
+	for script in $(filter-out %/compare.py,$(wildcard examples/trainers/*.py)); do \
+	    $(BIN)/python $$script --record && $(BIN)/python $$script --record --steps 6 --classes 100000 || exit; \
+	done
+	$(BIN)/python -m tools.docs.trainers
 
 gallery: build/extension
 	$(BIN)/python examples/margin_gallery.py
@@ -93,6 +104,10 @@ build/extension: $(COMPILED) setup.py marginkernels/version.py $(VENV)/package
 $(VENV)/package: pyproject.toml $(VENV)/torch
 	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[demo,dev]'
 	pip install -q --no-deps --ignore-requires-python $(TTSEM)
+	touch $@
+
+$(VENV)/trainers: $(VENV)/package
+	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[trainers]' $$(cat $(VENV)/torch.txt)
 	touch $@
 
 $(VENV)/docs: $(VENV)/package

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Keeps class weights under the names and in the layouts of other projects."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..distributed.shard import ClassShard
+from ..functional import margin_cross_entropy
+from ..update import Update
+
+
+class FusedHead(nn.Module):
+    """Holds one parameter of class weights, and computes the fused loss on it.
+
+    A subclass sets ``self.<weight_name>`` to its parameter. Where ``transposed``, the parameter
+    is (D, C K), as pytorch-metric-learning, transformers, AdaFace and others keep theirs. It is the
+    transposed view of contiguous rows (C K, D), which the kernels read as they are: name and shape
+    in ``state_dict`` are the other project's, and nothing is copied. A parameter that comes in
+    another order, as ``load_state_dict(assign=True)`` may bring one, is laid out anew.
+    """
+
+    weight_name: ClassVar[str] = "weight"
+    transposed: ClassVar[bool] = False
+
+    bias: nn.Parameter | None = None
+    shard: ClassShard | None = None
+    sub_centers: int = 1
+    _update: Update | None = None  # of an optimizer of marginkernels.optim
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter, and lays out the class weights row by row."""
+        if self.transposed and name == self.weight_name and param is not None:
+            param.data = param.data.t().contiguous().t()
+        super().register_parameter(name, param)
+
+    def rows(self) -> Tensor:
+        """Returns the class weights (C K, D), a view of the parameter."""
+        weight: Tensor = getattr(self, self.weight_name)
+        return weight.t() if self.transposed else weight
+
+    def fused_loss(self, embeddings: Tensor, labels: Tensor, **options: Any) -> Any:
+        """Computes :func:`marginkernels.margin_cross_entropy` of the head's class weights."""
+        return margin_cross_entropy(
+            embeddings, self.rows(), labels, sub_centers=self.sub_centers, update=self._update,
+            **options,
+        )  # fmt: skip
