@@ -46,18 +46,22 @@ from ..pages import in_huge_pages
 from ..results import SweepResult
 from ..update import Update
 from .insightface_losses import ArcFace, CombinedMarginLoss, CosFace, MarginLoss
+from .insightface_parts import LEAST_PROBABILITY, AllGather, DistCrossEntropy
+from .insightface_schedule import PolynomialLRWarmup
 
 __all__ = [
     "LOSS_CAP",
+    "AllGather",
     "ArcFace",
     "CombinedMarginLoss",
     "CosFace",
+    "DistCrossEntropy",
     "MarginLoss",
     "PartialFC_V2",
+    "PolynomialLRWarmup",
 ]
 
-# insightface takes -log(max(p, 1e-30))
-LOSS_CAP = -math.log(1e-30)
+LOSS_CAP = -math.log(LEAST_PROBABILITY)
 # every label is a class
 _NO_LABEL = -(2**63)
 _BAD_EMBEDDINGS = "local_embeddings" + ops.BAD_X.removeprefix("x")
@@ -73,6 +77,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
     ``weight`` is dense, so that weight decay and momentum of ``torch.optim`` move all classes. An
     optimizer of :mod:`marginkernels.optim`, which needs a :class:`MarginLoss`, moves the sample
     alone.
+
+    After a step ``last_batch_size`` is the number of this rank's rows, and ``weight_index`` has the
+    local classes of its sample, None where all classes are taken.
 
     The head must not be wrapped in DistributedDataParallel: each rank's weight is its own. For the
     same reason a loss scale needs :class:`marginkernels.GradScaler` with the process group.
@@ -116,6 +123,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         self.sample_rate, self.fp16 = sample_rate, fp16
         self.loss_cap, self.backend = loss_cap, backend
         self.margin_softmax = margin_loss
+        self.last_batch_size = 0
+        self.weight_index: Tensor | None = None
         self._looked = False
         self._take_classes()
         if not isinstance(margin_loss, MarginLoss):
@@ -185,6 +194,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             if self.shard is not None:  # it raises the error on all ranks
                 Sharded(self.shard, local_embeddings, self.weight, error=error)
             raise
+        self.last_batch_size = len(local_embeddings)
         if isinstance(self.margin_softmax, MarginLoss):
             losses = self._fused(self.margin_softmax, local_embeddings, label)
         else:
@@ -259,11 +269,13 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         """
         positive = torch.unique(local_class[local_class >= 0])
         if len(positive) > self.num_sample:
-            return positive
-        order = torch.rand(self.num_local).to(local_class.device)
-        order[positive] = 2.0
-        # a shard needs a class, where insightface fails
-        return order.topk(max(self.num_sample, 1)).indices.sort().values
+            self.weight_index = positive
+        else:
+            order = torch.rand(self.num_local).to(local_class.device)
+            order[positive] = 2.0
+            # a shard needs a class, where insightface fails
+            self.weight_index = order.topk(max(self.num_sample, 1)).indices.sort().values
+        return self.weight_index
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float16 if self.fp16 else torch.promote_types(x.dtype, torch.float32)
