@@ -45,6 +45,7 @@ from .. import device_checks
 from ..results import SweepResult
 from . import collectives
 from .collectives import RowLayout, gather
+from .one_gather import is_known, once
 from .shard import ClassShard, raise_together, require_agreement, require_same
 
 T = TypeVar("T")
@@ -295,7 +296,8 @@ class Sharded(Exchange):
         failed = self.error is not None
         given = {}
         if not failed:
-            given["x"] = f"{x.shape[1]} features of {x.dtype}"
+            known = ", of an earlier call" if is_known(x) else ""
+            given["x"] = f"{x.shape[1]} features of {x.dtype}{known}"
             given["shard"] = f"{self.shard.total} classes, grad_scale={self.shard.grad_scale!r}"
             given |= agreed()
         settings = {name: str(value) for name, value in given.items()}
@@ -315,8 +317,11 @@ class Sharded(Exchange):
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
         # a rank that wants no dx still sums with those that do
         anchor = torch.zeros((), device=x.device, requires_grad=True) if self.wants_dx else None
-        return collectives.GatherFeatures.apply(
-            x if self.wants_dx else x.detach(), anchor, self.layout, self.factor, sent_as or x.dtype
+        given, factor, sent_as = x if self.wants_dx else x.detach(), self.factor, sent_as or x.dtype
+        return once(
+            x,
+            (self.group, self.wants_dx, self.layout.height, factor, sent_as),
+            lambda: collectives.GatherFeatures.apply(given, anchor, self.layout, factor, sent_as),
         )
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:

@@ -14,7 +14,8 @@ The format is that of ``torch.distributed.checkpoint``, with four promises more:
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..shard import in_group, raising_together, require_agreement
 from . import files
+from .extra import Extra
 from .index import Index
 from .optimizers import Optimizers, listed
+from .staging import staged
 from .state import State
+
+# writes the checkpoints of async_save_checkpoint, one after another; Python waits for it at its end
+_background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+_pending: Future[None] | None = None
 
 
 def save_checkpoint(
@@ -35,6 +42,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Optimizers = None,
     *,
+    extra: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Writes the state of model and optimizer into a new directory. Collective.
@@ -57,6 +65,9 @@ def save_checkpoint(
             :mod:`marginkernels.optim`. The state is saved by the names of parameters, so that it
             may be loaded by other optimizers of the same kind: ``torch.optim.SGD`` of the whole
             model, say, or that and :class:`marginkernels.optim.SGD`.
+        extra: what else a run needs to go on, by name: objects with ``state_dict()``, such as a
+            scheduler or a GradScaler, and plain values, such as the number of the step. Rank 0's
+            are saved.
         process_group: the ranks that save; None: the default group, or this process alone.
 
     Raises:
@@ -65,9 +76,62 @@ def save_checkpoint(
             is between the backward that moves it and ``step()``, or writing fails on one.
     """
     group = _group(process_group)
+    _wait_for_earlier()
     folder = _agreed(path, optimizer, group)
     with raising_together(group):
-        state = State(model, optimizer).to_save()
+        state = State(model, optimizer).to_save() | Extra(extra).to_save()
+    _write(folder, state, group)
+
+
+def async_save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizers = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Future[None]:
+    """Writes a checkpoint in the background, as :func:`save_checkpoint` does. Collective.
+
+    It returns when the state has been copied into the memory of the CPU, so that training may go
+    on. ``path`` exists when the checkpoint is whole. Another save, or a load, waits for the end of
+    this one, and so does the end of the process.
+
+    Args:
+        process_group: a group of the ranks that save, for saves alone: the background exchanges
+            messages while the training exchanges its own. ``dist.new_group(backend="gloo")`` makes
+            one. None: this process alone, without a default group.
+        path, model, optimizer, extra: those of :func:`save_checkpoint`.
+
+    Returns:
+        A future, whose ``result()`` waits for the end and raises the error of a write that failed.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: on all ranks, if arguments do not fit, or a head is
+            between the backward that moves it and ``step()``.
+    """
+    global _pending
+    if in_group() and process_group in (None, dist.group.WORLD):
+        raise ValueError(
+            "process_group: expected a group for saves alone, dist.new_group(backend='gloo'), got "
+            f"{'None' if process_group is None else 'the default group'}"
+        )
+    _wait_for_earlier()
+    folder = _agreed(path, optimizer, process_group)
+    with raising_together(process_group):
+        state = staged(State(model, optimizer).to_save() | Extra(extra).to_save())
+    _pending = _background.submit(_write, folder, state, process_group)
+    return _pending
+
+
+def _wait_for_earlier() -> None:
+    """Waits for a save in the background; who holds its future learns of its error."""
+    if _pending is not None:
+        _pending.exception()
+
+
+def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Writes the state and publishes the directory, or removes what it has written. Collective."""
     name = _on_first(group, lambda: files.new_folder(folder))
     partial = folder.with_name(name)
     try:
@@ -90,8 +154,9 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: Optimizers = None,
     *,
+    extra: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Reads a checkpoint of :func:`save_checkpoint` into model and optimizer in place. Collective.
 
     The number of ranks may have changed since the save. Names, shapes, settings and checksums are
@@ -105,6 +170,11 @@ def load_checkpoint(
     The arguments are those of :func:`save_checkpoint`. The optimizer may have a state or not. Its
     parameter groups may differ from the saved ones, as long as each group's parameters were saved
     with the same settings. Weights and states are converted to the types that they have now.
+    Objects of ``extra`` with ``load_state_dict()`` get the state that was saved under their name;
+    a name that was not saved is an error.
+
+    Returns:
+        What was saved as ``extra``, by name: the plain values, and the states of objects.
 
     Raises:
         FileNotFoundError: on all ranks, if there is no checkpoint, or a partial one only.
@@ -112,18 +182,20 @@ def load_checkpoint(
             changed since, or hold anything but tensors and plain settings.
     """
     group = _group(process_group)
+    _wait_for_earlier()
     folder = _agreed(path, optimizer, group)
     if not _on_first(group, folder.is_dir):
         raise FileNotFoundError(f"path: expected a checkpoint, got {folder}, which does not exist")
     with raising_together(group), _as_ours(folder):
-        state = State(model, optimizer)
+        state, others = State(model, optimizer), Extra(extra)
         index = Index(folder)
         targets = state.targets(index)
-    parts = ("model", "optimizer") if listed(optimizer) else ("model",)
+    parts = ("model", "extra", *(["optimizer"] if listed(optimizer) else []))
     with raising_together(group), _as_ours(folder):
         index.check_bytes(parts, _rank(group), 1 if group is None else dist.get_world_size(group))
     with raising_together(group), _as_ours(folder):
         state.read_settings(index)
+        others.read(index)
     with _as_ours(folder):
         dcp.load(
             targets,
@@ -135,6 +207,7 @@ def load_checkpoint(
     if _rank(group) == 0:
         for warning in index.warnings + state.warnings:
             warnings.warn(f"{folder}: {warning}", stacklevel=2)
+    return others.apply()
 
 
 def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -225,13 +225,14 @@ class Rows(Tensor):
     """
 
     rows: Tensor
+    shard: ClassShard
     whole: torch.Size  # of the tensor with the rows of all ranks
     piece: ChunkStorageMetadata  # the place of the rows in it
 
     def __new__(cls, rows: Tensor, shard: ClassShard) -> "Rows":
         """Marks rows as the classes of a shard."""
         self = rows.detach().as_subclass(cls)
-        self.rows = rows.detach()
+        self.rows, self.shard = rows.detach(), shard
         self.whole = torch.Size([shard.total, *rows.shape[1:]])
         self.piece = ChunkStorageMetadata(
             torch.Size([shard.start] + [0] * (rows.ndim - 1)), rows.shape
@@ -241,6 +242,10 @@ class Rows(Tensor):
     def size(self) -> torch.Size:  # type: ignore[override]
         """Returns the size of the whole tensor."""
         return self.whole
+
+    def on_cpu(self) -> "Rows":
+        """Returns a copy in the memory of the CPU."""
+        return Rows(self.rows.to("cpu", copy=True), self.shard)
 
     def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
         if not self.rows.shape[0]:  # another rank's rows may start where these do
