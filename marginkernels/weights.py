@@ -19,6 +19,7 @@ from .settings import Settings
 class ClassWeights(nn.Module):
     """Makes, fills, loads and hands out the rows of the classes that this rank has to hold."""
 
+    weight_name, transposed = "weight", False  # for optimizers
     weight: nn.Parameter  # (C K, D), a DTensor where classes are split
     bias: nn.Parameter | None  # (C,)
     num_classes: int

@@ -96,6 +96,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         backend: see :func:`marginkernels.margin_cross_entropy`.
     """
 
+    weight_name, transposed = "weight", False  # for optimizers
     bias: nn.Parameter | None = None
     sub_centers = 1
     _update: Update | None = None  # of an optimizer of marginkernels.optim

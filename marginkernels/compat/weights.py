@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..distributed.shard import ClassShard
+from ..distributed.shard import ClassShard, watch_wrappers
 from ..functional import margin_cross_entropy
 from ..update import Update
 
@@ -28,6 +28,10 @@ class FusedHead(nn.Module):
     shard: ClassShard | None = None
     sub_centers: int = 1
     _update: Update | None = None  # of an optimizer of marginkernels.optim
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        watch_wrappers()
+        super().__init__(*args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter, and lays out the class weights row by row."""

@@ -27,10 +27,12 @@ _UNWRAPPED = (
 class Head(Protocol):
     """Names the attributes of a module whose weights an optimizer can move.
 
-    The module hands ``_update`` to :func:`marginkernels.margin_cross_entropy`, with its weight.
+    The module hands ``_update`` to :func:`marginkernels.margin_cross_entropy`, with the rows of its
+    weight.
     """
 
-    weight: nn.Parameter  # (C K, D), or a DTensor: the classes of the shard
+    weight_name: str  # of a parameter (C K, D), or a DTensor: the classes of the shard
+    transposed: bool  # whether the parameter is the view (D, C K) of such rows
     bias: nn.Parameter | None  # (C,)
     shard: ClassShard | None
     _update: Update | None
@@ -38,6 +40,16 @@ class Head(Protocol):
     @property
     def sub_centers(self) -> int:
         """Returns K."""
+
+
+def weight_of(head: Head) -> nn.Parameter:
+    """Returns the parameter of class weights, by the name that the head gives it."""
+    return getattr(head, head.weight_name)
+
+
+def by_rows(head: Head, t: Tensor) -> Tensor:
+    """Returns the weight of a head, or state of the same layout, as a view with rows of classes."""
+    return t.t() if head.transposed else t
 
 
 class HeadUpdate(Update):
@@ -53,12 +65,15 @@ class HeadUpdate(Update):
 
     def weight(self) -> Tensor:
         # a detached tensor shares no version under torch.compile; a DTensor is not compiled
-        weight = self.head.weight
-        return weight if self.head.shard is None else local(weight.detach())
+        weight = weight_of(self.head)
+        if self.head.shard is None:
+            return by_rows(self.head, weight)
+        return local(weight.detach())
 
     def state(self) -> list[Tensor]:
-        held = self.optimizer.state[self.head.weight]
-        return [local(held[s.name]) for s in rules.RULES[self.rule].state if s.name in held]
+        held = self.optimizer.state[weight_of(self.head)]
+        parts = [held[s.name] for s in rules.RULES[self.rule].state if s.name in held]
+        return [by_rows(self.head, local(part)) for part in parts]
 
     @property
     def project(self) -> bool:  # type: ignore[override]
@@ -88,14 +103,15 @@ class HeadUpdate(Update):
 
     def check(self, w: Tensor) -> None:
         super().check(w)
-        weight, own = self.head.weight, self.weight()
+        weight, own = weight_of(self.head), self.weight()
+        name = f"head.{self.head.weight_name}"
         if is_wrapped(weight):
             raise RuntimeError(f"head: {_UNWRAPPED}")
         held = {id(p) for p in self.parameters()}
         same = (w.data_ptr(), w.shape) == (own.data_ptr(), own.shape)
         if not (same and all(id(p) in held for p in parameters(self.head))):
             raise RuntimeError(
-                f"head.weight: expected the parameter {_GIVEN}, but it has been replaced, split "
+                f"{name}: expected the parameter {_GIVEN}, but it has been replaced, split "
                 "(fully_shard) or copied (torch.nn.DataParallel). Wrap the backbone alone, and "
                 "split the classes by sharding=; or detach the optimizer "
                 "(head_optimizer.detach()) and make a new one"
@@ -104,37 +120,38 @@ class HeadUpdate(Update):
         for t in self.state():
             if t.device != own.device or len(t) != len(own):
                 raise RuntimeError(
-                    f"head.weight: expected {len(t)} classes on {t.device} as {_GIVEN}, got "
+                    f"{name}: expected {len(t)} classes on {t.device} as {_GIVEN}, got "
                     f"{len(own)} on {own.device}. {_ANEW}"
                 )
             if not t.is_contiguous():
                 raise RuntimeError(f"state: expected contiguous tensors, got strides {t.stride()}")
         check_dtypes(weight.dtype, [t.dtype for t in self.state()])
         if not own.is_contiguous():
+            turned = ".t()" if self.head.transposed else ""
             raise RuntimeError(
-                f"head.weight: expected it contiguous, got strides {own.stride()}. Give it "
-                "head.weight.data.contiguous()"
+                f"{name}: expected contiguous rows of classes, got strides {own.stride()}. Give it "
+                f"{name}.data{turned}.contiguous(){turned}"
             )
         if weight._backward_hooks or weight._post_accumulate_grad_hooks:
             raise RuntimeError(
-                "head.weight: expected no hook on its gradient (register_hook, "
+                f"{name}: expected no hook on its gradient (register_hook, "
                 "register_post_accumulate_grad_hook), which is never there. Remove the hook; "
                 "clip_row_norm= bounds gradients"
             )
 
     def check_no_gradient(self) -> None:
         """Raises RuntimeError if the weight has got a gradient, which no step would use."""
-        if self.head.weight.grad is not None:
+        if weight_of(self.head).grad is not None:
             raise RuntimeError(
-                "head.weight.grad: expected None, because only the head's loss moves the weight, "
-                "but there is a gradient from elsewhere. Set it to None, leave a penalty on the "
-                "weight to weight_decay, or take an optimizer of torch.optim"
+                f"head.{self.head.weight_name}.grad: expected None, because only the head's loss "
+                "moves the weight, but there is a gradient from elsewhere. Set it to None, leave a "
+                "penalty on the weight to weight_decay, or take an optimizer of torch.optim"
             )
 
     def numbers(self, upstream: list[Tensor], dtype: torch.dtype) -> Numbers:
         unscale, skip = self.optimizer.loss_scale(upstream, dtype)
         self.skipped = skip if isinstance(skip, Tensor) else None
-        step = self.optimizer.state[self.head.weight]["step"]
+        step = self.optimizer.state[weight_of(self.head)]["step"]
         group = self.optimizer.param_groups[0]
         clip = group["clip_row_norm"]
         common = [unscale, skip, torch.inf if clip is None else clip]
@@ -142,7 +159,7 @@ class HeadUpdate(Update):
 
     def applied(self, numbers: Numbers, index: Tensor | None) -> None:
         self.index = index
-        advance(self.optimizer.state[self.head.weight]["step"], numbers.of_step)
+        advance(self.optimizer.state[weight_of(self.head)]["step"], numbers.of_step)
 
 
 def advance(step: Tensor, numbers: Tensor) -> None:
@@ -152,7 +169,7 @@ def advance(step: Tensor, numbers: Tensor) -> None:
 
 def parameters(head: Head) -> list[nn.Parameter]:
     """Returns the weight of a head, and its bias where it has one."""
-    return [p for p in (head.weight, head.bias) if p is not None]
+    return [p for p in (weight_of(head), head.bias) if p is not None]
 
 
 def check_head(head: Any) -> None:
@@ -160,16 +177,16 @@ def check_head(head: Any) -> None:
     can_be_moved = isinstance(head, nn.Module) and hasattr(head, "_update")
     if not can_be_moved:
         raise TypeError(
-            "head: expected a MarginSoftmaxHead or insightface's PartialFC_V2, got "
+            "head: expected a MarginSoftmaxHead or a head of marginkernels.compat, got "
             + type(head).__name__
         )
-    other = holder(head.weight)
+    other = holder(weight_of(head))
     if other is not None:
         raise ValueError(
             "head: expected one without an optimizer of marginkernels.optim, but it has one of "
             f"the rule {other.rule!r}. Detach that first"
         )
-    if is_wrapped(head.weight):
+    if is_wrapped(weight_of(head)):
         raise ValueError(f"head: {_UNWRAPPED}")
 
 

@@ -17,7 +17,16 @@ from ..generators import random_seed
 from ..pages import in_huge_pages
 from ..rounding import stored
 from . import loading
-from .attachment import Head, HeadUpdate, advance, check_dtypes, check_head, parameters
+from .attachment import (
+    Head,
+    HeadUpdate,
+    advance,
+    by_rows,
+    check_dtypes,
+    check_head,
+    parameters,
+    weight_of,
+)
 
 Number = float | Tensor
 
@@ -68,7 +77,8 @@ class HeadOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"scaler: expected a torch.amp.GradScaler or None, got {type(scaler).__name__}"
             )
-        check_dtypes(head.weight.dtype, [state_dtype or head.weight.dtype])
+        dtype = weight_of(head).dtype
+        check_dtypes(dtype, [state_dtype or dtype])
         self.scaler = scaler
         settings |= dict(project=project, clip_row_norm=clip_row_norm)
         group = None if head.shard is None else head.shard.group
@@ -81,9 +91,10 @@ class HeadOptimizer(torch.optim.Optimizer):
         held = parameters(head)
         super().__init__([{"params": held}], settings)
         self._state_dtype = state_dtype
+        self.update = HeadUpdate(self, head)
         for p in held:
             self.state[p] = self._state_of(p, settings)
-        self.update = head._update = HeadUpdate(self, head)
+        head._update = self.update
 
     def coefficients(self, group: dict[str, Any], step: Tensor) -> list[Number]:
         """Returns the numbers of the rule, as :mod:`marginkernels.rules` orders them.
@@ -150,7 +161,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         update.check_no_gradient()
-        if update.head.weight.requires_grad or update.written:
+        if weight_of(update.head).requires_grad or update.written:
             update.close()
         with torch.no_grad():
             self._step_bias()
@@ -275,7 +286,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         for part in rules.RULES[self.rule].state if self.has_state(group) else ():
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             like = parameter.detach()
-            like = like[:, :1] if parameter.ndim > 1 and part.per_row else like
+            if parameter.ndim > 1 and part.per_row:
+                head = self.update.head
+                like = by_rows(head, by_rows(head, like)[:, :1])
             if not part.per_row:
                 dtype = self._state_dtype or parameter.dtype
             state[part.name] = torch.zeros_like(like, dtype=dtype)
