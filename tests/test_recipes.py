@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The marginkernels authors
-"""Runs the code of docs/recipes.md."""
+"""Runs the code of docs/recipes.md and docs/which_head.md."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,8 @@ from marginkernels.optim import SGD
 from tests.support import workers
 from tests.support.sharding import Collectives
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "recipes.md"
 RECIPES = dict(re.findall(r"<!-- run: ([\w ]+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
 IN_ONE_PROCESS = ["frozen backbone", "frozen head", "extend", "average", "precision", "compile"]
 CLASSES = 50
@@ -136,3 +137,15 @@ def several():
 
 def test_several_heads_on_one_gather_learn_what_they_would_alone():
     assert workers.run(2, several) == [True, True]
+
+
+def test_every_head_of_the_page_on_settings_trains():
+    names = dict(mk=mk, classes=CLASSES, epoch=100, counts=torch.randint(1, 200, (CLASSES,)))
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "which_head.md").read_text(), re.S):
+        exec(code, names)
+    heads = [value for value in names.values() if isinstance(value, mk.MarginSoftmaxHead)]
+    for head in heads:
+        x = torch.randn(4, head.embedding_size, requires_grad=True)
+        head(x, torch.arange(4)).backward()
+        assert x.grad.isfinite().all() and x.grad.any() and head.weight.grad.any()
+    assert len(heads) == 13
