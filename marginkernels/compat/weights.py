@@ -2,9 +2,11 @@
 # Copyright (c) 2026 The marginkernels authors
 """Keeps class weights under the names and in the layouts of other projects."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..distributed.shard import ClassShard, watch_wrappers
 from ..functional import margin_cross_entropy
@@ -50,3 +52,40 @@ class FusedHead(nn.Module):
             embeddings, self.rows(), labels, sub_centers=self.sub_centers, update=self._update,
             **options,
         )  # fmt: skip
+
+
+def _is_by_columns(t: object) -> TypeGuard[Tensor]:
+    """Returns whether the value is a matrix that lies in memory column by column."""
+    return isinstance(t, Tensor) and t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous()
+
+
+def _lay_out_states(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Gives states of parameters by columns the order of their parameter, before a step.
+
+    Fused steps of torch.optim pair the numbers of a parameter and its states as they lie in memory.
+    A state that came in another order, as in a checkpoint of the other project, would give a wrong
+    step on a CPU and an error on a GPU.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if not _is_by_columns(p):
+            continue
+        state = optimizer.state.get(p, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and not _is_by_columns(value):
+                state[name] = value.t().contiguous().t()
+        if _saved_by_rows not in optimizer._optimizer_state_dict_post_hooks.values():
+            optimizer.register_state_dict_post_hook(_saved_by_rows)
+
+
+def _saved_by_rows(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of an optimizer in the order in which the other project keeps it."""
+    states = {
+        key: {name: v.contiguous() if _is_by_columns(v) else v for name, v in state.items()}
+        for key, state in state_dict["state"].items()
+    }
+    return state_dict | {"state": states}
+
+
+register_optimizer_step_pre_hook(_lay_out_states)

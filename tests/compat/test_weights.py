@@ -65,3 +65,28 @@ def test_checkpoints_of_either_order_load_and_rows_stay_contiguous(assign):
     for other in (again, copy.deepcopy(head), head.double(), head.to(torch.bfloat16)):
         assert other.rows().is_contiguous() and other.W.shape == (D, C)
     assert torch.equal(again.W, value)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("first, then", [(False, True), (True, False), (True, True)])
+def test_optimizers_go_on_from_a_state_of_either_order(first, then, fused):
+    def train(by_columns, value, gradients, state=None):
+        p = nn.Parameter(value.clone())
+        if by_columns:
+            head = Columns()
+            head.W = p
+        optimizer = torch.optim.AdamW([p], lr=0.1, fused=fused)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for gradient in gradients:
+            p.grad = torch.empty_like(p).copy_(gradient)
+            optimizer.step()
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        return p.detach(), torch.load(file)
+
+    value, gradients = torch.randn(D, C), torch.randn(4, D, C)
+    expected, _ = train(False, value, gradients)
+    half, state = train(first, value, gradients[:2])
+    torch.testing.assert_close(train(then, half, gradients[2:], state)[0], expected)
