@@ -14,6 +14,7 @@ from .distributed import (
     param_groups,
 )
 from .functional import margin_cross_entropy
+from .lazy import LazyCosine
 from .loss import HeadStats
 from .margins import (
     AdaFace,
@@ -71,6 +72,7 @@ __all__ = [
     "InterClassFilter",
     "InterTopK",
     "LSoftmax",
+    "LazyCosine",
     "MVSoftmax",
     "MagFace",
     "Margin",

@@ -175,7 +175,7 @@ def _checked(head: "MarginSoftmaxHead", batch: Any) -> tuple[Tensor, Tensor]:
             f"source: expected batches (embeddings, labels), got {type(batch).__name__}"
         )
     x, y = batch
-    evaluation.check_embeddings(head, x)
+    evaluation.check_embeddings(head.weight, x)
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         came = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels: expected int64 ({len(x)},), one for each row, got {came}")

@@ -282,7 +282,7 @@ class MarginSoftmaxHead(ClassWeights):
 
         They are scale * cos + bias where both sides are normalised. A sharded head has none.
         """
-        return evaluation.logits(self, embeddings)
+        return evaluation.logits(evaluation.classes_of(self), embeddings)
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Returns the k greatest of :meth:`logits` in each row, and their classes, (N, k) each.
@@ -290,7 +290,7 @@ class MarginSoftmaxHead(ClassWeights):
         The greatest comes first. The (N, C) logits are never held. For a sharded head the call is
         collective: each rank gives its rows and gets theirs, over all classes.
         """
-        return evaluation.topk(self, embeddings, k)
+        return evaluation.topk(evaluation.classes_of(self), embeddings, k)
 
     def extend(
         self,

@@ -52,24 +52,8 @@ def check_settings(settings: Settings) -> None:
 def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: int = 1) -> None:
     """Checks types, shapes and devices of the tensors of one call."""
     x, w, y, bias, sample_weight, row_margin, label_weights, _ = operands
-    check_tensor("x", x)
-    check_tensor("w", w, like=x)
-    for name, t in (("x", x), ("w", w)):
-        if t.ndim != 2:
-            raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
-    (n, d), (c, w_d) = x.shape, w.shape
-    if c % sub_centers:
-        raise ValueError(f"w: expected {sub_centers} rows for each class (sub_centers), got {c}")
-    c //= sub_centers
-    if shard is not None and c != shard.size:
-        raise ValueError(
-            f"w: expected the {shard.size} classes [{shard.start}, {shard.stop}) of the shard, "
-            f"got {c}"
-        )
-    if w_d != d or d == 0 or (c == 0 and shard is None):
-        raise ValueError(
-            f"w: expected shape (C, {d}) with C, D >= 1 for x of shape ({n}, {d}), got ({c}, {w_d})"
-        )
+    check_factors(x, w, sub_centers, shard)
+    n, c = len(x), len(w) // sub_centers
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         came = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected an int64 tensor, got {came}")
@@ -91,6 +75,28 @@ def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: 
         if y.ndim == 1:
             raise ValueError(f"label_weights: expected None for labels ({n},): see sample_weight")
         check_tensor("label_weights", label_weights, like=x, shape=tuple(y.shape))
+
+
+def check_factors(x: Tensor, w: Tensor, sub_centers: int, shard: ClassShard | None = None) -> None:
+    """Checks embeddings (N, D) and the rows of w, K for each class."""
+    check_tensor("x", x)
+    check_tensor("w", w, like=x)
+    for name, t in (("x", x), ("w", w)):
+        if t.ndim != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
+    (n, d), (c, w_d) = x.shape, w.shape
+    if c % sub_centers:
+        raise ValueError(f"w: expected {sub_centers} rows for each class (sub_centers), got {c}")
+    c //= sub_centers
+    if shard is not None and c != shard.size:
+        raise ValueError(
+            f"w: expected the {shard.size} classes [{shard.start}, {shard.stop}) of the shard, "
+            f"got {c}"
+        )
+    if w_d != d or d == 0 or (c == 0 and shard is None):
+        raise ValueError(
+            f"w: expected shape (C, {d}) with C, D >= 1 for x of shape ({n}, {d}), got ({c}, {w_d})"
+        )
 
 
 def check_class_weight(
