@@ -27,6 +27,9 @@ class HeadStats(NamedTuple):
     # as the labels, bool: the un-margined target logit exceeds those of all classes but the labels'
     correct: Tensor
     row_loss: Tensor  # loss of the row, before weights and reduction
+    # (N,): the greatest logit of all classes but the labels', as the sweep finds it: without what
+    # the margin makes of other classes
+    other_logit: Tensor
 
 
 def loss(
@@ -54,8 +57,12 @@ def loss(
     # a label that no rank holds must not pass for a loss; its row has no gradient
     losses = torch.where(target.found, losses, torch.where(labelled, torch.nan, 0.0))
     row_loss = batch.over_labels(losses)
-    value = reduced(row_loss, batch.has_label(), batch.sample_weight, call.settings.reduction)
-    return value, None if seen is None else HeadStats(*seen, row_loss.detach())
+    has_label = batch.has_label()
+    value = reduced(row_loss, has_label, batch.sample_weight, call.settings.reduction)
+    if seen is None:
+        return value, None
+    other = torch.where(has_label, result.logit_max, 0)
+    return value, HeadStats(*seen, row_loss.detach(), other)
 
 
 class Target(NamedTuple):

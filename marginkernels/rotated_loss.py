@@ -56,7 +56,8 @@ def loss(
     )  # fmt: skip
     if not return_stats:
         return value, None
-    return value, HeadStats(result.target_cosine.detach(), correct, row_loss)
+    other = torch.where(batch.has_label(), result.logit_max, 0)
+    return value, HeadStats(result.target_cosine.detach(), correct, row_loss, other)
 
 
 class RotatedLoss(torch.autograd.Function):

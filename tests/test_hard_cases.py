@@ -211,8 +211,11 @@ def test_reductions_weights_and_stats_agree(normalize, backend, device):
     torch.testing.assert_close(stats.target_cosine, cosine)
     x = unit_x if normalize == "both" else problem.x
     w = problem.w if normalize == "none" else unit_w
-    right = (2 * x @ w.T + problem.bias).argmax(1) == problem.y
+    logits = 2 * x @ w.T + problem.bias
+    right = logits.argmax(1) == problem.y
     assert torch.equal(stats.correct, right) and 0 < right.sum() < 40
+    others = logits.scatter(1, problem.y[:, None], -torch.inf)
+    torch.testing.assert_close(stats.other_logit, others.amax(1))
     assert not any(t.requires_grad for t in stats)
 
 
