@@ -26,7 +26,7 @@ class FusedHead(nn.Module):
     weight_name: ClassVar[str] = "weight"
     transposed: ClassVar[bool] = False
 
-    bias: nn.Parameter | None = None
+    bias: nn.Parameter | None
     shard: ClassShard | None = None
     sub_centers: int = 1
     _update: Update | None = None  # of an optimizer of marginkernels.optim
@@ -34,6 +34,7 @@ class FusedHead(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         watch_wrappers()
         super().__init__(*args, **kwargs)
+        self.register_parameter("bias", None)  # which a subclass may have
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter, and lays out the class weights row by row."""
