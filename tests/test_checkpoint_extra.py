@@ -87,7 +87,7 @@ def test_split_rows_are_copied_before_training_goes_on(world, tmp_path):
 
 def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, monkeypatch):
     model, optimizer = make("sgd", 0)
-    go, write = threading.Event(), checkpoint._write
+    go, write = threading.Event(), checkpoint.write_state
     order = []
 
     def slow(folder, *args):
@@ -96,7 +96,7 @@ def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, monkeypatch):
         write(folder, *args)
         order.append(folder.name)
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(checkpoint, "write_state", slow)
     pending = async_save_checkpoint(tmp_path / "first", model, optimizer)
     assert not (tmp_path / "first").exists()
     threading.Timer(0.2, go.set).start()

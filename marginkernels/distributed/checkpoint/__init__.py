@@ -80,7 +80,7 @@ def save_checkpoint(
     folder = _agreed(path, optimizer, group)
     with raising_together(group):
         state = State(model, optimizer).to_save() | Extra(extra).to_save()
-    _write(folder, state, group)
+    write_state(folder, state, group)
 
 
 def async_save_checkpoint(
@@ -120,7 +120,7 @@ def async_save_checkpoint(
     folder = _agreed(path, optimizer, process_group)
     with raising_together(process_group):
         state = staged(State(model, optimizer).to_save() | Extra(extra).to_save())
-    _pending = _background.submit(_write, folder, state, process_group)
+    _pending = _background.submit(write_state, folder, state, process_group)
     return _pending
 
 
@@ -130,7 +130,7 @@ def _wait_for_earlier() -> None:
         _pending.exception()
 
 
-def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def write_state(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Writes the state and publishes the directory, or removes what it has written. Collective."""
     name = _on_first(group, lambda: files.new_folder(folder))
     partial = folder.with_name(name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
@@ -86,9 +87,16 @@ class Index:
         """Returns the type of an entry that is a tensor."""
         return self.entries[key].properties.dtype
 
-    def read(self, key: str) -> Any:
-        """Returns the value of an entry that is in one piece."""
-        [info] = self._storage(key)
+    def pieces(self, key: str) -> list[ChunkStorageMetadata]:
+        """Returns the places of the pieces of an entry that is a tensor."""
+        return self.entries[key].chunks
+
+    def read(self, key: str, piece: int | None = None) -> Any:
+        """Returns one of the :meth:`pieces` of an entry, or the value of one in a single piece."""
+        if piece is None:
+            [info] = self._storage(key)
+        else:
+            info = self._storage(key)[piece]
         with open(self.folder / info.relative_path, "rb") as file:
             file.seek(info.offset)
             content = io.BytesIO(file.read(info.length))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The marginkernels authors
+"""Finds the optimizer's state of the class weights in a checkpoint, and makes one."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import trees
+
+DROP = "--drop-state leaves out the state of the classes"
+
+
+@dataclass
+class Located:
+    """Says where an optimizer's state of the weight is.
+
+    Attributes:
+        path: of the optimizer.
+        group: the group of the weight.
+        index: the number of the weight among the optimizer's parameters.
+        state: of the weight, by name.
+        following: the state of the parameter after the weight in its group, by name.
+    """
+
+    path: trees.Path
+    group: dict[str, Any]
+    index: Any
+    state: dict[str, Any]
+    following: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings of the group."""
+        return {key: value for key, value in self.group.items() if key != "params"}
+
+    @property
+    def following_index(self) -> Any:
+        """Returns the number of the parameter after the weight, or None."""
+        after = self.group["params"][self.group["params"].index(self.index) + 1 :]
+        return after[0] if after else None
+
+
+def optimizers_in(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
+    """Yields the states of optimizers in a tree, with their paths."""
+    if isinstance(tree, Mapping):
+        if tree.keys() >= {"state", "param_groups"}:
+            yield path, tree
+        else:
+            for key, value in tree.items():
+                yield from optimizers_in(value, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            yield from optimizers_in(value, (*path, i))
+
+
+def by_shape(tree: Any, shape: torch.Size) -> list[Located]:
+    """Finds the states that have the shape of a parameter."""
+    return [
+        _located(path, optimizer, index)
+        for path, optimizer in optimizers_in(tree)
+        for index, state in optimizer["state"].items()
+        if any(isinstance(value, Tensor) and value.shape == shape for value in state.values())
+    ]
+
+
+def last(tree: Any, path: trees.Path) -> Located:
+    """Finds the state of the last parameter of an optimizer."""
+    optimizer = trees.at(tree, path)
+    return _located(path, optimizer, optimizer["param_groups"][-1]["params"][-1])
+
+
+def _located(path: trees.Path, optimizer: Any, index: Any) -> Located:
+    [group] = [group for group in optimizer["param_groups"] if index in group["params"]]
+    located = Located(path, group, index, optimizer["state"].get(index, {}), {})
+    located.following = optimizer["state"].get(located.following_index, {})
+    return located
+
+
+def is_per_row(key: str, value: Any, shape: torch.Size, where: str) -> bool:
+    """Returns whether a state has the shape of its parameter, else it has to be one number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, Tensor) or not value.ndim:
+        return False
+    if value.shape != shape:
+        raise ValueError(
+            f"{where}: expected {key} {tuple(shape)} as the parameter, got {tuple(value.shape)}; "
+            f"{DROP}"
+        )
+    return True
+
+
+def made(
+    settings: dict[str, Any], states: dict[Any, dict[str, Any]], params: list[Any]
+) -> dict[str, Any]:
+    """Makes the state of an optimizer of the head alone."""
+    return {"state": states, "param_groups": [settings | {"params": params}]}
