@@ -319,7 +319,14 @@ def _watch_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) ->
 
 def is_wrapped(parameter: nn.Parameter) -> bool:
     """Returns whether a wrapper exchanges the parameter's gradients between processes."""
-    return any(p is parameter for module in _wrapped for p in module.parameters())
+    return any(p is parameter for module in _wrapped for p in _exchanged(module))
+
+
+def _exchanged(wrapper: nn.Module) -> Iterator[nn.Parameter]:
+    ignored: Any = getattr(wrapper, "parameters_to_ignore", ())  # of DistributedDataParallel
+    for name, parameter in wrapper.named_parameters():
+        if name.removeprefix("module.") not in ignored:
+            yield parameter
 
 
 def look_for_replicas(head: Any) -> None:
