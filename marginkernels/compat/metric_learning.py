@@ -200,6 +200,8 @@ class _MarginLoss(_FusedLoss):
     def fused_options(self) -> dict[str, Any]:
         _check_distance(self.distance, CosineSimilarity)
         validation.check_scale(self.scale)
+        if isinstance(self.margin, Tensor) and self.margin.ndim:
+            raise ValueError(f"margin: expected one number, got shape {tuple(self.margin.shape)}")
         return dict(margin=self.margin_module(), scale=self.scale, normalize=self.normalize)
 
 
@@ -212,7 +214,7 @@ class ArcFaceLoss(_MarginLoss, losses.ArcFaceLoss):
     """
 
     def margin_module(self) -> nn.Module:
-        return margins.ArcFace(float(self.margin), branch="hard")
+        return margins.ArcFace(self.margin, branch="hard")
 
 
 class SubCenterArcFaceLoss(_MarginLoss, losses.SubCenterArcFaceLoss):
@@ -224,7 +226,7 @@ class SubCenterArcFaceLoss(_MarginLoss, losses.SubCenterArcFaceLoss):
     """
 
     def margin_module(self) -> nn.Module:
-        return margins.ArcFace(float(self.margin), branch="hard")
+        return margins.ArcFace(self.margin, branch="hard")
 
 
 class CosFaceLoss(_MarginLoss, losses.CosFaceLoss):
@@ -233,7 +235,7 @@ class CosFaceLoss(_MarginLoss, losses.CosFaceLoss):
     """
 
     def margin_module(self) -> nn.Module:
-        return margins.CosFace(float(self.margin))
+        return margins.CosFace(self.margin)
 
 
 class LargeMarginSoftmaxLoss(_MarginLoss, losses.LargeMarginSoftmaxLoss):

@@ -129,10 +129,11 @@ REDUCERS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_miners_reducers_and_regularizers_are_the_originals(name):
     x, y = batch()
-    for mine in MINERS.values():
+    of_weights = [regularizers.RegularFaceRegularizer(), regularizers.CenterInvariantRegularizer()]
+    for mine, regularizer in zip(MINERS.values(), of_weights * 2, strict=True):
         for reducer in REDUCERS.values():
             settings = dict(
-                reducer=reducer, weight_regularizer=regularizers.RegularFaceRegularizer(),
+                reducer=reducer, weight_regularizer=regularizer,
                 weight_reg_weight=0.3, embedding_regularizer=regularizers.LpRegularizer(),
             )  # fmt: skip
             results = []
@@ -232,6 +233,16 @@ def test_proxy_nca_leaves_out_rows_without_a_class_or_a_probability():
     assert torch.equal(told[0]["indices"], told[1]["indices"])
 
 
+def test_scale_and_margin_may_be_parameters():
+    x, y = batch()
+    results = []
+    for loss in pair("CosFaceLoss"):
+        numbers = [nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in (16.0, 0.2)]
+        loss.scale, loss.margin = numbers
+        results.append(torch.autograd.grad(loss(x, y), numbers))
+    torch.testing.assert_close(*results[::-1])
+
+
 class Overriding(metric_learning.ArcFaceLoss):
     """Has a margin of its own."""
 
@@ -244,6 +255,7 @@ UNFUSED = {
     "another power": ("ArcFaceLoss", dict(distance=distances.CosineSimilarity(power=2))),
     "another norm": ("CosFaceLoss", dict(distance=distances.CosineSimilarity(p=1))),
     "a negative margin": ("ArcFaceLoss", dict(margin=-5)),
+    "a margin for each row": ("CosFaceLoss", dict(margin=torch.linspace(0, 0.4, N))),
 }
 
 
