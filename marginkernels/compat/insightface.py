@@ -188,6 +188,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             local_labels: (N,) or (N, 1), their classes of [0, num_classes): integers, of any type
                 that holds every class exactly.
         """
+        return self._mean_loss(local_embeddings, local_labels)
+
+    def _mean_loss(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         self._warn_if_alone()
         try:
             label = self._checked(local_embeddings, local_labels)
@@ -206,7 +209,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         return losses.sum() / max(len(losses), 1)
 
     def _checked(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Returns the labels as int64, (N,), after checks in the words of :meth:`forward`."""
+        """Returns the labels as int64, after checks in the words of :meth:`forward`."""
         if self._update is not None and not isinstance(self.margin_softmax, MarginLoss):
             raise TypeError(
                 "margin_loss: expected a MarginLoss for an optimizer of marginkernels.optim, got "
@@ -220,21 +223,26 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if not isinstance(labels, Tensor):
             raise TypeError(f"local_labels: expected a tensor, got {type(labels).__name__}")
         validation.check_local("local_labels", labels)
-        if labels.numel() != len(x):
-            raise ValueError(
-                f"local_labels: expected shape ({len(x)},), one label per row of local_embeddings, "
-                f"got {tuple(labels.shape)}"
-            )
+        label = self._of_rows(x, labels)
         if labels.device != x.device:
             raise ValueError(
                 f"local_labels: expected device {x.device} as local_embeddings, got {labels.device}"
             )
-        label = self._classes(labels.reshape(-1))
+        label = self._classes(label)
         if device_checks.checks_values(x.device):
             label = ops.checked_labels(label, self.num_classes, None, "local_labels")
             norm = row_norm(x.detach(), self._compute_dtype(x))
             label = ops.checked(label, norm, 0, numerics.GREATEST_NORM, _BAD_EMBEDDINGS)
         return label
+
+    def _of_rows(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Returns the labels of the rows that a step takes: here all of them, (N,)."""
+        if labels.numel() != len(x):
+            raise ValueError(
+                f"local_labels: expected shape ({len(x)},), one label per row of local_embeddings, "
+                f"got {tuple(labels.shape)}"
+            )
+        return labels.reshape(-1)
 
     def _classes(self, labels: Tensor) -> Tensor:
         """Returns the labels as int64, -1 where they are fractions."""
@@ -256,10 +264,10 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         self._looked = True
         if self.world_size < dist.get_world_size():
             warnings.warn(
-                f"PartialFC_V2: made before init_process_group, it holds all {self.num_classes} "
-                f"classes and learns from this rank's rows alone: the {dist.get_world_size()} "
+                f"{type(self).__name__}: made before init_process_group, it holds all "
+                f"{self.num_classes} classes and learns from this rank's rows alone: the {dist.get_world_size()} "
                 "ranks' weights will differ. Make it after init_process_group",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def sample(self, local_class: Tensor) -> Tensor:
@@ -291,6 +299,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             scale=margin_loss.s,
             reduction="none",
             ignore_index=_NO_LABEL,
+            other_labels="negatives",
             compute_dtype=self._compute_dtype(x),
             backend=self.backend,
             shard=self.shard,
@@ -325,6 +334,15 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         lse = logits.logsumexp(1).masked_fill(lost, torch.nan)
         merged = exchange.merge(position, SweepResult(lse, target, none, none, none))
         return merged.lse - merged.target_cosine
+
+
+def require_fused(margin_loss: object) -> None:
+    """Raises TypeError unless it is a :class:`MarginLoss`."""
+    if not isinstance(margin_loss, MarginLoss):
+        raise TypeError(
+            "margin_loss: expected a MarginLoss of marginkernels.compat, such as its "
+            f"CombinedMarginLoss, got {type(margin_loss).__name__}"
+        )
 
 
 def _check_margin_loss(margin_loss: object) -> None:
