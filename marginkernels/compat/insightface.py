@@ -140,9 +140,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _take_classes(self) -> None:
         """Takes this rank's classes, split as insightface does, and compares settings of ranks."""
-        self.rank, self.world_size = 0, 1
-        if in_group():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = self._ranks()
         each, more = divmod(self.num_classes, self.world_size)
         if each == 0:
             raise ValueError(
@@ -165,6 +163,10 @@ class PartialFC_V2(nn.Module):  # noqa: N801
                 group, embedding_size=self.embedding_size, num_classes=self.num_classes,
                 sample_rate=self.sample_rate, fp16=self.fp16, margin_loss=margin_loss,
             )  # fmt: skip
+
+    def _ranks(self) -> tuple[int, int]:
+        """Returns this rank and the number of ranks that the classes are split over."""
+        return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
 
     def reset_parameters(self) -> None:
         """Starts afresh, as after ``to_empty``.
@@ -265,8 +267,9 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         if self.world_size < dist.get_world_size():
             warnings.warn(
                 f"{type(self).__name__}: made before init_process_group, it holds all "
-                f"{self.num_classes} classes and learns from this rank's rows alone: the {dist.get_world_size()} "
-                "ranks' weights will differ. Make it after init_process_group",
+                f"{self.num_classes} classes and learns from this rank's rows alone: the "
+                f"{dist.get_world_size()} ranks' weights will differ. Make it after "
+                "init_process_group",
                 stacklevel=4,
             )
 
