@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from marginkernels.compat import adaface as head
+from marginkernels.optim import SGD
 
 C, D, F64 = 11, 6, torch.float64
 TYPES = ("adaface", "arcface", "cosface")
@@ -129,6 +130,20 @@ def test_the_first_weights_and_checkpoints_are_the_projects(kind):
         state = other.state_dict()
         assert all(torch.equal(state[name], value) for name, value in theirs.items())
         assert other.rows().is_contiguous()
+
+
+def test_an_optimizer_inside_backward_moves_the_kernel_as_torchs_does():
+    modules = [build("adaface"), build("adaface")]
+    ours = SGD(modules[0], lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(modules[1].parameters(), lr=0.1, momentum=0.9)
+    for seed in range(3):
+        embeddings, norms, y, _ = batch(seed=seed)
+        for module, optimizer in zip(modules, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(module(embeddings, norms, y), y).backward(retain_graph=True)
+            optimizer.step()
+    assert modules[0].kernel.grad is None
+    torch.testing.assert_close(modules[0].kernel, modules[1].kernel)
 
 
 def test_wrong_arguments_are_named():
