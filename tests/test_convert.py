@@ -2,96 +2,17 @@
 # Copyright (c) 2026 The marginkernels authors
 """Converts checkpoints between formats, numbers of ranks and sets of classes, and loads them."""
 
-import copy
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
+import zipfile
 
 import pytest
 import torch
 from torch import nn
 
 import marginkernels as mk
-from marginkernels.compat.insightface import CombinedMarginLoss, PartialFC_V2
 from marginkernels.convert import FORMATS, convert
-from marginkernels.convert.__main__ import main
 from marginkernels.convert.formats.insightface import split_evenly
 from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
-
-C, D = 21, 6
-SGD = functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
-
-
-class Trainer:
-    """Trains a small network and PartialFC_V2 in one process, as insightface's trainer does."""
-
-    def __init__(self, optimizer=SGD, seed=0):
-        torch.manual_seed(seed)
-        self.backbone = nn.Linear(4, D)
-        loss = CombinedMarginLoss(64, 1.0, 0.0, 0.4)
-        self.head = PartialFC_V2(loss, D, C, backend="reference")
-        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
-        self.optimizer = optimizer(groups, lr=0.1)
-
-    def steps(self, n, seed):
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(n):
-            x = torch.randn(16, 4, generator=generator)
-            y = torch.randint(C, (16,), generator=generator)
-            self.optimizer.zero_grad()
-            self.head(self.backbone(x), y).backward()
-            self.optimizer.step()
-        return self
-
-    def content(self, start=0, stop=C):
-        """Returns what train_v2.py saves on the rank with these classes."""
-        state = copy.deepcopy(self.optimizer.state_dict())
-        last = state["state"].get(state["param_groups"][-1]["params"][-1], {})
-        for key, value in last.items():
-            if value.ndim:
-                last[key] = value[start:stop].clone()
-        return {
-            "epoch": 3,
-            "global_step": 40,
-            "state_dict_backbone": self.backbone.state_dict(),
-            "state_dict_softmax_fc": {"weight": self.head.weight.detach()[start:stop].clone()},
-            "state_optimizer": state,
-            "state_lr_scheduler": {"last_epoch": 40, "_last_lr": [0.1]},
-        }
-
-    def save(self, folder: Path, ranks: int, name="checkpoint_gpu_{}.pt"):
-        folder.mkdir(exist_ok=True)
-        start, files = 0, []
-        for rank, size in enumerate(split_evenly(C, ranks)):
-            files.append(folder / name.format(rank))
-            torch.save(self.content(start, start + size), files[-1])
-            start += size
-        return files
-
-    def load(self, content):
-        self.backbone.load_state_dict(content["state_dict_backbone"])
-        self.head.load_state_dict(content["state_dict_softmax_fc"])
-        self.optimizer.load_state_dict(content["state_optimizer"])
-        return self
-
-
-def loaded(file):
-    return torch.load(file, weights_only=True)
-
-
-def weights(k=1, seed=1):
-    return torch.randn(C * k, D, generator=torch.Generator().manual_seed(seed))
-
-
-def same(a, b):
-    """Returns whether two trees have the same values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+from tests.support.trained import SGD, C, D, Trainer, loaded, same, weights
 
 
 @pytest.mark.parametrize("name", ["checkpoint_gpu_{}.pt", "checkpoint_step_40_gpu_{}.pt"])
@@ -151,6 +72,8 @@ def test_every_format_comes_back_as_it_went(tmp_path, to, file):
     convert([tmp_path / "head.pt"], out, to)
     convert([out], tmp_path / "back.pt", "marginkernels")
     assert same(loaded(tmp_path / "back.pt"), {"head": {"weight": w}})
+    with zipfile.ZipFile(tmp_path / "back.pt") as archive:
+        assert archive.testzip() is None
 
 
 @pytest.mark.parametrize(
@@ -234,6 +157,28 @@ def test_a_folder_keeps_the_backbone_its_state_and_what_is_extra(tmp_path):
     assert same(old, new)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_number_per_class_of_row_wise_adagrad_goes_along(tmp_path, transposed):
+    w, total = weights(), torch.rand(C, 1)
+    key = "head.kernel" if transposed else "weight"
+    state = {0: {"step": torch.tensor(3.0), "sum": total.t() if transposed else total}}
+    tree = {
+        "state_dict": {key: w.t() if transposed else w, "head.t": torch.zeros(C)},
+        "optimizer_states": [{"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+    }
+    torch.save(tree, tmp_path / "in.ckpt")
+    torch.save(torch.arange(C).where(torch.arange(C) < C - 1, -1), tmp_path / "t.pt")
+    to = "adaface" if transposed else "marginkernels"
+    lines = convert([tmp_path / "in.ckpt"], tmp_path / "o.ckpt", to, classes=tmp_path / "t.pt")
+    assert any("head.t (21,)" in line for line in lines)
+    out = loaded(tmp_path / "o.ckpt")
+    got, total_of = out["state_dict"][key], out["optimizer_states"][0]["state"][0]["sum"]
+    if transposed:
+        got, total_of = got.t(), total_of.t()
+    assert torch.equal(got, w[:-1])
+    assert torch.equal(total_of, total[:-1])
+
+
 def test_a_table_drops_merges_and_renumbers_rows_and_their_momentum(tmp_path):
     first = Trainer().steps(3, seed=1)
     files = first.save(tmp_path / "8", 8)
@@ -281,135 +226,3 @@ def test_sub_centers_are_kept_and_reduced(tmp_path):
     mean = nn.functional.normalize(w).view(C, k, D).mean(1)
     norm = w.norm(dim=1).view(C, k).mean(1, keepdim=True)
     torch.testing.assert_close(got, nn.functional.normalize(mean) * norm)
-
-
-def wrong_calls(folder: Path):
-    """Returns calls that must fail, with a part of the error's text."""
-    files = Trainer().steps(1, seed=1).save(folder / "8", 8)
-    (folder / "7").mkdir()
-    for rank in range(7):  # the first ranks have fewer classes
-        (folder / "7" / files[rank].name).write_bytes(files[7 - rank].read_bytes())
-    (folder / "steps").mkdir()
-    for step in (1, 2):
-        (folder / "steps" / f"checkpoint_step_{step}_gpu_0.pt").write_bytes(files[0].read_bytes())
-    other = loaded(files[3])
-    torch.save(other | {"global_step": 41}, folder / "checkpoint_gpu_3.pt")
-    mixed = [*files[:3], folder / "checkpoint_gpu_3.pt", *files[4:]]
-    torch.save({"a.W": weights(), "loss.W": weights()}, folder / "unclear.pt")
-    torch.save({"W": weights().t()}, folder / "loss.pt")
-    torch.save({"W": weights(), "projection.weight": weights()}, folder / "two.pt")
-    torch.save({"weight": weights(), "bias": torch.zeros(C)}, folder / "bias.pt")
-    (folder / "code.pt").write_bytes(b"PK")
-    (folder / "short.txt").write_text("0\n1\n")
-    (folder / "gap.txt").write_text("\n".join(map(str, [*range(C - 1), C])))
-    (folder / "merge.txt").write_text("\n".join(["0"] * C))
-    (folder / "twice.csv").write_text("\n".join(["0,0", *(f"{c},{c}" for c in range(C - 1))]))
-    ours, loss = {"to": "marginkernels"}, [folder / "loss.pt"]
-    insight = {"to": "insightface"}
-    return [
-        (files[:3] + files[4:], insight, "rank 3"),
-        (files[:7], insight, "checkpoint_gpu_7.pt"),
-        ([folder / "7"], insight, "of another run"),
-        ([folder / "steps"], insight, "expected one set of files"),
-        (mixed, insight, "global_step 40 as in"),
-        (files, insight | {"world_size": C + 1}, "--world-size"),
-        (files, ours | {"world_size": 2}, "--world-size"),
-        (files, insight | {"num_classes": C + 1}, "--num-classes"),
-        (files, {"to": "face"}, "--to: expected one of"),
-        ([folder / "none.pt"], ours, "no such file"),
-        ([folder / "code.pt"], ours, "expected a file of tensors"),
-        ([folder / "two.pt"], ours, "--from chooses"),
-        (loss, ours | {"source": "wespeaker"}, "--key names another"),
-        (loss, ours | {"key": "V"}, "--key the name"),
-        ([folder / "bias.pt"], insight, "no bias"),
-        (loss, ours | {"sub_centers": 2}, "--sub-centers"),
-        (loss, insight | {"sub_centers": 3}, "--reduce makes one"),
-        (loss, ours | {"reduce": "mean"}, "--reduce"),
-        (loss, ours | {"sub_centers": 3, "classes": folder / "merge7.txt"}, "no such file"),
-        (loss, ours | {"classes": folder / "short.txt"}, "expected a new class for each of 21"),
-        (loss, ours | {"classes": folder / "gap.txt"}, "got none for 20"),
-        (loss, ours | {"classes": folder / "twice.csv"}, "with class 0 2 times"),
-    ]
-
-
-def test_what_does_not_fit_is_named_and_writes_nothing(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    for inputs, options, text in wrong_calls(tmp_path / "in"):
-        with pytest.raises((ValueError, OSError)) as error:
-            convert(inputs, tmp_path / "out" / "x.pt", **options)
-        assert text in str(error.value), options
-        assert "\n" not in str(error.value)
-        assert not list((tmp_path / "out").iterdir())
-
-
-def test_files_are_replaced_when_asked_and_folders_never(tmp_path):
-    torch.save({"W": weights().t()}, tmp_path / "loss.pt")
-    out = tmp_path / "out.pt"
-    out.write_text("mine")
-    with pytest.raises(ValueError, match="--overwrite"):
-        convert([tmp_path / "loss.pt"], out, "marginkernels")
-    assert out.read_text() == "mine"
-    convert([tmp_path / "loss.pt"], out, "marginkernels", overwrite=True)
-    assert torch.equal(loaded(out)["head"]["weight"], weights())
-    (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="expected a new folder"):
-        convert([tmp_path / "loss.pt"], tmp_path / "run", "insightface", overwrite=True)
-
-
-def test_state_of_a_sample_is_refused_and_can_be_left_out(tmp_path):
-    content = Trainer().steps(1, seed=1).content()
-    content["state_optimizer"]["state"][2]["momentum_buffer"] = torch.zeros(5, D)
-    torch.save(content, tmp_path / "checkpoint_gpu_0.pt")
-    inputs = [tmp_path / "checkpoint_gpu_0.pt"]
-    with pytest.raises(ValueError, match=r"expected momentum_buffer \(21, 6\).*--drop-state"):
-        convert(inputs, tmp_path / "out", "insightface", world_size=2)
-    convert(inputs, tmp_path / "out", "insightface", world_size=2, drop_state=True)
-    state = loaded(tmp_path / "out" / "checkpoint_gpu_1.pt")["state_optimizer"]["state"]
-    assert list(state) == [0, 1]
-
-
-def test_the_command_says_what_it_did_and_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    torch.save({"W": weights().t()}, tmp_path / "loss.pt")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        return main(), capsys.readouterr()
-
-    code, said = run(tmp_path / "loss.pt", tmp_path / "out", "--to=insightface", "--world-size=2")
-    assert code == 0
-    assert f"{C} classes of {D}" in said.out
-    code, said = run(tmp_path / "loss.pt", tmp_path / "out", "--to", "insightface")
-    assert code == 1
-    assert said.err.startswith("error: OUT: expected a new folder")
-    assert said.err.count("\n") == 1
-
-
-MEASURED = """
-import sys
-from pathlib import Path
-from marginkernels.convert import convert
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) << 10
-small, large, out, *formats = sys.argv[1:]
-for to in formats:
-    convert([small], f"{out}/small {to}", to)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    convert([large], f"{out}/{to}", to)
-    print(resident("VmHWM") - before)
-"""
-
-
-def test_memory_is_that_of_blocks_and_not_of_the_classifier(tmp_path):
-    formats = ["wespeaker", "transformers", "insightface", "distributed"]
-    torch.save({"W": torch.zeros(8, 512).t()}, tmp_path / "small.pt")
-    large = torch.zeros(512, 100_000)
-    torch.save({"W": large}, tmp_path / "large.pt")
-    arguments = [tmp_path / "small.pt", tmp_path / "large.pt", tmp_path, *formats]
-    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    freed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # goes back to the system at once
-    done = subprocess.run(command, env=freed, check=True, stdout=subprocess.PIPE, text=True)
-    for to, beyond in zip(formats, done.stdout.split(), strict=True):
-        assert int(beyond) < large.nbytes / 2, to

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import Checkpoint
+from .files import mapped
 from .formats import FORMATS
 from .formats.base import Format
+from .formats.one_file import matrices
 from .tables import with_classes, with_one_center
 
 __all__ = ["FORMATS", "convert"]
@@ -66,14 +68,14 @@ def convert(
         checkpoint = checkpoint.without_state()
     _check_counts(checkpoint, sub_centers, num_classes)
     checkpoint.sub_centers = sub_centers
-    old_classes = checkpoint.num_classes
+    old_sizes = {len(checkpoint.weight), checkpoint.num_classes}
     if reduce is not None:
         checkpoint = with_one_center(checkpoint, reduce)
     if classes is not None:
         checkpoint = with_classes(checkpoint, Path(classes))
     target.check(checkpoint, out, world_size)
     _write(checkpoint, target, out, world_size)
-    return [*checkpoint.notes, *_summary(checkpoint, target, out, world_size, old_classes)]
+    return [*checkpoint.notes, *_summary(checkpoint, target, out, world_size, old_sizes)]
 
 
 def _format(argument: str, name: str) -> Format:
@@ -111,11 +113,18 @@ def _source(inputs: list[Path], name: str | None, key: str | None) -> Format:
     shown = ", ".join(map(str, inputs))
     if not found:
         raise ValueError(
-            f"{shown}: expected class weights of a known name, got none; --from says the layout, "
-            "and --key the name"
+            f"{shown}: expected class weights of a known name, got {_content(inputs)}; --from says "
+            "the layout, and --key the name"
         )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
     raise ValueError(f"{shown}: expected one format, got {reasons}; --from chooses")
+
+
+def _content(inputs: list[Path]) -> str:
+    """Names the matrices of a file."""
+    if len(inputs) > 1 or inputs[0].is_dir():
+        return "none"
+    return ", ".join(matrices(mapped(inputs[0])))
 
 
 def _check_counts(checkpoint: Checkpoint, sub_centers: int, num_classes: int | None) -> None:
@@ -126,7 +135,7 @@ def _check_counts(checkpoint: Checkpoint, sub_centers: int, num_classes: int | N
         )
     if num_classes is not None and rows != num_classes * sub_centers:
         raise ValueError(
-            f"--num-classes: expected {rows // sub_centers} as read, got {num_classes}"
+            f"--num-classes: expected {num_classes} classes, got {rows // sub_centers}"
         )
     bias = checkpoint.parameters.get("bias")
     if bias is not None and len(bias.rows) != rows // sub_centers:
@@ -154,7 +163,7 @@ def _write(checkpoint: Checkpoint, target: Format, out: Path, world_size: int) -
 
 
 def _summary(
-    checkpoint: Checkpoint, target: Format, out: Path, world_size: int, old_classes: int
+    checkpoint: Checkpoint, target: Format, out: Path, world_size: int, old_sizes: set[int]
 ) -> list[str]:
     """Says what was written, and what was not."""
     weight = checkpoint.parameters["weight"]
@@ -164,6 +173,9 @@ def _summary(
     lines = [f"weights: {size}, {weight.rows.dtype}, with {_states(checkpoint)}"]
     if checkpoint.format == target.name and checkpoint.places:
         lines.append("everything else of the files: carried along as it is")
+        changed = old_sizes - {len(checkpoint.weight), checkpoint.num_classes}
+        for name in checkpoint.others_with(changed):
+            lines.append(f"look at {name}: it has the old number of classes")
     else:
         lines.append("everything else of the files, such as a backbone: left out")
     ranks = f", {world_size} files" if target.folder and target.name != "distributed" else ""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .rows import Grouped, Rows
-from .trees import Path, removed
+from .trees import Path, leaves, named, removed
 
 
 @dataclass
@@ -90,6 +90,14 @@ class Checkpoint:
                 parameter.rows = Grouped(self.weight, new_row, True)
             parameters[name] = parameter
         return replace(self, parameters=parameters, sub_centers=sub_centers)
+
+    def others_with(self, sizes: set[int]) -> list[str]:
+        """Names other tensors of the contents that have a dimension of one of these sizes."""
+        return [
+            f"{named(path)} {tuple(value.shape)}"
+            for path, value in leaves(self.contents[0])
+            if path not in self.places and sizes & set(getattr(value, "shape", ()))
+        ]
 
     def without_state(self) -> "Checkpoint":
         """Returns the checkpoint without the optimizer's state of the classes."""

@@ -22,6 +22,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 
 from . import trees
 from .rows import BLOCK, Rows
+from .zips import set_checksums
 
 _SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -63,7 +64,8 @@ class FileRows(Rows):
         self._in_columns = not rows.is_contiguous()
         if self._in_columns and not rows.t().is_contiguous():
             raise ValueError(
-                f"{file}: {trees.named(path)}: expected it in order, got a part of one"
+                f"{file}: {trees.named(path)}: expected whole rows, got a view, of strides "
+                f"{tensor.stride()}"
             )
 
     def read(self, index: Tensor) -> Tensor:
@@ -164,16 +166,18 @@ def save(tree: Any, file: Path) -> None:
         _lay_out_safetensors(tree, file)
     else:
         _lay_out(tree, file)
-    for path, value in found.items():
-        room = trees.at(mapped(file, writable=True), path)
-        if isinstance(value, Placed):
-            offset = _offset(room)
-            del room
-            _fill(file, offset, value)
-        else:
-            with torch.no_grad():
-                room.copy_(value)
-    with open(file, "rb+") as opened:
+    with open(file, "rb+", buffering=0) as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)  # a map has no error for it
+        content = mapped(file, writable=True)
+        for path, value in found.items():
+            room = trees.at(content, path)
+            if isinstance(value, Placed):
+                _fill(opened, _offset(room), value)
+            else:
+                with torch.no_grad():
+                    room.copy_(value)
+        if not is_safetensors(file):
+            set_checksums(file)
         os.fsync(opened.fileno())
 
 
@@ -190,17 +194,16 @@ def _lay_out(tree: Any, file: Path) -> None:
             torch.save(tree, file)
 
 
-def _fill(file: Path, offset: int, placed: Placed) -> None:
+def _fill(opened: IO[bytes], offset: int, placed: Placed) -> None:
     """Writes rows to their place in a file."""
-    with open(file, "rb+", buffering=0) as opened:
-        for start, block in placed.rows.blocks():
-            if not placed.transposed:
-                width = block[0].numel()
-                _write(opened, offset + start * width * block.itemsize, block.contiguous())
-                continue
-            for i, column in enumerate(block.t().contiguous()):
-                at = i * len(placed.rows) + start
-                _write(opened, offset + at * block.itemsize, column)
+    for start, block in placed.rows.blocks():
+        if not placed.transposed:
+            width = block[0].numel()
+            _write(opened, offset + start * width * block.itemsize, block.contiguous())
+            continue
+        for i, column in enumerate(block.t().contiguous()):
+            at = i * len(placed.rows) + start
+            _write(opened, offset + at * block.itemsize, column)
 
 
 def _write(opened: IO[bytes], offset: int, values: Tensor) -> None:

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Located:
 def optimizers_in(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
     """Yields the states of optimizers in a tree, with their paths."""
     if isinstance(tree, Mapping):
-        if tree.keys() >= {"state", "param_groups"}:
+        if _is_optimizer(tree):
             yield path, tree
         else:
             for key, value in tree.items():
@@ -57,41 +58,60 @@ def optimizers_in(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path
             yield from optimizers_in(value, (*path, i))
 
 
-def by_shape(tree: Any, shape: torch.Size) -> list[Located]:
-    """Finds the states that have the shape of a parameter."""
+def _is_optimizer(tree: Mapping[Any, Any]) -> bool:
+    """Returns whether a dictionary is the state of an optimizer."""
+    state, groups = tree.get("state"), tree.get("param_groups")
+    return isinstance(state, Mapping) and isinstance(groups, list)
+
+
+def shapes_of(weight: torch.Size, transposed: bool) -> list[torch.Size]:
+    """Returns the shapes that a state of the weight may have: that, or a number for each row."""
+    number = [1, weight[1]] if transposed else [weight[0]] + [1] * (len(weight) - 1)
+    return [weight, torch.Size(number)]
+
+
+def by_shape(tree: Any, shapes: list[torch.Size]) -> list[Located]:
+    """Finds the states that have one of these shapes."""
     return [
         _located(path, optimizer, index)
         for path, optimizer in optimizers_in(tree)
         for index, state in optimizer["state"].items()
-        if any(isinstance(value, Tensor) and value.shape == shape for value in state.values())
+        if any(isinstance(value, Tensor) and value.shape in shapes for value in state.values())
     ]
 
 
-def last(tree: Any, path: trees.Path) -> Located:
+def last(tree: Any, path: trees.Path, file: Path) -> Located:
     """Finds the state of the last parameter of an optimizer."""
     optimizer = trees.at(tree, path)
+    if path not in [found for found, _ in optimizers_in(tree)] or not optimizer["param_groups"]:
+        raise ValueError(f"{file}: {trees.named(path)}: expected the state of an optimizer")
     return _located(path, optimizer, optimizer["param_groups"][-1]["params"][-1])
 
 
 def _located(path: trees.Path, optimizer: Any, index: Any) -> Located:
-    [group] = [group for group in optimizer["param_groups"] if index in group["params"]]
+    groups = [group for group in optimizer["param_groups"] if index in group["params"]]
+    if len(groups) != 1:
+        raise ValueError(
+            f"{trees.named(path)}: expected parameter {index} in one group, got {len(groups)}"
+        )
+    [group] = groups
     located = Located(path, group, index, optimizer["state"].get(index, {}), {})
     located.following = optimizer["state"].get(located.following_index, {})
     return located
 
 
-def is_per_row(key: str, value: Any, shape: torch.Size, where: str) -> bool:
-    """Returns whether a state has the shape of its parameter, else it has to be one number.
+def is_per_row(key: str, value: Any, shapes: list[torch.Size], where: str) -> bool:
+    """Returns whether a state has one of these shapes, else it has to be one number.
 
     Raises:
         ValueError: it is neither.
     """
     if not isinstance(value, Tensor) or not value.ndim:
         return False
-    if value.shape != shape:
+    if value.shape not in shapes:
         raise ValueError(
-            f"{where}: expected {key} {tuple(shape)} as the parameter, got {tuple(value.shape)}; "
-            f"{DROP}"
+            f"{where}: expected {key} {tuple(shapes[0])} as the parameter, got "
+            f"{tuple(value.shape)}; {DROP}"
         )
     return True
 

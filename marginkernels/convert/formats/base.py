@@ -5,7 +5,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import optimizers, trees
@@ -89,11 +88,26 @@ class TreeReader:
         self._add("weight", weight)
 
     def add_bias(self, path: trees.Path) -> None:
-        """Reads a bias of the classes."""
+        """Reads a bias of the classes, if it is one: that of SphereFace2 is a number."""
         bias = trees.at(self.tree, path)
-        if not isinstance(bias, Tensor) or bias.ndim != 1:
-            raise ValueError(f"{self.file}: {trees.named(path)}: expected a bias per class")
-        self._add("bias", path)
+        if isinstance(bias, Tensor) and bias.ndim == 1:
+            self._add("bias", path)
+
+    def find_state(self, keep: bool) -> None:
+        """Reads the optimizer's state that has the shape of the weight, if there is one.
+
+        Raises:
+            ValueError: several parameters have the weight's shape.
+        """
+        shape = Placed(self.parameters["weight"].rows, self.transposed).shape
+        found = optimizers.by_shape(self.tree, optimizers.shapes_of(shape, self.transposed))
+        if len(found) > 1 and keep:
+            raise ValueError(
+                f"{self.file}: expected optimizer state of one parameter with the shape of the "
+                f"class weights, {tuple(shape)}, got {len(found)}; {DROP}"
+            )
+        for located in found:
+            self.add_state(located, keep)
 
     def add_state(self, located: Located, keep: bool) -> None:
         """Reads the optimizer's state of the weight, and of the bias behind it."""
@@ -120,10 +134,13 @@ class TreeReader:
         if not keep:
             return
         parameter = self.parameters[name]
-        shape = Placed(parameter.rows, self.transposed and name == "weight").shape
+        transposed = self.transposed and name == "weight"
+        shapes = optimizers.shapes_of(Placed(parameter.rows, transposed).shape, transposed)
         for key, value in state.items():
             path = (*start, key)
-            per_row = optimizers.is_per_row(key, value, shape, f"{self.file}: {trees.named(start)}")
+            per_row = optimizers.is_per_row(
+                key, value, shapes, f"{self.file}: {trees.named(start)}"
+            )
             parameter.state[key] = self._rows(path) if per_row else value
             if per_row:
                 self.places[path] = (name, key)
@@ -155,18 +172,3 @@ def new_optimizer(checkpoint: Checkpoint, names: dict[str, Any]) -> dict[str, An
     }
     params = [names[name] for name in checkpoint.parameters]
     return optimizers.made(checkpoint.settings, states, params)
-
-
-def found_by_shape(tree: Any, shape: torch.Size, file: Path, keep: bool) -> Located | None:
-    """Finds the optimizer's state of the weight in a file.
-
-    Raises:
-        ValueError: several parameters have the weight's shape.
-    """
-    found = optimizers.by_shape(tree, shape)
-    if len(found) > 1 and keep:
-        raise ValueError(
-            f"{file}: expected optimizer state of one parameter with the shape of the class "
-            f"weights, {tuple(shape)}, got {len(found)}; {DROP}"
-        )
-    return found[0] if found else None

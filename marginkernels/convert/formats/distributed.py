@@ -53,7 +53,8 @@ class Distributed(Format):
         weight = _weight(folder, tree["model"], key)
         names = {"weight": weight}
         bias = weight.removesuffix("weight") + "bias"
-        if weight.endswith("weight") and bias in tree["model"]:
+        found = tree["model"].get(bias)
+        if weight.endswith("weight") and isinstance(found, Rows) and len(found.shape) == 1:
             names["bias"] = bias
         parameters: dict[str, Parameter] = {}
         places: Places = {}

@@ -62,7 +62,7 @@ class Insightface(Format):
     def recognised(self, inputs: list[Path], key: str | None) -> str | None:
         if len(inputs) == 1 and inputs[0].is_file():
             tree = files.mapped(inputs[0])
-            if isinstance(tree, Tensor) or _HEAD in tree:
+            if isinstance(tree, Tensor) or (isinstance(tree, dict) and _HEAD in tree):
                 return f"{inputs[0].name}, of one rank"
             return None
         if len(inputs) == 1 and (inputs[0] / ".metadata").exists():
@@ -168,15 +168,16 @@ def _reader(file: Path, keep_state: bool) -> TreeReader:
     tree = files.mapped(file)
     path: trees.Path = ()
     if not isinstance(tree, Tensor):
-        path = (_HEAD, "weight") if _HEAD in tree else ("weight",)
+        path = (_HEAD, "weight") if isinstance(tree, dict) and _HEAD in tree else ("weight",)
     try:
         weight = trees.at(tree, path)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected {trees.named(path)}, got {list(tree)[:6]}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        got = list(tree)[:6] if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(f"{file}: expected {trees.named(path)}, got {got}") from error
     require_weight(weight, f"{file}: {trees.named(path)}")
     reader = TreeReader(file, tree, path, False)
     if not isinstance(tree, Tensor) and _OPTIMIZER in tree:
-        reader.add_state(optimizers.last(tree, (_OPTIMIZER,)), keep_state)
+        reader.add_state(optimizers.last(tree, (_OPTIMIZER,), file), keep_state)
     return reader
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import files, trees
 from ..checkpoint import Checkpoint
-from .base import Format, TreeReader, filled, found_by_shape, new_optimizer, require_weight
+from .base import Format, TreeReader, filled, new_optimizer, require_weight
 
 # what stands before the name of a head in dictionaries of states
 _BEFORE = {
@@ -74,9 +74,7 @@ class OneFile(Format):
         bias = (*path[:-1], path[-1].removesuffix("weight") + "bias")
         if self.has_bias and bias[-1] in trees.at(tree, path[:-1]):
             reader.add_bias(bias)
-        located = found_by_shape(tree, weight.shape, file, keep_state)
-        if located is not None:
-            reader.add_state(located, keep_state)
+        reader.find_state(keep_state)
         note = f"read {self.name}: {trees.named(path)} {tuple(weight.shape)} of {file}"
         return Checkpoint(
             self.name, [file], reader.parameters, reader.settings, [tree], reader.places,
