@@ -20,6 +20,7 @@ from marginkernels.compat.insightface import PartialFC_V2, PolynomialLRWarmup
 
 MAX_GRADIENT_NORM = 5  # of the backbone
 GROWTH_INTERVAL = 100  # steps after which the loss scale doubles
+RATES = ("base_lrs", "_last_lr")  # what a schedule has for each group
 State = dict[str, Any]
 
 
@@ -82,50 +83,48 @@ class Steps:
         return float(self.schedules[0].get_last_lr()[0])
 
     def state_dict(self) -> State:
-        """Returns the states under insightface's keys, and under keys of our own what it lacks."""
-        state = {
-            "state_optimizer": self.optimizers[0].state_dict(),
-            "state_lr_scheduler": self.schedules[0].state_dict(),
+        """Returns the states under insightface's keys, as those of one optimizer, and the scale."""
+        optimizer, schedule = self.optimizers[0].state_dict(), self.schedules[0].state_dict()
+        if self.of_head is not None:
+            optimizer = joined(optimizer, self.of_head.state_dict())
+            rates = self.schedules[1].state_dict()
+            schedule |= {key: schedule[key] + rates[key] for key in RATES}
+        return {
+            "state_optimizer": optimizer,
+            "state_lr_scheduler": schedule,
             "state_scaler": self.scaler.state_dict(),
         }
-        if self.of_head is not None:
-            state["state_optimizer_softmax_fc"] = self.of_head.state_dict()
-        return state
 
     def load_state_dict(self, state: State) -> None:
-        """Takes the states of a checkpoint, of insightface too.
-
-        Raises:
-            ValueError: the classes had an optimizer of their own, and have none here.
-        """
-        of_backbone, of_head = state["state_optimizer"], state.get("state_optimizer_softmax_fc")
-        if self.of_head is None:
-            if of_head is not None:
-                raise ValueError("fused_optimizer: expected True, as in the checkpoint, got False")
-        else:
-            if of_head is None:
-                of_backbone, of_head = split(of_backbone)
-            self.of_head.load_state_dict(of_head)
-        self.optimizers[0].load_state_dict(of_backbone)
-        for schedule in self.schedules:
-            count = len(schedule.optimizer.param_groups)  # all groups have the same rate
-            schedule.load_state_dict(
-                {
-                    key: value[:count] if isinstance(value, list) else value
-                    for key, value in state["state_lr_scheduler"].items()
-                }
-            )
-        if self.scaler.is_enabled() and state.get("state_scaler"):
+        """Takes the states of a checkpoint, insightface's too, and of either kind of optimizer."""
+        states, schedule = [state["state_optimizer"]], state["state_lr_scheduler"]
+        if self.of_head is not None:
+            states = split(state["state_optimizer"])
+        start = 0
+        for optimizer, own, rates in zip(self.optimizers, states, self.schedules, strict=True):
+            optimizer.load_state_dict(own)
+            end = start + len(optimizer.param_groups)
+            rates.load_state_dict(schedule | {key: schedule[key][start:end] for key in RATES})
+            start = end
+        if self.scaler.is_enabled() and state.get("state_scaler"):  # insightface has none
             self.scaler.load_state_dict(state["state_scaler"])
 
 
-def split(state: State) -> tuple[State, State]:
-    """Splits the state of one optimizer into that of the backbone and that of the head."""
-    of_backbone, of_head = (
+def joined(of_backbone: State, of_head: State) -> State:
+    """Makes of two states that of one optimizer, whose last parameter is the head's."""
+    groups, (group,) = of_backbone["param_groups"], of_head["param_groups"]
+    (own,) = group["params"]
+    number = sum(len(group["params"]) for group in groups)
+    state = of_backbone["state"] | {number: of_head["state"][own]}
+    return {"state": state, "param_groups": [*groups, group | {"params": [number]}]}
+
+
+def split(state: State) -> list[State]:
+    """Splits the state of one optimizer by its groups: the backbone's, then the head's."""
+    return [
         {
             "state": {key: state["state"][key] for key in group["params"] if key in state["state"]},
             "param_groups": [group],
         }
         for group in state["param_groups"]
-    )
-    return of_backbone, of_head
+    ]

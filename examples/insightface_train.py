@@ -217,7 +217,6 @@ def _write(state: dict[str, Any], path: Path) -> None:
 
 def _log_to(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if rank == 0:
@@ -248,8 +247,9 @@ def _read(arguments: list[str] | None) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = _read(arguments)
     rank = int(os.getenv("RANK", "0"))
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    config = _read(arguments)
     _log_to(Path(config.output), rank)
     # as in insightface the schedule counts batches, of which several may make a step
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

@@ -128,24 +128,21 @@ def test_accumulated_batches_take_the_steps_of_larger_ones(faces, tmp_path, fuse
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_fused_optimizer_takes_the_steps_of_torch_and_goes_on_from_its_checkpoint(
+def test_the_fused_optimizer_takes_the_steps_of_torch_and_goes_on_from_its_checkpoints(
     faces, tmp_path, optimizer
 ):
     settings = dict(optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 1e-3)
-    plain = trainer(faces, tmp_path, **settings)
+    plain, fused = (trainer(faces, tmp_path, fused_optimizer=f, **settings) for f in (False, True))
     losses = run(plain)
-    fused = trainer(faces, tmp_path / "fused", fused_optimizer=True, **settings)
-    (tmp_path / "fused").mkdir()
     close(run(fused), losses)
     assert fused.head.weight.grad is None
-    first = trainer(faces, tmp_path, **settings)
-    list(first.train_epoch())
-    first.save()
-    rest = trainer(faces, tmp_path, fused_optimizer=True, resume=True, **settings)
-    close(run(rest), losses[first.global_step :])
-    close(weights(rest), weights(plain))
-    with pytest.raises(ValueError, match="fused_optimizer: expected True"):
-        trainer(faces, tmp_path / "fused", resume=True, **settings)
+    for first, then in ((False, True), (True, False)):
+        begun = trainer(faces, tmp_path, fused_optimizer=first, **settings)
+        list(begun.train_epoch())
+        begun.save()
+        rest = trainer(faces, tmp_path, fused_optimizer=then, resume=True, **settings)
+        close(run(rest), losses[begun.global_step :])
+        close(weights(rest), weights(plain))
 
 
 def test_mixed_precision_follows_fp32_and_scales_the_loss(faces, tmp_path):
