@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marginkernels.compat.speaker import voxceleb
+from marginkernels.compat.speaker import espnet, voxceleb
 
 N, C, D = 40, 19, 8
 F64 = torch.float64
@@ -163,6 +163,48 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
         optimizer.step()
         seen += [loss.detach().cpu().item(), prec1.detach().cpu().item()]
     return seen
+
+
+def continuous(c: Tensor, m: float) -> Tensor:
+    theta = c.acos()
+    return torch.where(theta < math.pi - m, torch.cos(theta + m), c - 1 - math.cos(math.pi - m))
+
+
+ESPNETS = {
+    "aamsoftmax": (espnet.AAMSoftmax, dict(no_such_setting=1), hard, 15),
+    "aamsoftmax_sc_topk": (
+        espnet.ArcMarginProduct_intertopk_subcenter, dict(margin=0.3), continuous, 32
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESPNETS)
+def test_espnets_losses_predict_without_the_margin(name, device):
+    torch.manual_seed(0)
+    kind, settings, target, scale = ESPNETS[name]
+    head = kind(nout=D, nclasses=C, **settings).double().to(device)
+    per_class, (w,) = len(head.weight) // C, head.parameters()
+    for n, labels in ((N, lambda y: y), (N, lambda y: y[:, None]), (1, lambda y: y.squeeze())):
+        x, y = batch(w[::per_class], n)
+        loss, accuracy, predicted = head(x, labels(y))
+        c = (F.normalize(x) @ F.normalize(w).T).unflatten(1, (C, -1)).amax(2)
+        expected = F.cross_entropy(
+            scale * torch.where(F.one_hot(y, C).bool(), target(c, 0.3), c), y
+        )
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w))
+        )
+        assert torch.equal(predicted, c.argmax(1))
+        assert accuracy == (predicted == y).float().mean()
+        none, nor_this, unlabelled = head(x)
+        assert none is nor_this is None and torch.equal(unlabelled, predicted)
+
+
+def test_in_espnet_they_are_its_losses():
+    base = pytest.importorskip("espnet2.spk.loss.abs_loss", exc_type=ImportError).AbsLoss
+    for kind, *_ in ESPNETS.values():
+        assert issubclass(kind, base)
 
 
 def test_bad_settings_say_what_was_expected():

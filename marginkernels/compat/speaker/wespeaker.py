@@ -13,11 +13,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import arguments, margins
-from ...greatest import CHUNK
+from ... import arguments, evaluation, margins
+from ...evaluation import Classes
 from ...loss import HeadStats
 from ..weights import FusedHead
 from .hits import hits, with_margin
@@ -67,18 +66,13 @@ class Outputs:
     def numpy(self) -> "numpy.ndarray":
         """Computes the logits."""
         head, label = self._projection, self._labels[:, None]
-        dtype = torch.promote_types(self._embeddings.dtype, torch.float32)
-        x = F.normalize(self._embeddings.to(dtype))
-        c = x.new_empty(self.shape)
-        centres = head.rows().unflatten(0, (-1, head.sub_centers))
-        for start in range(0, len(centres), CHUNK):
-            w = F.normalize(centres[start : start + CHUNK].to(dtype), dim=2)
-            c[:, start : start + CHUNK] = torch.einsum("nd,ckd->nck", x, w).amax(2)
+        classes = Classes(head.rows(), head.out_features, sub_centers=head.sub_centers)
+        c = evaluation.logits(classes, self._embeddings)
         if self._penalty > 0:
             others = c.scatter(1, label, -2)
-            nearest, classes = others.topk(min(head.k_top, c.shape[1] - 1), dim=1)
-            c.scatter_(1, classes, torch.cos(nearest.clamp(-1, 1).acos() - self._penalty))
-        return c.scatter_(1, label, self._t[:, None].to(dtype)).mul_(self._scale).cpu().numpy()
+            nearest, places = others.topk(min(head.k_top, c.shape[1] - 1), dim=1)
+            c.scatter_(1, places, torch.cos(nearest.clamp(-1, 1).acos() - self._penalty))
+        return c.scatter_(1, label, self._t[:, None].to(c.dtype)).mul_(self._scale).cpu().numpy()
 
 
 class Projection(FusedHead):
