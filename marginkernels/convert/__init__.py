@@ -73,7 +73,7 @@ def convert(
         checkpoint = with_one_center(checkpoint, reduce)
     if classes is not None:
         checkpoint = with_classes(checkpoint, Path(classes))
-    target.check(checkpoint, out, world_size)
+    target.check(checkpoint, world_size)
     _write(checkpoint, target, out, world_size)
     return [*checkpoint.notes, *_summary(checkpoint, target, out, world_size, old_sizes)]
 
@@ -150,7 +150,7 @@ def _write(checkpoint: Checkpoint, target: Format, out: Path, world_size: int) -
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.stem[:50]}.{secrets.token_hex(4)}.partial{out.suffix}")
     try:
-        if target.folder and target.name != "distributed":
+        if target.per_rank:
             partial.mkdir()
         target.write(checkpoint, partial, world_size)
         partial.rename(out)
@@ -178,7 +178,7 @@ def _summary(
             lines.append(f"look at {name}: it has the old number of classes")
     else:
         lines.append("everything else of the files, such as a backbone: left out")
-    ranks = f", {world_size} files" if target.folder and target.name != "distributed" else ""
+    ranks = f", {world_size} files" if target.per_rank else ""
     return [*lines, f"wrote {target.name}: {out}{ranks}"]
 
 

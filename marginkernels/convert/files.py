@@ -232,6 +232,10 @@ def _mapped_safetensors(file: Path, writable: bool) -> dict[str, Tensor]:
     }
 
 
+def _dtype(value: Tensor | Placed) -> torch.dtype:
+    return value.dtype if isinstance(value, Tensor) else value.rows.dtype
+
+
 def _lay_out_safetensors(tree: Any, file: Path) -> None:
     """Writes the header, and leaves space for the tensors."""
     names = {dtype: name for name, dtype in _SAFETENSORS.items()}
@@ -240,7 +244,9 @@ def _lay_out_safetensors(tree: Any, file: Path) -> None:
     for name, value in tree.items():
         if not isinstance(value, Tensor | Placed):
             raise ValueError(f"{file}: expected tensors alone in safetensors, got {name}")
-        dtype = value.dtype if isinstance(value, Tensor) else value.rows.dtype
+    # a tensor begins at a multiple of its numbers' size
+    for name, value in sorted(tree.items(), key=lambda item: -_dtype(item[1]).itemsize):
+        dtype = _dtype(value)
         start, stop = stop, stop + value.shape.numel() * dtype.itemsize
         header[name] = {
             "dtype": names[dtype], "shape": list(value.shape), "data_offsets": [start, stop]

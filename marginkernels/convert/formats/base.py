@@ -21,12 +21,14 @@ class Format:
         name: for ``--to`` and ``--from``.
         has_centers, has_bias: whether it has a place for sub-centres, and for a bias.
         folder: whether it writes a folder.
+        per_rank: whether that has a file for each rank.
     """
 
     name: str
     has_centers = False
     has_bias = False
     folder = False
+    per_rank = False
 
     def recognised(self, inputs: list[Path], key: str | None) -> str | None:
         """Returns by what this format is known in the inputs, or None."""
@@ -40,7 +42,7 @@ class Format:
         """Writes a checkpoint to a file or into a folder."""
         raise NotImplementedError
 
-    def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
+    def check(self, checkpoint: Checkpoint, world_size: int) -> None:
         """Raises ValueError where the checkpoint does not fit the format."""
         if checkpoint.sub_centers > 1 and not self.has_centers:
             raise ValueError(

@@ -57,7 +57,7 @@ class Insightface(Format):
     """Reads and writes a folder of files, one for each rank."""
 
     name = "insightface"
-    folder = True
+    folder = per_rank = True
 
     def recognised(self, inputs: list[Path], key: str | None) -> str | None:
         if len(inputs) == 1 and inputs[0].is_file():
@@ -92,8 +92,8 @@ class Insightface(Format):
             checkpoint.notes.append("momentum: not read, as no file has the optimizer's settings")
         return checkpoint
 
-    def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
-        super().check(checkpoint, out, 1)
+    def check(self, checkpoint: Checkpoint, world_size: int) -> None:
+        super().check(checkpoint, 1)
         if checkpoint.num_classes < world_size:
             raise ValueError(
                 f"--world-size: expected a class for each rank at least, got {world_size} for "
