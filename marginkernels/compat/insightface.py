@@ -20,6 +20,7 @@ gradient of the embeddings is times the number of ranks. These things differ:
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -294,9 +295,16 @@ class PartialFC_V2(nn.Module):  # noqa: N801
 
     def _fused(self, margin_loss: MarginLoss, x: Tensor, y: Tensor) -> Tensor:
         """Computes the loss of all rows, (N,)."""
+        chosen = sampling.ChosenBy(self.sample) if self.sample_rate < 1 else None
+        return self._losses(margin_loss, x, self.weight, y, shard=self.shard, sampling=chosen)
+
+    def _losses(
+        self, margin_loss: MarginLoss, x: Tensor, w: Tensor, y: Tensor, **options: Any
+    ) -> Tensor:
+        """Computes the loss of all rows on the class weights ``w``."""
         return functional.margin_cross_entropy(
             x,
-            self.weight,
+            w,
             y,
             margin=margin_loss.fused,
             scale=margin_loss.s,
@@ -305,9 +313,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             other_labels="negatives",
             compute_dtype=self._compute_dtype(x),
             backend=self.backend,
-            shard=self.shard,
-            sampling=sampling.ChosenBy(self.sample) if self.sample_rate < 1 else None,
             update=self._update,
+            **options,
         )
 
     def _dense(self, x: Tensor, y: Tensor) -> Tensor:
