@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import marginkernels as mk
-from marginkernels.convert import FORMATS, convert
+from marginkernels.convert import FORMATS, convert, files, rows, zips
 from marginkernels.convert.formats.insightface import split_evenly
+from marginkernels.convert.trees import leaves
 from marginkernels.distributed.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.trained import SGD, C, D, Trainer, loaded, same, weights
 
@@ -74,6 +75,26 @@ def test_every_format_comes_back_as_it_went(tmp_path, to, file):
     assert same(loaded(tmp_path / "back.pt"), {"head": {"weight": w}})
     with zipfile.ZipFile(tmp_path / "back.pt") as archive:
         assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("to", sorted(FORMATS))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_that_pass_in_small_blocks_arrive_in_their_places(
+    tmp_path, monkeypatch, to, transposed
+):
+    for module in (rows, files, zips):
+        monkeypatch.setattr(module, "BLOCK", 100)  # 4 rows
+    w = weights()
+    new = torch.randperm(C, generator=torch.Generator().manual_seed(0))
+    new[new == 7] = -1
+    new[new > 7] -= 1
+    torch.save(new, tmp_path / "table.pt")
+    torch.save({"W": w.t().contiguous()} if transposed else {"weight": w}, tmp_path / "in.pt")
+    out = tmp_path / ("out" if FORMATS[to].folder else "out.pt")
+    convert([tmp_path / "in.pt"], out, to, classes=tmp_path / "table.pt")
+    convert([out], tmp_path / "back.pt", "marginkernels")
+    [back] = [t for _, t in leaves(loaded(tmp_path / "back.pt"))]
+    assert torch.equal(back[new[new >= 0]], w[new >= 0])
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from marginkernels.convert import convert
+from marginkernels.convert import convert, files
 from marginkernels.convert.__main__ import main
 from tests.support.trained import C, D, Trainer, loaded, weights
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "ran"),)
 
 
 def wrong_calls(folder: Path):
@@ -31,7 +41,8 @@ def wrong_calls(folder: Path):
     torch.save({"W": weights().t()}, folder / "loss.pt")
     torch.save({"W": weights(), "projection.weight": weights()}, folder / "two.pt")
     torch.save({"weight": weights(), "bias": torch.zeros(C)}, folder / "bias.pt")
-    (folder / "code.pt").write_bytes(b"PK")
+    (folder / "cut.pt").write_bytes(b"PK")
+    torch.save({"W": weights().t(), "code": Code(folder)}, folder / "code.pt")
     (folder / "short.txt").write_text("0\n1\n")
     (folder / "gap.txt").write_text("\n".join(map(str, [*range(C - 1), C])))
     (folder / "merge.txt").write_text("\n".join(["0"] * (C // 3)))
@@ -49,6 +60,7 @@ def wrong_calls(folder: Path):
         (files, insight | {"num_classes": C + 1}, "--num-classes"),
         (files, {"to": "face"}, "--to: expected one of"),
         ([folder / "none.pt"], ours, "no such file"),
+        ([folder / "cut.pt"], ours, "expected a file of tensors"),
         ([folder / "code.pt"], ours, "expected a file of tensors"),
         ([folder / "two.pt"], ours, "--from chooses"),
         (loss, ours | {"source": "wespeaker"}, "--key names another"),
@@ -73,6 +85,20 @@ def test_what_does_not_fit_is_named_and_writes_nothing(tmp_path):
         assert text in str(error.value), options
         assert "\n" not in str(error.value)
         assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "in" / "ran").exists()
+
+
+@pytest.mark.parametrize("to", ["insightface", "wespeaker", "distributed"])
+def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, to):
+    torch.save({"W": weights().t()}, tmp_path / "loss.pt")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files.FileRows, "read", full)
+    with pytest.raises(OSError, match="no space left"):
+        convert([tmp_path / "loss.pt"], tmp_path / "out" / "x", to)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_files_are_replaced_when_asked_and_folders_never(tmp_path):
@@ -120,7 +146,7 @@ def test_the_command_says_what_it_did_and_errors_are_one_line(tmp_path, monkeypa
 MEASURED = """
 import sys
 from pathlib import Path
-from marginkernels.convert import convert
+from marginkernels.convert import convert, files
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) << 10

@@ -91,7 +91,10 @@ class Distributed(Format):
             rows = value.rows if isinstance(value, Placed) else value
             if isinstance(rows, Rows):
                 tree = trees.replaced(tree, path, _Streamed(rows))
-        write_state(out, tree, None)
+        try:
+            write_state(out, tree, None)
+        except RuntimeError as error:  # of storage
+            raise OSError(str(error)) from error
 
 
 class _StoredRows(Rows):
