@@ -194,6 +194,15 @@ def _nearest(lazy: LazyCosine, k: int) -> tuple[Tensor, Tensor]:
     return values.reshape(shape), places.to(given.device).reshape(shape)
 
 
+def _like(function: Callable) -> Callable:
+    """Makes a function of a stand from one that asks a tensor for its type and place alone."""
+
+    def answer(lazy: LazyCosine, *args: Any, **kwargs: Any) -> Any:
+        return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+
+    return answer
+
+
 def _over_classes(lazy: LazyCosine, dim: Any) -> bool:
     return isinstance(dim, int) and dim in (-1, lazy.ndim - 1)
 
@@ -305,4 +314,7 @@ _ANSWERS: dict[Callable, Callable] = {
     Tensor.bfloat16: _typed(torch.bfloat16),
     Tensor.squeeze: _squeeze, torch.squeeze: _squeeze,
     Tensor.unsqueeze: _unsqueeze, torch.unsqueeze: _unsqueeze, Tensor.__getitem__: _getitem,
+    Tensor.new_tensor: _like(Tensor.new_tensor), Tensor.new_zeros: _like(Tensor.new_zeros),
+    Tensor.new_ones: _like(Tensor.new_ones), Tensor.new_full: _like(Tensor.new_full),
+    Tensor.new_empty: _like(Tensor.new_empty),
 }  # fmt: skip

@@ -73,6 +73,7 @@ ANSWERS = {
     "of masked rows": lambda t: t[torch.arange(N) % 2 == 0][:, None].argmax(2),
     "in another type": lambda t: t.float().detach().cpu().to("cpu", torch.float32).topk(2),
     "shape": lambda t: torch.tensor([*t.shape, len(t), t.ndim, t.numel(), t.size(1)]),
+    "others like it": lambda t: (t.new_zeros(3), t.float().new_tensor([1, 2])),
     "whose it is": lambda t: torch.tensor([t.requires_grad, t.is_leaf, torch.is_tensor(t)]),
 }
 
