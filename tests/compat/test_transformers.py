@@ -147,3 +147,41 @@ def test_the_trainer_resumes_from_a_checkpoint_of_either_objective(first, tmp_pa
     resumed, again = train(True, tmp_path / "part", resume=True)
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(whole), rtol=2e-4, atol=0)
     torch.testing.assert_close(again.objective.weight, trained.objective.weight, rtol=0, atol=2e-4)
+
+
+def test_accelerate_saves_model_and_state_by_safetensors_and_loads_them(tmp_path):
+    accelerate = pytest.importorskip("accelerate", exc_type=ImportError)
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def prepared(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        return accelerator.prepare(model, optimizer)
+
+    def step(model, optimizer):
+        inputs, labels = speech()
+        accelerator.backward(model(inputs, labels=labels).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return model.objective.weight
+
+    ours, optimizer = prepared(replace_objective(make()))
+    step(ours, optimizer)
+    accelerator.save_state(tmp_path / "state")
+    accelerator.save_model(ours, tmp_path / "model")
+    expected = step(ours, optimizer)
+    again = make()
+    accelerate.load_checkpoint_in_model(again, tmp_path / "model")
+    accelerator.free_memory()
+    for other in (replace_objective(make()), again):
+        model, optimizer = prepared(other)
+        accelerator.load_state(tmp_path / "state")
+        torch.testing.assert_close(step(model, optimizer), expected, rtol=1e-4, atol=1e-5)
+        accelerator.free_memory()
+
+
+def test_a_label_of_minus_100_leaves_its_row_out():
+    objective, x = AMSoftmaxLoss(D, C), torch.randn(3, D)
+    y = torch.tensor([[4], [-100], [2]])
+    assert torch.equal(objective(x, y), objective(x[::2], y[::2]))
+    with pytest.raises(ValueError, match="y"):
+        objective(x, torch.tensor([4, C, 2]))

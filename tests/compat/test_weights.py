@@ -71,7 +71,7 @@ def test_checkpoints_of_either_order_load_and_rows_stay_contiguous(assign):
 @pytest.mark.parametrize("first, then", [(False, True), (True, False), (True, True)])
 def test_optimizers_go_on_from_a_state_of_either_order(first, then, fused):
     def train(by_columns, value, gradients, state=None):
-        p = nn.Parameter(value.clone())
+        p = nn.Parameter(value.clone(memory_format=torch.contiguous_format))
         if by_columns:
             head = Columns()
             head.W = p
