@@ -130,6 +130,24 @@ def test_nothing_of_the_size_of_the_cosines_is_made(monkeypatch):
     assert mode.seen.count(n * c) == 0
 
 
+def test_the_gradient_of_the_weights_is_not_copied_on_its_way():
+    x, w, y = operands()
+    seen = []
+    w.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    LazyCosine(x, w).unsqueeze(1).squeeze(1).loss(y, **LOSS).backward()
+    assert seen == [w.grad.data_ptr()]
+
+
+def test_to_another_device_moves_the_answers_and_not_the_weights():
+    x, w, _ = operands()
+    there = LazyCosine(x, w).to("meta", torch.float32)
+    assert (there.device.type, there.dtype, there.is_meta) == ("meta", torch.float32, True)
+    assert there.factors.w.data_ptr() == w.data_ptr()
+    for t in (there.argmax(1), there.topk(2).values, there[1:3].tensor()):
+        assert t.is_meta
+    assert there.to("cpu").device.type == "cpu"
+
+
 def test_a_warning_says_who_asked_and_then_it_is_the_tensor():
     x, w, y = operands()
     lazy = LazyCosine(x.detach(), w.detach())
