@@ -56,7 +56,7 @@ def train(ours: bool, run: compare.Run) -> None:
         head.load_state_dict(kernel, strict=False)
     cross_entropy_loss = nn.CrossEntropyLoss()
     parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameters, lr=0.005, momentum=0.9, weight_decay=1e-4)
     for images, labels in loader:
         features = model(images)
         norms = torch.norm(features, 2, 1, True)

@@ -58,7 +58,7 @@ def train(ours: bool, run: compare.Run) -> None:
     model = run.backbone().train()
     nn.init.normal_(classifier.weight, std=0.01)
     parameters = [*model.parameters(), *classifier.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(parameters, lr=0.005, momentum=0.9, weight_decay=5e-4)
     for images, labels in loader:
         loss = classifier(model(images), labels)
         loss.backward()
