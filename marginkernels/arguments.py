@@ -165,7 +165,7 @@ def restore(name: str, tensor: Any, given: Tensor | None) -> None:
 
 def is_dtensor(value: object) -> bool:
     """Returns whether the value is a DTensor, of which this process may hold a part only."""
-    return hasattr(value, "to_local")
+    return hasattr(value, "device_mesh")  # torch.compile says of ``to_local`` that it is not there
 
 
 def reset_inside(owner: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import row_ops
 from .call import Call
-from .distributed.exchange import Exchange
+from .distributed.base import Exchange
 from .margins import Rows
 from .norms import row_norm
 

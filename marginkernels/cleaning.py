@@ -18,7 +18,8 @@ from torch import Tensor
 from . import arguments, centers, evaluation, ops
 from .batch import held
 from .distributed import replacing
-from .distributed.exchange import Exchange, opened
+from .distributed.base import Exchange
+from .distributed.exchange import opened
 from .distributed.shard import local, raising_together, require_agreement, sharded
 from .norms import unit_rows
 

@@ -254,8 +254,9 @@ class MarginSoftmaxHead(ClassWeights):
         """
         if self.training and not (torch.compiler.is_compiling() or self._looked_for_replicas):
             look_for_replicas(self)
-        eager = self.shard is not None or not (self._update is None or COMPILES_STEPS)
-        loss = self._eager_loss if eager else self._loss
+        traced = self.shard is None or self.shard.even_batches
+        traced = traced and (self._update is None or COMPILES_STEPS)
+        loss = self._loss if traced else self._eager_loss
         return loss(
             embeddings, labels, sample_weight=sample_weight, row_margin=row_margin,
             label_weights=label_weights, return_stats=return_stats,
@@ -274,7 +275,7 @@ class MarginSoftmaxHead(ClassWeights):
             **self.settings._asdict(),
         )  # fmt: skip
 
-    # torch.compile knows neither process groups nor the rows of a DTensor
+    # torch.compile waits for no numbers of rows, and before COMPILES_STEPS moves no weight
     _eager_loss = torch._disable_dynamo(_loss)
 
     def logits(self, embeddings: Tensor) -> Tensor:

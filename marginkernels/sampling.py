@@ -14,7 +14,7 @@ from . import arguments, ops
 from .generators import StepGenerators, random_seed
 
 if TYPE_CHECKING:
-    from .distributed.exchange import Exchange
+    from .distributed.base import Exchange
 
 
 class Sample(NamedTuple):

@@ -10,7 +10,7 @@ from . import backends, centers, numerics, ops
 from .autograd import HeadFunction
 from .batch import Batch
 from .call import Call
-from .distributed.exchange import Exchange
+from .distributed.base import Exchange
 from .greatest import greatest_cosines
 from .margins import name_of
 from .norms import row_norm

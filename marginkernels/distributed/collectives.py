@@ -25,9 +25,18 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def gather(group: dist.ProcessGroup, values: Tensor) -> Tensor:
     """Returns the values of all ranks, stacked along a new first dimension."""
     world = dist.get_world_size(group)
-    every = values.new_empty(world * values.shape[0], *values.shape[1:])
-    _all_gather(every, values.contiguous(), group=group)
+    if torch.compiler.is_compiling():
+        every = _traced("all_gather_into_tensor", values, world, group.group_name)
+    else:
+        every = values.new_empty(world * values.shape[0], *values.shape[1:])
+        _all_gather(every, values.contiguous(), group=group)
     return every.view(world, *values.shape)
+
+
+def _traced(name: str, values: Tensor, *args: Any) -> Tensor:
+    """Returns the result of a functional collective, which stands in a graph of torch.compile."""
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(getattr(functional, name)(values.contiguous(), *args))
 
 
 class RowLayout:
@@ -78,8 +87,12 @@ class RowLayout:
         if self.index is not None:
             padded = batch.new_zeros(self.world * self.height, *batch.shape[1:])
             batch = padded.index_copy_(0, self.index, batch)
-        mine = batch.new_empty(self.height, *batch.shape[1:])
-        _reduce_scatter(mine, batch.contiguous(), group=self.group)
+        if torch.compiler.is_compiling():
+            name = self.group.group_name
+            mine = _traced("reduce_scatter_tensor", batch, "sum", self.world, name)
+        else:
+            mine = batch.new_empty(self.height, *batch.shape[1:])
+            _reduce_scatter(mine, batch.contiguous(), group=self.group)
         return mine[: self.n]
 
 
@@ -96,7 +109,9 @@ class GatherFeatures(torch.autograd.Function):
         sent_as: torch.dtype,
     ) -> Tensor:
         ctx.layout, ctx.factor = layout, factor
-        return layout.every(x.to(sent_as)).to(x.dtype)
+        every = layout.every(x.to(sent_as)).to(x.dtype)
+        # torch 2.11 would lose the gradient of what a collective itself returns
+        return every.clone() if torch.compiler.is_compiling() else every
 
     @staticmethod
     @first_derivative_only
@@ -138,6 +153,8 @@ class SumGradients(torch.autograd.Function):
 
 def summed(group: dist.ProcessGroup, values: Tensor) -> Tensor:
     """Returns the sum over the ranks, without gradient."""
+    if torch.compiler.is_compiling():
+        return _traced("all_reduce", values.detach(), "sum", group.group_name)
     values = values.detach().clone()
     dist.all_reduce(values, group=group)
     return values

@@ -32,7 +32,6 @@ and the part (W - 1) / W of that in a ring. Nothing depends on the number of cla
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -44,6 +43,7 @@ from torch import Tensor
 from .. import device_checks
 from ..results import SweepResult
 from . import collectives
+from .base import Exchange, Whole
 from .collectives import RowLayout, gather
 from .one_gather import is_known, once
 from .shard import ClassShard, raise_together, require_agreement, require_same
@@ -69,6 +69,9 @@ def opened(
     if shard is None:
         checked = check()
         return Whole(x, wants_stats), checked
+    if torch.compiler.is_compiling() and isinstance(shard, ClassShard) and shard.even_batches:
+        checked = check()
+        return Traced(shard, x, wants_stats), checked
     return _opened_split(shard, x, w, check, agreed, wants_stats)
 
 
@@ -92,153 +95,77 @@ def _opened_split(
     return Sharded(shard, x, w, wants_stats, error, lambda: agreed(checked)), checked
 
 
-class Exchange(ABC):
-    """Brings together what one call needs from all ranks.
+class Split(Exchange):
+    """Exchanges over the group of a shard, however the ranks came to agree on the call."""
 
-    A loss calls these methods in this order, with :meth:`candidates` for ``topk`` alone. All ranks
-    make, and use, an exchange in the same order. This rank has n rows, and all ranks together have
-    N. :class:`Whole` serves a single process, :class:`Sharded` a rank of a group.
-    """
+    is_split = True
+    shard: ClassShard
+    group: dist.ProcessGroup
+    error: Exception | None  # what this rank found wrong, for :meth:`merge` to raise on all ranks
+    wants_dx: bool  # whether backward exchanges the gradient of the features
+    factor: int  # of that gradient
+    layout: RowLayout
 
-    is_split: bool  # whether other ranks hold classes and rows too
-    first_class: int  # that this rank holds
-    check_w: str  # what becomes of a w out of range: "raise" an error, "mark" lse by NaN, or ""
-    wants_stats: bool  # whether any rank wants statistics
-
-    @abstractmethod
-    def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
-        """Returns x (N, D) of all ranks.
-
-        Backward sums the ranks' dx and keeps this rank's rows, times the number of ranks where
-        ``grad_scale`` is "ddp".
-
-        Args:
-            x: (n, D).
-            sent_as: a type that holds the numbers of x too; dx is exchanged in x's type.
-        """
-
-    @abstractmethod
-    def rows(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Returns the numbers (N,) of all ranks' rows from this rank's (n,).
-
-        Backward keeps this rank's rows. ``fill`` is the number of a row that is padding.
-        """
-
-    @abstractmethod
-    def own(self, values: Tensor) -> Tensor:
-        """Returns this rank's rows (n, ...) of numbers (N, ...), without gradient."""
-
-    @abstractmethod
-    def of_own_rows(
-        self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
-    ) -> Tensor:
-        """Evaluates ``function`` on the rows of all ranks, but differentiates it through this
-        rank's rows only.
-
-        Args:
-            own: (n,), ``function`` of this rank's rows, with its gradient.
-            function: maps rows (N, D) and ``args`` to numbers (N,).
-            every: (N, D), the rows of all ranks.
-        """
-
-    @abstractmethod
-    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
-        """Returns ``function(*args)``.
-
-        Where values are checked on several ranks, it returns None for a function that raises, and
-        :meth:`merge` raises the error on all ranks.
-        """
-
-    @abstractmethod
-    def total(self, values: Tensor) -> Tensor:
-        """Returns the sum over the ranks, without gradient."""
-
-    @abstractmethod
-    def scale(self, scale: Tensor, learns: bool) -> Tensor:
-        """Returns the scale for the sweep; backward sums the gradients from the ranks' classes.
-
-        ``learns`` says whether the scale may be trained on any rank.
-        """
-
-    @abstractmethod
-    def merge(
-        self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
-    ) -> SweepResult:
-        """Returns the ranks' sweep results as one sweep over all classes would give them.
-
-        Args:
-            position: (N,), the place of the row's class among the swept, -1 where it is not there.
-            result: of the sweep over this rank's classes.
-            one_versus_rest: whether its lse is a sum of softplus.
-        """
-
-    @abstractmethod
-    def greatest(self, values: Tensor) -> Tensor:
-        """Returns the k greatest values of all ranks for each row, (N, k), the greatest first.
-
-        Args:
-            values: (N, k), those of this rank, the greatest first.
-        """
-
-    @abstractmethod
-    def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns for this rank's rows the greatest values of all ranks and their classes.
-
-        Args:
-            k: the number of values that each rank gives at most.
-            values: (N, at most k), the greatest among this rank's classes.
-            classes: their classes.
-
-        Returns:
-            Two tensors (n, W k).
-        """
-
-
-class Whole(Exchange):
-    """Holds all classes and rows in this process, and exchanges nothing."""
-
-    is_split, first_class = False, 0
-
-    def __init__(self, x: Tensor, wants_stats: bool = False):
-        self.check_w = "raise" if device_checks.checks_values(x.device) else ""
-        self.wants_stats = wants_stats
+    def _anchor(self, operand: Tensor) -> Tensor | None:
+        """Returns what makes this rank take part in a backward that only others want."""
+        raise NotImplementedError
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
-        return x
+        # a rank that wants no dx still sums with those that do
+        anchor = self._anchor(x) if self.wants_dx else None
+        return collectives.GatherFeatures.apply(
+            x if self.wants_dx else x.detach(), anchor, self.layout, self.factor, sent_as or x.dtype
+        )
 
     def rows(self, values: Tensor, fill: float = 0) -> Tensor:
-        return values
+        every = self.layout.every(values.detach(), fill)
+        return self._through_own(values, every) if values.requires_grad else every
 
     def own(self, values: Tensor) -> Tensor:
-        return values
+        return values[self.layout.own]
 
     def of_own_rows(
         self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
     ) -> Tensor:
-        return own
+        return self._through_own(own, function(every.detach(), *args))
 
-    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
-        return function(*args)
+    def _through_own(self, own: Tensor, every: Tensor) -> Tensor:
+        return collectives.ReplaceByBatch.apply(own, every, self.layout, self.factor)
 
     def total(self, values: Tensor) -> Tensor:
-        return values
+        return collectives.summed(self.group, values)
 
     def scale(self, scale: Tensor, learns: bool) -> Tensor:
-        return scale
+        if not learns:
+            return scale
+        return collectives.SumGradients.apply(scale, self._anchor(scale), self.group)
 
     def merge(
         self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
     ) -> SweepResult:
-        return result
+        given = [t for t in result if t is not None]  # bias_y, the last, may be None
+        merged = collectives.MergeResults.apply(
+            self.group, self.shard.size > 0, self.check_w == "mark", self.error, one_versus_rest,
+            position, *given,
+        )  # fmt: skip
+        return SweepResult(*merged)
 
     def greatest(self, values: Tensor) -> Tensor:
-        return values
+        every = gather(self.group, values)  # (W, N, k)
+        return every.transpose(0, 1).flatten(1).topk(values.shape[1], dim=1).values
 
     def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        return values, classes
+        missing = [0, k - values.shape[1]]
+        values, classes = F.pad(values, missing, value=-torch.inf), F.pad(classes, missing)
+        return self._of_all_ranks(values), self._of_all_ranks(classes)
+
+    def _of_all_ranks(self, found: Tensor) -> Tensor:
+        """Returns what all ranks found for this rank's rows, (n, W k), from this rank's (N, k)."""
+        every = gather(self.group, found)
+        return every[:, self.layout.own].transpose(0, 1).flatten(1)
 
 
-class Sharded(Exchange):
+class Sharded(Split):
     """Exchanges over the group of a shard what one call needs.
 
     Args:
@@ -251,8 +178,6 @@ class Sharded(Exchange):
             errors show them, as strings.
     """
 
-    is_split = True
-
     def __init__(
         self,
         shard: ClassShard,
@@ -264,7 +189,7 @@ class Sharded(Exchange):
     ):
         self.shard, self.group, self.error = shard, shard.group, error
         self.first_class = shard.start
-        self.factor = dist.get_world_size(self.group) if shard.grad_scale == "ddp" else 1
+        self.factor = factor_of(shard)
         self.device = _device(self.group, w, x)
         # ranks raise together, or none does
         self.check_w = "mark" if device_checks.checks_values(self.device) else ""
@@ -315,29 +240,8 @@ class Sharded(Exchange):
         return list(sizes), any(want_dx)
 
     def features(self, x: Tensor, sent_as: torch.dtype | None = None) -> Tensor:
-        # a rank that wants no dx still sums with those that do
-        anchor = torch.zeros((), device=x.device, requires_grad=True) if self.wants_dx else None
-        given, factor, sent_as = x if self.wants_dx else x.detach(), self.factor, sent_as or x.dtype
-        return once(
-            x,
-            (self.group, self.wants_dx, self.layout.height, factor, sent_as),
-            lambda: collectives.GatherFeatures.apply(given, anchor, self.layout, factor, sent_as),
-        )
-
-    def rows(self, values: Tensor, fill: float = 0) -> Tensor:
-        every = self.layout.every(values.detach(), fill)
-        return self._through_own(values, every) if values.requires_grad else every
-
-    def own(self, values: Tensor) -> Tensor:
-        return values[self.layout.own]
-
-    def of_own_rows(
-        self, own: Tensor, function: Callable[..., Tensor], every: Tensor, *args: Any
-    ) -> Tensor:
-        return self._through_own(own, function(every.detach(), *args))
-
-    def _through_own(self, own: Tensor, every: Tensor) -> Tensor:
-        return collectives.ReplaceByBatch.apply(own, every, self.layout, self.factor)
+        key = (self.group, self.wants_dx, self.layout.height, self.factor, sent_as or x.dtype)
+        return once(x, key, lambda: super(Sharded, self).features(x, sent_as))
 
     def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         if not self.check_w:
@@ -348,38 +252,37 @@ class Sharded(Exchange):
             self.error = raised
             return None
 
-    def total(self, values: Tensor) -> Tensor:
-        return collectives.summed(self.group, values)
+    def _anchor(self, operand: Tensor) -> Tensor | None:
+        """Returns what makes a rank take part in backward that wants no gradient of its own."""
+        return torch.zeros((), device=operand.device, requires_grad=True)
 
-    def scale(self, scale: Tensor, learns: bool) -> Tensor:
-        if not learns:
-            return scale
-        anchor = torch.zeros_like(scale, requires_grad=True)
-        return collectives.SumGradients.apply(scale, anchor, self.group)
 
-    def merge(
-        self, position: Tensor, result: SweepResult, one_versus_rest: bool = False
-    ) -> SweepResult:
-        given = [t for t in result if t is not None]  # bias_y, the last, may be None
-        merged = collectives.MergeResults.apply(
-            self.group, self.shard.size > 0, bool(self.check_w), self.error, one_versus_rest,
-            position, *given,
-        )  # fmt: skip
-        return SweepResult(*merged)
+class Traced(Split):
+    """Exchanges inside a graph of ``torch.compile``, where ``even_batches`` is promised.
 
-    def greatest(self, values: Tensor) -> Tensor:
-        every = gather(self.group, values)  # (W, N, k)
-        return every.transpose(0, 1).flatten(1).topk(values.shape[1], dim=1).values
+    The ranks compare no settings, and tell each other of no errors: a bad value is an error on its
+    own rank. x requires its gradient on all ranks or on none, and so does the scale.
+    """
 
-    def candidates(self, k: int, values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        missing = [0, k - values.shape[1]]
-        values, classes = F.pad(values, missing, value=-torch.inf), F.pad(classes, missing)
-        return self._of_all_ranks(values), self._of_all_ranks(classes)
+    def __init__(self, shard: ClassShard, x: Tensor, wants_stats: bool):
+        self.shard, self.group, self.error = shard, shard.group, None
+        self.first_class = shard.start
+        self.factor = factor_of(shard)
+        self.check_w = "raise" if device_checks.checks_values(x.device) else ""
+        self.wants_dx, self.wants_stats = torch.is_grad_enabled(), wants_stats
+        n = x.shape[0]
+        self.layout = RowLayout(self.group, n, max(n, 1), None, x.device)
 
-    def _of_all_ranks(self, found: Tensor) -> Tensor:
-        """Returns what all ranks found for this rank's rows, (n, W k), from this rank's (N, k)."""
-        every = gather(self.group, found)
-        return every[:, self.layout.own].transpose(0, 1).flatten(1)
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
+        return function(*args)
+
+    def _anchor(self, operand: Tensor) -> Tensor | None:
+        return None  # a graph makes no leaf
+
+
+def factor_of(shard: ClassShard) -> int:
+    """Returns what dx is multiplied by."""
+    return dist.get_world_size(shard.group) if shard.grad_scale == "ddp" else 1
 
 
 def _device(group: dist.ProcessGroup, *tensors: Tensor | None) -> torch.device:
@@ -395,6 +298,6 @@ def _fingerprint(values: dict[str, str]) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-# torch.compile knows no process groups: what talks to other ranks breaks the graph
+# a graph cannot wait for what the ranks tell each other, and breaks where the classes are split
 for _method in Exchange.__abstractmethods__:
     setattr(Sharded, _method, torch._disable_dynamo(getattr(Sharded, _method)))

@@ -94,6 +94,10 @@ class ClassShard:
     With either promise every rank computes dx, also where no rank wants it. On a GPU the ranks then
     do not compare their settings, nor tell each other of errors, unless
     ``set_device_checks(True)``; all ranks have to ask for statistics, or none.
+
+    With ``even_batches`` ``torch.compile`` takes the whole call into its graph. There the ranks
+    never compare settings or tell each other of errors, and dx is computed by all ranks or by none:
+    x requires its gradient on all of them, or on none.
     """
 
     start: int
@@ -287,7 +291,8 @@ def sharded(local: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
 
 def local(tensor: T) -> T:
     """Returns a DTensor's rows on this rank, and any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    held: Any = tensor
+    return held.to_local() if arguments.is_dtensor(held) else tensor
 
 
 def held_shards(module: nn.Module) -> dict[str, tuple[Tensor, ClassShard]]:

@@ -50,6 +50,8 @@ class Unbounded(ParametricMargin):
 class Split(torch.Tensor):
     """Has the attributes that a DTensor is known by."""
 
+    device_mesh = None
+
     @staticmethod
     def __new__(cls, *shape: int) -> "Split":
         return torch.zeros(*shape).as_subclass(cls)

@@ -52,7 +52,7 @@ class Pool:
 
     def __init__(self, world_size: int, timeout: float = TIMEOUT) -> None:
         self.directory = tempfile.TemporaryDirectory()
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.patience = [], [], max(timeout, TIMEOUT) + 30
         for rank in range(world_size):
             ours, theirs = _context.Pipe()
             process = _context.Process(
@@ -92,7 +92,7 @@ class Pool:
 
     def _outcome(self, pipe: Connection) -> tuple[bool, Any]:
         try:
-            if not pipe.poll(TIMEOUT + 30):
+            if not pipe.poll(self.patience):
                 return False, "no answer in time"
             return pickle.loads(pipe.recv_bytes())
         except EOFError:
