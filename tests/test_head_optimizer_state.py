@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import marginkernels.optim
 from marginkernels import ArcFace, MarginSoftmaxHead
@@ -151,3 +152,24 @@ def test_the_state_of_torch_loads_and_a_strange_one_changes_nothing(kind):
             optimizer.load_state_dict(strange.state_dict())
     assert all(map(torch.equal, before, all_of(head, optimizer)))
     assert optimizer.param_groups[0] == settings
+
+
+@pytest.mark.parametrize("average", [{}, dict(avg_fn=get_ema_avg_fn(0.5)),
+                                     dict(multi_avg_fn=get_ema_multi_avg_fn(0.5))],
+                         ids=["mean", "ema", "ema of many"])  # fmt: skip
+def test_averaged_weights_follow_what_backward_moves(average):
+    """Expects a plain head as average, which takes a backward without moving anything."""
+    head, expected = make_head("reference", "cpu", bias=True), []
+    averaged = AveragedModel(head, **average)
+    optimizer = marginkernels.optim.SGD(head, lr=0.5, momentum=0.9)
+    later = AveragedModel(head, **average)  # of a head that has its optimizer
+    for seed in range(2):
+        take_step(head, optimizer, seed)
+        expected.append(head.weight.detach().clone())
+        for each in (averaged, later):
+            each.update_parameters(head)
+    for each in (averaged, later):
+        torch.testing.assert_close(each.module.weight.detach(), sum(expected) / 2)
+        each(*batch("cpu")).backward()
+        assert each.module._update is None and each.module.weight.grad is not None
+    assert not torch.equal(*expected) and torch.equal(head.weight, expected[1])
