@@ -27,7 +27,8 @@ def one_gather() -> Iterator[None]:
     are the same numbers, the gradients within rounding.
 
     It is for heads with ``normalize="both"``: others convert the embeddings to another type first,
-    and gather what comes out, unless the type is that already.
+    and gather what comes out, unless the type is that already. In a graph of ``torch.compile`` each
+    head gathers for itself.
     """
     token = _gathered.set({})
     try:
