@@ -7,6 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# extras of pyproject.toml for `make trainers` and `make test-trainers`
+TRAINERS ?= trainers
 # executes Triton kernels on the CPU; says that it needs a later Python than it does
 TTSEM := ttsem==0.1.0
 CXX ?= g++
@@ -36,7 +38,8 @@ test-ptxsim: $(VENV)/package
 demo: build/extension
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# each trainer with its own head and with ours, and the table of docs/trainers.md; some minutes
+# each trainer with its own head and with ours, and the table of docs/trainers.md; some minutes. All
+# of them have packages with TORCH=torch==2.14.1 TRAINERS=trainers,oml,speechbrain
 trainers: build/extension $(VENV)/trainers
 	for script in $(filter-out %/compare.py,$(wildcard examples/trainers/*.py)); do \
 	    $(BIN)/python $$script --record && $(BIN)/python $$script --record --steps 6 --classes 100000 || exit; \
@@ -107,7 +110,7 @@ $(VENV)/package: pyproject.toml $(VENV)/torch
 	touch $@
 
 $(VENV)/trainers: $(VENV)/package
-	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[trainers]' $$(cat $(VENV)/torch.txt)
+	MARGINKERNELS_EXT=0 pip install -q --no-build-isolation -e '.[$(TRAINERS)]' $$(cat $(VENV)/torch.txt)
 	touch $@
 
 $(VENV)/docs: $(VENV)/package
