@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import marginkernels as mk
 from tools.docs import losses as generator
+from tools.docs import trainers
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("docs/cuda_kernels.md", "docs/triton_kernels.md")
@@ -159,3 +160,9 @@ def test_the_table_of_losses_is_up_to_date_and_complete() -> None:
         if thing not in generator.OTHERS:
             assert generator.usual_values(thing), complaint
     assert generator.PATH.read_text() == generator.document(), "run python -m tools.docs.losses"
+
+
+def test_the_table_of_trainers_is_that_of_the_records_and_has_every_example() -> None:
+    assert trainers.PATH.read_text() == trainers.document(), "run python -m tools.docs.trainers"
+    examples = {path.stem for path in (ROOT / "examples" / "trainers").glob("*.py")} - {"compare"}
+    assert examples == set(re.findall(r"^\| `(\w+)\.py` \|", text("docs/trainers.md"), re.M))

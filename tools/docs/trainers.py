@@ -28,7 +28,7 @@ def _row(record: dict[str, Any]) -> str:
     original, ours = record["original"], record["ours"]
     classes = record["classes"] or 4355
     return (
-        f"| [{record['trainer']}](../examples/trainers/{record['trainer']}.py) | {classes:,} "
+        f"| `{record['trainer']}.py` | {classes:,} "
         f"| {record['steps']} | {100 * record['difference']:.2g} % "
         f"| {original['milliseconds']:.0f} | {ours['milliseconds']:.0f} "
         f"| {original['mib']:.0f} | {ours['mib']:.0f} |"
