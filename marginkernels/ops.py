@@ -89,6 +89,9 @@ _STEP_SCHEMA = """(Tensor x, Tensor(a!) w, Tensor y, Tensor scale, Tensor? bias,
     bool project, int first_class, Tensor? w_rounded=None, int sub_centers=1)
     -> (Tensor dx, Tensor dbias, Tensor dscale)"""
 _CHECKED_SCHEMA = """(Tensor result, Tensor value, float low, float high, str what) -> Tensor"""
+# an ``ignore_index`` that ignores no row: every label has to be a class
+NO_LABEL = -(2**63)
+
 _CHECKED_LABELS_SCHEMA = """(Tensor y, SymInt num_classes, int? ignore_index,
     str name='y') -> Tensor"""
 _SNAPSHOT_SCHEMA = """(Tensor value, str moved_by) -> Tensor"""
@@ -334,7 +337,7 @@ def _checked_labels(
             return y.clone()
     wrong = (y < 0) | (y >= num_classes)
     expected = f"{name}: expected labels in [0, {num_classes})"
-    if ignore_index is not None:
+    if ignore_index not in (None, NO_LABEL):
         wrong &= y != ignore_index
         expected += f" or ignore_index={ignore_index}"
     if bool(wrong.any()):

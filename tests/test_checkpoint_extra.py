@@ -3,6 +3,8 @@
 """Saves what a run has beside model and optimizer, and saves in the background."""
 
 import threading
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from marginkernels.distributed.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from marginkernels.distributed.checkpoint.staging import staged
 from marginkernels.optim import SGD
 from tests.support import workers
 from tests.test_checkpoint import D, make, run, state, step
@@ -112,6 +115,29 @@ def save_without_a_group_of_its_own(path):
     for given in (None, dist.group.WORLD):
         with pytest.raises(ValueError, match="process_group: expected a group for saves alone"):
             async_save_checkpoint(path, model, process_group=given)
+
+
+class Pair(NamedTuple):
+    value: torch.Tensor
+    name: str
+
+
+def test_a_copy_has_the_types_of_the_state():
+    state = {"pair": Pair(torch.ones(2), "a"), "list": [1, (2, torch.zeros(1))]}
+    copied = staged(state)
+    state["pair"].value.zero_()
+    assert copied["pair"].value.equal(torch.ones(2)) and type(copied["pair"]) is Pair
+    assert copied["list"] == [1, (2, torch.zeros(1))]
+
+
+def test_warnings_filtered_during_a_background_save_stay_so(tmp_path):
+    model, _ = make("sgd", 0)
+    with warnings.catch_warnings():
+        pending = async_save_checkpoint(tmp_path / "saved", model)
+        warnings.filterwarnings("ignore", "a message")
+        filters = list(warnings.filters)
+        pending.result()
+        assert warnings.filters == filters
 
 
 def test_background_saves_want_a_group_of_their_own(tmp_path):

@@ -149,3 +149,26 @@ def test_every_head_of_the_page_on_settings_trains():
         head(x, torch.arange(4)).backward()
         assert x.grad.isfinite().all() and x.grad.any() and head.weight.grad.any()
     assert len(heads) == 13
+
+
+def gather_of_changed_rows():
+    """Changes the embeddings between two heads on rank 0 alone, and in place on all ranks."""
+    torch.manual_seed(0)
+    head = mk.MarginSoftmaxHead(8, 5, margin=mk.CosFace(0.3), scale=8.0, sharding=dist.group.WORLD)
+    x, y = torch.randn(4, 8), torch.arange(4)
+    with torch.inference_mode(), one_gather():
+        assert torch.equal(head(x.clone(), y), head(x, y))
+    with torch.no_grad(), one_gather():
+        first = head(x, y)
+        x.mul_(-1)
+        assert not torch.equal(head(x, y), first)
+        assert torch.equal(head(x, y), head(x.clone(), y))
+        if dist.get_rank() == 0:
+            x.mul_(2)
+        with pytest.raises(ValueError, match="x: expected the same on all ranks"):
+            head(x, y)
+    return True
+
+
+def test_one_gather_sees_changes_of_the_embeddings():
+    assert workers.run(2, gather_of_changed_rows) == [True, True]

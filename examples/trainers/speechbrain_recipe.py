@@ -7,9 +7,7 @@ python examples/trainers/speechbrain_recipe.py
 
 from typing import Any
 
-import speechbrain
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from torch.utils.data import DataLoader
 
 import compare
@@ -34,6 +32,8 @@ FUSED = dict(
 
 def train(ours: bool, run: compare.Run) -> None:
     """Trains with speechbrain's classifier and loss, or with those that the YAML names instead."""
+    import speechbrain
+    from hyperpyyaml import load_hyperpyyaml
 
     class SpeakerBrain(speechbrain.Brain):
         def compute_forward(self, batch: Any, stage: Any) -> torch.Tensor:

@@ -63,8 +63,6 @@ __all__ = [
 ]
 
 LOSS_CAP = -math.log(LEAST_PROBABILITY)
-# every label is a class
-_NO_LABEL = -(2**63)
 _BAD_EMBEDDINGS = "local_embeddings" + ops.BAD_X.removeprefix("x")
 
 
@@ -309,7 +307,7 @@ class PartialFC_V2(nn.Module):  # noqa: N801
             margin=margin_loss.fused,
             scale=margin_loss.s,
             reduction="none",
-            ignore_index=_NO_LABEL,
+            ignore_index=ops.NO_LABEL,
             other_labels="negatives",
             compute_dtype=self._compute_dtype(x),
             backend=self.backend,
@@ -322,8 +320,8 @@ class PartialFC_V2(nn.Module):  # noqa: N801
         weight: Tensor = self.weight
         exchange, class_id = opened(self.shard, x, weight, lambda: y, lambda _: {})
         x = exchange.features(x)
-        class_id = exchange.rows(class_id, fill=_NO_LABEL)
-        position = local_class = held(class_id, exchange.first_class, len(weight), _NO_LABEL)
+        class_id = exchange.rows(class_id, fill=ops.NO_LABEL)
+        position = local_class = held(class_id, exchange.first_class, len(weight), ops.NO_LABEL)
         lost = position.new_zeros((), dtype=torch.bool)
         if self.sample_rate < 1:
             sample = sampling.ChosenBy(self.sample).choose(exchange, local_class, len(weight))

@@ -28,7 +28,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
-from .. import margins, validation
+from .. import margins, ops, validation
 from .weights import FusedHead
 
 __all__ = [
@@ -50,6 +50,7 @@ class _FusedLoss(FusedHead):
     # methods of the original that say what is computed; a subclass may have its own
     formula: ClassVar[tuple[str, ...]] = ("get_cosine", "modify_cosine_of_target_classes",
         "get_cos_with_margin", "get_angles", "get_target_mask", "scale_logits")  # fmt: skip
+    ignored: ClassVar[int] = ops.NO_LABEL  # the label of rows that the original leaves at 0
     anchors_alone: ClassVar[bool] = False  # whether miners' weights count anchors alone
 
     # of the original
@@ -114,7 +115,10 @@ class _FusedLoss(FusedHead):
         self, embeddings: Tensor, labels: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """Returns the losses (N,) in the type that the original has them in."""
-        settings = dict(options, reduction="none", return_stats=bool(self.collect_stats))
+        settings = dict(
+            options, reduction="none", ignore_index=self.ignored,
+            return_stats=bool(self.collect_stats),
+        )  # fmt: skip
         element = self.fused_loss(embeddings, labels, **settings)
         if self.collect_stats:
             element, stats = element
@@ -270,6 +274,7 @@ class NormalizedSoftmaxLoss(_FusedLoss, losses.NormalizedSoftmaxLoss):
 
     weight_name, transposed = "W", True
     formula = ("get_logits",)
+    ignored = _IGNORED
     temperature: Any
 
     def fused_options(self) -> dict[str, Any]:
@@ -298,6 +303,7 @@ class ProxyNCALoss(_FusedLoss, losses.ProxyNCALoss):
 
     weight_name = "proxies"
     formula = ("nca_computation",)
+    ignored = _IGNORED
     anchors_alone = True
     softmax_scale: Any
     proxies: nn.Parameter

@@ -24,8 +24,6 @@ from .weights import FusedHead
 
 __all__ = ["ArcFaceLoss", "ArcFaceLossWithMLP"]
 
-_NO_LABEL = -(2**63)  # every label is a class
-
 
 class ArcFaceLoss(FusedHead):
     """Takes cos(theta + m), and cos(theta) - m sin(m) past theta = pi - m, as the target's cosine.
@@ -79,7 +77,7 @@ class ArcFaceLoss(FusedHead):
             x, y, margin=self.margin, scale=self.rescale,
             label_smoothing=self.smoothing_epsilon if category is None else 0.0,
             reduction=self.reduction if category is None else "none",
-            ignore_index=_NO_LABEL, return_stats=True,
+            return_stats=True,
         )  # fmt: skip
         self.last_logs["accuracy"] = stats.correct.float().mean()
         if category is None:

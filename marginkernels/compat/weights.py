@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .. import ops
 from ..distributed.shard import ClassShard, watch_wrappers
 from ..functional import margin_cross_entropy
 from ..update import Update
@@ -48,7 +49,11 @@ class FusedHead(nn.Module):
         return weight.t() if self.transposed else weight
 
     def fused_loss(self, embeddings: Tensor, labels: Tensor, **options: Any) -> Any:
-        """Computes :func:`marginkernels.margin_cross_entropy` of the head's class weights."""
+        """Computes :func:`marginkernels.margin_cross_entropy` of the head's class weights.
+
+        Every label has to be a class, unless ``ignore_index`` is among the options.
+        """
+        options.setdefault("ignore_index", ops.NO_LABEL)
         return margin_cross_entropy(
             embeddings, self.rows(), labels, sub_centers=self.sub_centers, update=self._update,
             **options,
@@ -60,18 +65,20 @@ def _is_by_columns(t: object) -> TypeGuard[Tensor]:
     return isinstance(t, Tensor) and t.ndim == 2 and not t.is_contiguous() and t.t().is_contiguous()
 
 
-def _lay_out_states(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Gives states of parameters by columns the order of their parameter, before a step.
+def _lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Gives gradients and states of parameters by columns the order of their parameter.
 
-    Fused steps of torch.optim pair the numbers of a parameter and its states as they lie in memory.
-    A state that came in another order, as in a checkpoint of the other project, would give a wrong
-    step on a CPU and an error on a GPU.
+    Fused steps of torch.optim pair the numbers of a parameter, its gradient and its states as they
+    lie in memory. Others in another order, as the states in a checkpoint of the other project or a
+    gradient that was put there by hand, would give a wrong step on a CPU and an error on a GPU.
     """
     if torch.compiler.is_compiling():
         return
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if not _is_by_columns(p):
             continue
+        if p.grad is not None and p.grad.layout is torch.strided and not _is_by_columns(p.grad):
+            p.grad = p.grad.t().contiguous().t()
         state = optimizer.state.get(p, {})
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == p.shape and not _is_by_columns(value):
@@ -89,4 +96,4 @@ def _saved_by_rows(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     return state_dict | {"state": states}
 
 
-register_optimizer_step_pre_hook(_lay_out_states)
+register_optimizer_step_pre_hook(_lay_out)

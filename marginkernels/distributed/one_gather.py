@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_gathered: ContextVar[dict[object, tuple[Tensor, Tensor]] | None] = ContextVar(
+_gathered: ContextVar[dict[tuple[object, ...], tuple[Tensor, Tensor]] | None] = ContextVar(
     "gathered", default=None
 )
 
@@ -42,12 +42,16 @@ def once(x: Tensor, key: tuple[object, ...], gather: Callable[[], Tensor]) -> Te
     known = _gathered.get()
     if known is None:
         return gather()
-    place = (id(x), x._version, *key)
+    place = (id(x), _version(x), *key)
     if place not in known:
         known[place] = x, gather()  # x too, so that no other tensor gets its id
     return known[place][1]
 
 
 def is_known(x: Tensor) -> bool:
-    """Returns whether a tensor was gathered in this context."""
-    return any(x is seen for seen, _ in (_gathered.get() or {}).values())
+    """Returns whether a tensor, as it is now, was gathered in this context."""
+    return any(place[:2] == (id(x), _version(x)) for place in _gathered.get() or {})
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version  # an inference tensor has none

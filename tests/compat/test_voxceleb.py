@@ -78,6 +78,7 @@ def test_loss_gradients_and_accuracy_are_the_trainers(name, device):
             torch.autograd.grad(loss, (x, parameter)), torch.autograd.grad(expected, (x, parameter))
         )
         torch.testing.assert_close(prec1, percent(logits, y))
+        assert loss_function(x, y[:, None])[1].equal(prec1)
         seen.append(prec1)
     assert 0 < seen[0] < 100
 
@@ -95,6 +96,7 @@ def test_plain_softmax_is_the_trainers(device):
         torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
     )
     torch.testing.assert_close(prec1, percent(logits, y))
+    assert loss_function(x, y[:, None])[1].equal(prec1)
 
 
 @pytest.mark.parametrize("name", LOSSES)

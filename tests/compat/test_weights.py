@@ -90,3 +90,11 @@ def test_optimizers_go_on_from_a_state_of_either_order(first, then, fused):
     expected, _ = train(False, value, gradients)
     half, state = train(first, value, gradients[:2])
     torch.testing.assert_close(train(then, half, gradients[2:], state)[0], expected)
+
+
+def test_a_label_that_is_no_class_is_an_error_and_not_left_out():
+    head, (x, y) = Columns(), batch()
+    y[2] = -100
+    with pytest.raises(ValueError, match=r"y: expected labels in \[0, 11\), got -100 in row 2"):
+        head(x, y)
+    assert head.fused_loss(x, y, margin=CosFace(0.3), scale=16.0, ignore_index=-100).isfinite()

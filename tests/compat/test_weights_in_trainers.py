@@ -163,6 +163,22 @@ def test_torch_optim_steps_as_on_contiguous_columns(name, how):
     assert head.rows().is_contiguous()
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_gradient_in_another_order_is_paired_with_its_weights(name):
+    heads = Columns(), Columns()
+    optimizers = [
+        getattr(torch.optim, name)([head.W], **FUSED[name], fused=fused)
+        for head, fused in zip(heads, (True, False), strict=True)
+    ]
+    for x, y in batches():
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            optimizer.zero_grad()
+            head(x, y).backward()
+            head.W.grad = head.W.grad.contiguous()
+            optimizer.step()
+    torch.testing.assert_close(heads[0].W, heads[1].W)
+
+
 def test_copies_averages_loss_scaling_and_torch_compile():
     head, (x, y) = Columns(), next(batches())
     average = AveragedModel(head)

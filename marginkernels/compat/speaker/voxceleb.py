@@ -47,7 +47,7 @@ class AngularLoss(FusedHead):
 
         As in voxceleb_trainer a row is right if its target's logit is the greatest with the margin.
         """
-        margin = self.fused()
+        label, margin = label.reshape(-1), self.fused()
         loss, stats = self.fused_loss(x, label, margin=margin, scale=self.s, return_stats=True)
         return loss, _percent(hits(with_margin(margin, stats, label), stats, self.s))
 
@@ -136,8 +136,8 @@ class Softmax(nn.Module):
     def forward(self, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the mean loss of embeddings (N, D), and the accuracy in percent, (1,)."""
         loss, stats = margin_cross_entropy(
-            x, self.fc.weight, label, margin=margins.NSoftmax(), scale=1.0, normalize="none",
-            bias=self.fc.bias, return_stats=True,
+            x, self.fc.weight, label.reshape(-1), margin=margins.NSoftmax(), scale=1.0,
+            normalize="none", bias=self.fc.bias, return_stats=True,
         )  # fmt: skip
         return loss, _percent(stats.correct)
 

@@ -13,6 +13,7 @@ The format is that of ``torch.distributed.checkpoint``, with four promises more:
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -263,11 +264,14 @@ def _on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> A
 def _as_ours(path: Path) -> Iterator[None]:
     """Raises RuntimeError in place of errors of storage and of torch's CheckpointException.
 
-    The latter is no Exception. A warning that there is no process group is left out.
+    The latter is no Exception. A warning that there is no process group is left out, but not in a
+    thread: filters of warnings are those of the whole process.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))

@@ -16,7 +16,8 @@ def staged(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: staged(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(staged, value))
+        copies = [staged(inner) for inner in value]
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
     if isinstance(value, Rows):
         return value.on_cpu()
     if isinstance(value, Tensor):  # torch knows how to copy the parts of a DTensor
