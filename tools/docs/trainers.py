@@ -29,7 +29,7 @@ def _row(record: dict[str, Any]) -> str:
     classes = record["classes"] or 4355
     return (
         f"| `{record['trainer']}.py` | {classes:,} "
-        f"| {record['steps']} | {100 * record['difference']:.2g} % "
+        f"| {record['steps']} | {record['difference']:.0e} "
         f"| {original['milliseconds']:.0f} | {ours['milliseconds']:.0f} "
         f"| {original['mib']:.0f} | {ours['mib']:.0f} |"
     )
@@ -38,6 +38,7 @@ def _row(record: dict[str, Any]) -> str:
 def document() -> str:
     """Returns the page with the table of the records."""
     records = list(map(json.loads, RECORDS.read_text().splitlines()))
+    records.sort(key=lambda record: (record["trainer"], record["classes"] or 0))
     return re.sub(
         r"(<!-- table -->\n).*?(?=<!-- end -->)",
         lambda found: f"{found[1]}{table(records)}\n",
