@@ -5,8 +5,10 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +49,26 @@ def wrong_calls(folder: Path):
     (folder / "gap.txt").write_text("\n".join(map(str, [*range(C - 1), C])))
     (folder / "merge.txt").write_text("\n".join(["0"] * (C // 3)))
     (folder / "twice.csv").write_text("\n".join(["0,0", *(f"{c},{c}" for c in range(C - 1))]))
+    (folder / "large.txt").write_text("\n".join(["9" * 20] * C))
+    (folder / "latin.txt").write_bytes(b"\xff\n" * C)
+    (folder / "empty.npy").write_bytes(b"")
+    kinds = {"mask": torch.arange(C) > 0, "real": torch.ones(C), "complex": torch.ones(C) + 1j}
+    for name, value in kinds.items():
+        torch.save(value, folder / f"{name}.pt")
+        np.save(folder / f"{name}.npy", value.numpy())
+    with zipfile.ZipFile(folder / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        plain = zipfile.ZipFile(folder / "loss.pt")
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    torch.save({"W": torch._neg_view(weights().t())}, folder / "negated.pt")
+    torch.save({"W": torch.empty(D, C, device="meta")}, folder / "meta.pt")
+    torch.save({"W": weights().t(), "rest": torch.eye(3).to_sparse()}, folder / "sparse.pt")
+    no_tables = {
+        "large.txt": "large.txt: expected integers of 64 bits", "latin.txt": "latin.txt: expected",
+        "empty.npy": "empty.npy: expected", "mask.pt": "got torch.bool; a mask",
+        "mask.npy": "got bool; a mask", "real.pt": "got torch.float32", "real.npy": "got float32",
+        "complex.pt": "got torch.complex64", "complex.npy": "got complex64",
+    }  # fmt: skip
     ours, loss = {"to": "marginkernels"}, [folder / "loss.pt"]
     insight = {"to": "insightface"}
     return [
@@ -73,6 +95,11 @@ def wrong_calls(folder: Path):
         (loss, ours | {"classes": folder / "short.txt"}, "expected a new class for each of 21"),
         (loss, ours | {"classes": folder / "gap.txt"}, "got none for 20"),
         (loss, ours | {"classes": folder / "twice.csv"}, "with class 0 2 times"),
+        *((loss, ours | {"classes": folder / name}, text) for name, text in no_tables.items()),
+        ([folder / "deflated.pt"], ours, "is compressed"),
+        ([folder / "negated.pt"], ours, "lazily negated"),
+        ([folder / "meta.pt"], ours, "meta tensor"),
+        ([folder / "sparse.pt"], ours, "rest is of torch.sparse_coo"),
     ]
 
 
@@ -99,6 +126,16 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, to):
     with pytest.raises(OSError, match="no space left"):
         convert([tmp_path / "loss.pt"], tmp_path / "out" / "x", to)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("to", ["adaface", "marginkernels", "wespeaker"])
+def test_safetensors_is_no_ending_for_what_is_not_tensors_alone(tmp_path, monkeypatch, to):
+    nested = {"projection.weight": weights(), "epoch": 3}
+    source = nested if to == "wespeaker" else {"W": weights().t()}
+    torch.save(source, tmp_path / "in.pt")
+    monkeypatch.setattr(files, "save", lambda *_: pytest.fail("it began to write"))
+    with pytest.raises(ValueError, match=r"OUT: .*out\.safetensors, where \w+ would be a"):
+        convert([tmp_path / "in.pt"], tmp_path / "out.safetensors", to)
 
 
 def test_files_are_replaced_when_asked_and_folders_never(tmp_path):
@@ -137,6 +174,11 @@ def test_the_command_says_what_it_did_and_errors_are_one_line(tmp_path, monkeypa
     code, said = run(tmp_path / "loss.pt", tmp_path / "out", "--to=insightface", "--world-size=2")
     assert code == 0
     assert f"{C} classes of {D}" in said.out
+    assert "else" not in said.out  # there is nothing
+    code, said = run(tmp_path / "out", tmp_path / "one", "--to=insightface")
+    assert said.out.endswith(f"wrote insightface: {tmp_path / 'one'}, 1 file\n")
+    code, said = run(tmp_path / "one", tmp_path / "back.pt", "--to=marginkernels")
+    assert f"read insightface: 1 file, {tmp_path / 'one' / 'checkpoint_gpu_0.pt'}\n" in said.out
     code, said = run(tmp_path / "loss.pt", tmp_path / "out", "--to", "insightface")
     assert code == 1
     assert said.err.startswith("error: OUT: expected a new folder")

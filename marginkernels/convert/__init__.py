@@ -21,6 +21,7 @@ from .formats import FORMATS
 from .formats.base import Format
 from .formats.one_file import matrices
 from .tables import with_classes, with_one_center
+from .trees import named
 
 __all__ = ["FORMATS", "convert"]
 
@@ -65,17 +66,27 @@ def convert(
     _check_output(out, target, overwrite)
     checkpoint = _source(paths, source, key).read(paths, key, not drop_state)
     if drop_state:
+        left_out = ", ".join(map(named, checkpoint.states)) or "none, as there is none"
         checkpoint = checkpoint.without_state()
+        checkpoint.notes.append(f"optimizer state left out: {left_out}")
+    elif not _has_place(target, checkpoint):
+        checkpoint = checkpoint.without_state()
+        checkpoint.notes.append(
+            f"dropped: the optimizer's state, which {target.name} has no place for"
+        )
     _check_counts(checkpoint, sub_centers, num_classes)
     checkpoint.sub_centers = sub_centers
-    old_sizes = {len(checkpoint.weight), checkpoint.num_classes}
+    old = {len(checkpoint.weight), checkpoint.num_classes}
     if reduce is not None:
         checkpoint = with_one_center(checkpoint, reduce)
     if classes is not None:
         checkpoint = with_classes(checkpoint, Path(classes))
-    target.check(checkpoint, world_size)
+    # a table gives other classes even where their number stays
+    new = {len(checkpoint.weight), checkpoint.num_classes}
+    changed = old if classes is not None else old - new
+    target.check(checkpoint, out, world_size)
     _write(checkpoint, target, out, world_size)
-    return [*checkpoint.notes, *_summary(checkpoint, target, out, world_size, old_sizes)]
+    return [*checkpoint.notes, *_summary(checkpoint, target, out, world_size, changed)]
 
 
 def _format(argument: str, name: str) -> Format:
@@ -162,23 +173,33 @@ def _write(checkpoint: Checkpoint, target: Format, out: Path, world_size: int) -
         raise
 
 
+def _has_place(target: Format, checkpoint: Checkpoint) -> bool:
+    """Returns whether the target has a place for the optimizer's state, or there is none."""
+    has_state = any(parameter.state for parameter in checkpoint.parameters.values())
+    return target.has_optimizer or checkpoint.format == target.name or not has_state
+
+
 def _summary(
-    checkpoint: Checkpoint, target: Format, out: Path, world_size: int, old_sizes: set[int]
+    checkpoint: Checkpoint, target: Format, out: Path, world_size: int, changed: set[int]
 ) -> list[str]:
-    """Says what was written, and what was not."""
+    """Says what was written, and what was not.
+
+    Args:
+        changed: the numbers of rows and of classes that are other ones now.
+    """
     weight = checkpoint.parameters["weight"]
     size = f"{checkpoint.num_classes:,} classes of {weight.rows.shape[1]}"
     if checkpoint.sub_centers > 1:
         size += f", {checkpoint.sub_centers} centres each"
     lines = [f"weights: {size}, {weight.rows.dtype}, with {_states(checkpoint)}"]
-    if checkpoint.format == target.name and checkpoint.places:
-        lines.append("everything else of the files: carried along as it is")
-        changed = old_sizes - {len(checkpoint.weight), checkpoint.num_classes}
-        for name in checkpoint.others_with(changed):
-            lines.append(f"look at {name}: it has the old number of classes")
-    else:
-        lines.append("everything else of the files, such as a backbone: left out")
-    ranks = f", {world_size} files" if target.per_rank else ""
+    if checkpoint.others():
+        if checkpoint.format == target.name and checkpoint.places:
+            lines.append("everything else of the files: carried along as it is")
+            for name in checkpoint.others_with(changed):
+                lines.append(f"look at {name}: it has the old number of classes, and their order")
+        else:
+            lines.append("everything else of the files, such as a backbone: left out")
+    ranks = f", {world_size} file{'s' * (world_size > 1)}" if target.per_rank else ""
     return [*lines, f"wrote {target.name}: {out}{ranks}"]
 
 

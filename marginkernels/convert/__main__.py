@@ -39,15 +39,24 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", metavar="IN", help="the files of all ranks, or one file, or a folder")
     add("output", metavar="OUT", help="a new file, or folder, as the format has it")
     add("--to", required=True, metavar="FORMAT", help=f"one of {names}")
-    add("--from", dest="source", metavar="FORMAT", help="of IN; by default what its names say")
+    add(
+        "--from", dest="source", metavar="FORMAT",
+        help="the format of IN; by default it is told from the names in the files",
+    )  # fmt: skip
     add("--key", help="the name of the class weights in IN, where it is not the usual one")
-    add("--world-size", type=int, default=1, metavar="N", help="ranks, for insightface; 1")
-    add("--num-classes", type=int, metavar="C", help="check that IN has so many classes")
+    add(
+        "--world-size", type=int, default=1, metavar="N",
+        help="the number of ranks to write, for insightface; default 1",
+    )  # fmt: skip
+    add("--num-classes", type=int, metavar="C", help="the number of classes that IN must have")
     add(
         "--classes", metavar="TABLE",
         help="the new class of each old one, -1 to drop it: .npy, .pt, lines of one, or of old,new",
     )  # fmt: skip
-    add("--sub-centers", type=int, default=1, metavar="K", help="centres of each class in IN; 1")
+    add(
+        "--sub-centers", type=int, default=1, metavar="K",
+        help="the number of centres that each class has in IN; default 1",
+    )  # fmt: skip
     add(
         "--reduce", metavar="mean|COUNTS",
         help="leave one centre of each class: their mean, or that with the greatest count (C, K)",

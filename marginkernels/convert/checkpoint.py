@@ -91,12 +91,16 @@ class Checkpoint:
             parameters[name] = parameter
         return replace(self, parameters=parameters, sub_centers=sub_centers)
 
+    def others(self) -> list[tuple[Path, Any]]:
+        """Returns what the contents have beside the parameters and their states."""
+        return [pair for pair in leaves(self.contents[0]) if pair[0] not in self.places]
+
     def others_with(self, sizes: set[int]) -> list[str]:
         """Names other tensors of the contents that have a dimension of one of these sizes."""
         return [
             f"{named(path)} {tuple(value.shape)}"
-            for path, value in leaves(self.contents[0])
-            if path not in self.places and sizes & set(getattr(value, "shape", ()))
+            for path, value in self.others()
+            if sizes & set(getattr(value, "shape", ()))
         ]
 
     def without_state(self) -> "Checkpoint":

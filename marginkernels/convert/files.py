@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -54,12 +56,18 @@ class FileRows(Rows):
         transposed: whether its columns are the rows.
 
     Raises:
-        ValueError: the tensor has neither its rows nor its columns one after another.
+        ValueError: the tensor has neither its rows nor its columns one after another, or its
+            values are not those in the file.
     """
 
     def __init__(self, file: Path, path: trees.Path, tensor: Tensor, transposed: bool = False):
         rows = tensor.detach().t() if transposed else tensor.detach()
         self.file, self.shape, self.dtype = file, rows.shape, rows.dtype
+        if rows.is_neg() or rows.is_conj() or rows.is_meta:
+            kind = "meta tensor" if rows.is_meta else "lazily negated or conjugate view"
+            raise ValueError(
+                f"{file}: {trees.named(path)}: expected the values themselves, got a {kind}"
+            )
         self._offset = _offset(rows)
         self._in_columns = not rows.is_contiguous()
         if self._in_columns and not rows.t().is_contiguous():
@@ -150,13 +158,52 @@ def mapped(file: Path, *, writable: bool = False) -> Any:
     try:
         if is_safetensors(file):
             return _mapped_safetensors(file, writable)
+        _require_stored(file)
         with set_default_mmap_options(mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            tree = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        _require_dense(tree)
+        return tree
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{file}: expected a file of tensors and plain settings: {reason}"
         ) from error
+
+
+def _require_stored(file: Path) -> None:
+    """Raises ValueError where a map would show compressed bytes: torch.load does not look."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(
+                    f"{entry.filename} is compressed; torch.save(torch.load(...), ...) writes it "
+                    "as it can be mapped"
+                )
+
+
+def _require_dense(tree: Any) -> None:
+    """Raises ValueError where a tensor has parts, which are not filled as its values are."""
+    for path, value in trees.leaves(tree):
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise ValueError(f"{trees.named(path)} is of {value.layout}, not torch.strided")
+
+
+def require_flat(tree: Any, file: Path) -> None:
+    """Raises ValueError unless a file of safetensors can have the tree: names of tensors."""
+    named = tree.items() if isinstance(tree, Mapping) else [("the tensor", None)]
+    for name, value in named:
+        if not isinstance(value, Tensor | Placed):
+            raise ValueError(
+                f"OUT: expected another ending than .safetensors, which has tensors alone, got "
+                f"{file}, where {name} would be a {type(value).__name__}"
+            )
+        if _dtype(value) not in _SAFETENSORS.values():
+            raise ValueError(
+                f"OUT: expected another ending than .safetensors, which has no {_dtype(value)}, "
+                f"got {file}, where {name} has it"
+            )
 
 
 def save(tree: Any, file: Path) -> None:
@@ -175,7 +222,9 @@ def save(tree: Any, file: Path) -> None:
                 _fill(opened, _offset(room), value)
             else:
                 with torch.no_grad():
-                    room.copy_(value)
+                    # numbers that an expanded tensor repeats are there once
+                    once = tuple(slice(None) if step else slice(1) for step in room.stride())
+                    room[once].copy_(value[once])
         if not is_safetensors(file):
             set_checksums(file)
         os.fsync(opened.fileno())
@@ -241,9 +290,6 @@ def _lay_out_safetensors(tree: Any, file: Path) -> None:
     names = {dtype: name for name, dtype in _SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    for name, value in tree.items():
-        if not isinstance(value, Tensor | Placed):
-            raise ValueError(f"{file}: expected tensors alone in safetensors, got {name}")
     # a tensor begins at a multiple of its numbers' size
     for name, value in sorted(tree.items(), key=lambda item: -_dtype(item[1]).itemsize):
         dtype = _dtype(value)

@@ -17,32 +17,24 @@ DROP = "--drop-state leaves out the state of the classes"
 
 @dataclass
 class Located:
-    """Says where an optimizer's state of the weight is.
+    """Says where an optimizer's state of a parameter is.
 
     Attributes:
         path: of the optimizer.
-        group: the group of the weight.
-        index: the number of the weight among the optimizer's parameters.
-        state: of the weight, by name.
-        following: the state of the parameter after the weight in its group, by name.
+        group: the group of the parameter.
+        index: the number of the parameter among those of the optimizer.
+        state: of the parameter, by name.
     """
 
     path: trees.Path
     group: dict[str, Any]
     index: Any
     state: dict[str, Any]
-    following: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
         """Returns the settings of the group."""
         return {key: value for key, value in self.group.items() if key != "params"}
-
-    @property
-    def following_index(self) -> Any:
-        """Returns the number of the parameter after the weight, or None."""
-        after = self.group["params"][self.group["params"].index(self.index) + 1 :]
-        return after[0] if after else None
 
 
 def optimizers_in(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
@@ -95,9 +87,7 @@ def _located(path: trees.Path, optimizer: Any, index: Any) -> Located:
             f"{trees.named(path)}: expected parameter {index} in one group, got {len(groups)}"
         )
     [group] = groups
-    located = Located(path, group, index, optimizer["state"].get(index, {}), {})
-    located.following = optimizer["state"].get(located.following_index, {})
-    return located
+    return Located(path, group, index, optimizer["state"].get(index, {}))
 
 
 def is_per_row(key: str, value: Any, shapes: list[torch.Size], where: str) -> bool:

@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The marginkernels authors
 """Reads tables of classes and counts of centres, and makes new numbers of rows of them."""
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .files import mapped
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def with_classes(checkpoint: Checkpoint, file: Path) -> Checkpoint:
@@ -104,27 +107,47 @@ def _table(file: Path) -> Tensor:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     if file.suffix == ".npy":
-        import numpy as np
-
-        try:
-            table = torch.from_numpy(
-                np.load(file, allow_pickle=False).astype("int64", casting="safe")
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: expected integers: {error}") from error
-        return table
+        return _array(file)
     if file.suffix in (".pt", ".pth"):
         loaded = mapped(file)
-        if not isinstance(loaded, Tensor) or loaded.is_floating_point():
-            raise ValueError(f"{file}: expected a tensor of integers, got {_kind(loaded)}")
+        if not isinstance(loaded, Tensor):
+            raise ValueError(f"{file}: expected a tensor of integers, got {type(loaded).__name__}")
+        if loaded.dtype not in _INTEGERS:
+            raise _no_integers(file, loaded.dtype)
         return loaded.long()
-    return _numbers(file)
+    try:
+        return _numbers(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected lines of integers: {error}") from error
+
+
+def _array(file: Path) -> Tensor:
+    """Reads integers from .npy."""
+    import numpy as np
+
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: expected an array in .npy: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{file}: expected an array, got {type(array).__name__}")
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+        raise _no_integers(file, array.dtype)
+    return torch.from_numpy(array.astype("int64"))
+
+
+def _no_integers(file: Path, dtype: object) -> ValueError:
+    """Makes the error for a table of numbers that are no classes, such as a mask."""
+    text = f"{file}: expected integers of up to 64 bits with a sign, got {dtype}"
+    if str(dtype).endswith("bool"):
+        text += "; a mask of classes to keep makes the table where(keep, keep.cumsum(0) - 1, -1)"
+    return ValueError(text)
 
 
 def _numbers(file: Path) -> Tensor:
     """Reads lines of numbers with commas, tabs or spaces between; the first may be a heading."""
     rows: list[list[int]] = []
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             words = line.replace(",", " ").split()
             try:
@@ -142,9 +165,8 @@ def _numbers(file: Path) -> Tensor:
                 )
             if row:
                 rows.append(row)
-    table = torch.tensor(rows, dtype=torch.int64)
+    try:
+        table = torch.tensor(rows, dtype=torch.int64)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file}: expected integers of 64 bits: {error}") from error
     return table[:, 0] if table.ndim == 2 and table.shape[1] == 1 else table
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

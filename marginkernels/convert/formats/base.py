@@ -5,6 +5,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import optimizers, trees
@@ -19,7 +20,8 @@ class Format:
 
     Attributes:
         name: for ``--to`` and ``--from``.
-        has_centers, has_bias: whether it has a place for sub-centres, and for a bias.
+        has_centers, has_bias, has_optimizer: whether it has a place for sub-centres, for a bias,
+            and for the optimizer's state of another format's classes.
         folder: whether it writes a folder.
         per_rank: whether that has a file for each rank.
     """
@@ -27,6 +29,7 @@ class Format:
     name: str
     has_centers = False
     has_bias = False
+    has_optimizer = False
     folder = False
     per_rank = False
 
@@ -42,8 +45,8 @@ class Format:
         """Writes a checkpoint to a file or into a folder."""
         raise NotImplementedError
 
-    def check(self, checkpoint: Checkpoint, world_size: int) -> None:
-        """Raises ValueError where the checkpoint does not fit the format."""
+    def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
+        """Raises ValueError where the checkpoint does not fit the format, or the output."""
         if checkpoint.sub_centers > 1 and not self.has_centers:
             raise ValueError(
                 f"--to {self.name}: expected one centre of each class, got "
@@ -96,56 +99,81 @@ class TreeReader:
             self._add("bias", path)
 
     def find_state(self, keep: bool) -> None:
-        """Reads the optimizer's state that has the shape of the weight, if there is one.
+        """Reads the optimizer's states that have the shapes of weight and bias, if there are any.
 
         Raises:
-            ValueError: several parameters have the weight's shape.
+            ValueError: they may be those of other parameters.
         """
-        shape = Placed(self.parameters["weight"].rows, self.transposed).shape
-        found = optimizers.by_shape(self.tree, optimizers.shapes_of(shape, self.transposed))
-        if len(found) > 1 and keep:
-            raise ValueError(
-                f"{self.file}: expected optimizer state of one parameter with the shape of the "
-                f"class weights, {tuple(shape)}, got {len(found)}; {DROP}"
-            )
-        for located in found:
-            self.add_state(located, keep)
+        found = {
+            name: optimizers.by_shape(self.tree, self._shapes(name)) for name in self.parameters
+        }
+        if keep and any(found.values()):
+            for name, states in found.items():
+                self._require_own(name, len(states))
+        for name, states in found.items():
+            for located in states:
+                self.add_state(name, located, keep)
 
-    def add_state(self, located: Located, keep: bool) -> None:
-        """Reads the optimizer's state of the weight, and of the bias behind it."""
-        self._take_state("weight", located.path, located.index, located.state, keep)
-        if "bias" in self.parameters and located.following:
-            index = located.following_index
-            self._take_state("bias", located.path, index, located.following, keep)
-        self.settings = located.settings if keep else None
+    def add_state(self, name: str, located: Located, keep: bool) -> None:
+        """Reads the optimizer's state of the weight, or of the bias."""
+        start = (*located.path, "state", located.index)
+        if located.state:
+            self.states.append(start)
+        if not keep:
+            return
+        for key, value in located.state.items():
+            path = (*start, key)
+            per_row = optimizers.is_per_row(
+                key, value, self._shapes(name), f"{self.file}: {trees.named(start)}"
+            )
+            self.parameters[name].state[key] = self._rows(path) if per_row else value
+            if per_row:
+                self.places[path] = (name, key)
+        if name == "weight":
+            self.settings = located.settings
+
+    def _require_own(self, name: str, states: int) -> None:
+        """Raises ValueError unless one state can be that of the parameter, and of no other."""
+        shape = self._shapes(name)[0]
+        starts = [path for path, _ in optimizers.optimizers_in(self.tree)]
+        others = [
+            trees.named(path)
+            for path, value in trees.leaves(self.tree)
+            if isinstance(value, Tensor) and value.shape == shape and path not in self.places
+            if not any(path[: len(start)] == start for start in starts)
+        ]
+        if states == 1 and not others:
+            return
+        got = f", and {', '.join(others)} of that shape" if others else ""
+        raise ValueError(
+            f"{self.file}: expected optimizer state of one parameter with the shape of the "
+            f"classes' {name}, {tuple(shape)}, got {states}{got}; {DROP}"
+        )
+
+    def _shapes(self, name: str) -> list[torch.Size]:
+        """Returns the shapes that a state of the parameter may have."""
+        transposed = self.transposed and name == "weight"
+        shape = Placed(self.parameters[name].rows, transposed).shape
+        return optimizers.shapes_of(shape, transposed)
 
     def _add(self, name: str, path: trees.Path) -> None:
+        """Reads a parameter, which stands under several names where they are tied."""
         self.parameters[name] = Parameter(self._rows(path))
-        self.places[path] = (name, None)
+        tensor = trees.at(self.tree, path)
+        for other, value in trees.leaves(self.tree):
+            if isinstance(value, Tensor) and _is_same(value, tensor):
+                self.places[other] = (name, None)
 
     def _rows(self, path: trees.Path) -> Rows:
         tensor = trees.at(self.tree, path)
         return FileRows(self.file, path, tensor, self.transposed and tensor.ndim == 2)
 
-    def _take_state(
-        self, name: str, optimizer: trees.Path, index: Any, state: dict[str, Any], keep: bool
-    ) -> None:
-        start = (*optimizer, "state", index)
-        if state:
-            self.states.append(start)
-        if not keep:
-            return
-        parameter = self.parameters[name]
-        transposed = self.transposed and name == "weight"
-        shapes = optimizers.shapes_of(Placed(parameter.rows, transposed).shape, transposed)
-        for key, value in state.items():
-            path = (*start, key)
-            per_row = optimizers.is_per_row(
-                key, value, shapes, f"{self.file}: {trees.named(start)}"
-            )
-            parameter.state[key] = self._rows(path) if per_row else value
-            if per_row:
-                self.places[path] = (name, key)
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors have the same memory, in the same order."""
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (
+        b.data_ptr(), b.shape, b.stride(), b.dtype
+    )  # fmt: skip
 
 
 def filled(tree: Any, checkpoint: Checkpoint, places: Places, transposed: bool) -> Any:

@@ -34,7 +34,7 @@ class Distributed(Format):
 
     name = "distributed"
     folder = True
-    has_centers = has_bias = True
+    has_centers = has_bias = has_optimizer = True
 
     def recognised(self, inputs: list[Path], key: str | None) -> str | None:
         if len(inputs) == 1 and (inputs[0] / ".metadata").is_file():

@@ -57,7 +57,7 @@ class Insightface(Format):
     """Reads and writes a folder of files, one for each rank."""
 
     name = "insightface"
-    folder = per_rank = True
+    folder = per_rank = has_optimizer = True
 
     def recognised(self, inputs: list[Path], key: str | None) -> str | None:
         if len(inputs) == 1 and inputs[0].is_file():
@@ -82,18 +82,20 @@ class Insightface(Format):
                 weight.state[state] = _joined(readers, state)
         _require_split([len(reader.parameters["weight"].rows) for reader in readers], found)
         kept = [reader.tree for reader in readers]
-        note = f"read {self.name}: {len(found)} files, {found[0]} to {found[-1].name}"
+        named = f"1 file, {found[0]}"
+        if len(found) > 1:
+            named = f"{len(found)} files, {found[0]} to {found[-1].name}"
         places = {p: v for p, v in readers[0].places.items() if isinstance(kept[0], dict)}
         checkpoint = Checkpoint(
             self.name, found, {"weight": weight}, readers[0].settings, kept, places,
-            readers[0].states, notes=[note],
+            readers[0].states, notes=[f"read {self.name}: {named}"],
         )  # fmt: skip
         if isinstance(kept[0], Tensor) and keep_state:
             checkpoint.notes.append("momentum: not read, as no file has the optimizer's settings")
         return checkpoint
 
-    def check(self, checkpoint: Checkpoint, world_size: int) -> None:
-        super().check(checkpoint, 1)
+    def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
+        super().check(checkpoint, out, 1)
         if checkpoint.num_classes < world_size:
             raise ValueError(
                 f"--world-size: expected a class for each rank at least, got {world_size} for "
@@ -177,7 +179,7 @@ def _reader(file: Path, keep_state: bool) -> TreeReader:
     require_weight(weight, f"{file}: {trees.named(path)}")
     reader = TreeReader(file, tree, path, False)
     if not isinstance(tree, Tensor) and _OPTIMIZER in tree:
-        reader.add_state(optimizers.last(tree, (_OPTIMIZER,), file), keep_state)
+        reader.add_state("weight", optimizers.last(tree, (_OPTIMIZER,), file), keep_state)
     return reader
 
 

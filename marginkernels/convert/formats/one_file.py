@@ -35,10 +35,9 @@ class OneFile(Format):
         name: of the format.
         keys: the names of the class weights; the first one is written.
         transposed: whether they are (D, C K).
-        has_centers, has_bias: see :class:`Format`. The bias is beside the weight.
+        has_centers, has_bias, has_optimizer: see :class:`Format`. The bias is beside the weight.
         tree: makes the content of a file that another format's classes go to, of the head's state
             and that of its optimizer.
-        has_optimizer: whether that content has a place for the optimizer's state.
     """
 
     name: str
@@ -81,28 +80,25 @@ class OneFile(Format):
             reader.states, notes=[note],
         )  # fmt: skip
 
-    def write(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
-        if checkpoint.format == self.name:
-            tree = filled(checkpoint.contents[0], checkpoint, checkpoint.places, self.transposed)
-        else:
-            tree = self._new_tree(checkpoint)
-        files.save(tree, out)
+    def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
+        super().check(checkpoint, out, world_size)
+        if files.is_safetensors(out):
+            files.require_flat(self._content(checkpoint), out)
 
-    def _new_tree(self, checkpoint: Checkpoint) -> Any:
-        """Makes a tree of the classes alone."""
+    def write(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
+        files.save(self._content(checkpoint), out)
+
+    def _content(self, checkpoint: Checkpoint) -> Any:
+        """Returns the content of the file: all that was there, or the classes alone."""
+        if checkpoint.format == self.name:
+            return filled(checkpoint.contents[0], checkpoint, checkpoint.places, self.transposed)
         key = self.keys[0]
         names = {"weight": key, "bias": key.removesuffix("weight") + "bias"}
         head = {
             names[name]: files.Placed(parameter.rows, self.transposed and name == "weight")
             for name, parameter in checkpoint.parameters.items()
         }
-        optimizer = new_optimizer(checkpoint, {"weight": 0, "bias": 1})
-        if optimizer is not None and not self.has_optimizer:
-            checkpoint.notes.append(
-                f"dropped: the optimizer's state, which {self.name} has no place for"
-            )
-            optimizer = None
-        return self.tree(head, optimizer)
+        return self.tree(head, new_optimizer(checkpoint, {"weight": 0, "bias": 1}))
 
     def _paths(self, tree: Any) -> list[trees.Path]:
         """Returns the paths of tensors that have this format's name, in any usual container."""
