@@ -49,13 +49,13 @@ class Factors(NamedTuple):
         """Returns the factors of cosines (N, C), after checks."""
         validation.check_factors(x, w, sub_centers)
         dtype = resolve_compute_dtype(x, w, None)
-        versions = _version(x), _version(w)
+        versions = version(x), version(w)
         return cls(x, w, sub_centers, dtype, update, x.shape[:1], dtype, x.device, versions)
 
     def having(self, **changes: Any) -> "Factors":
         """Returns these factors with another x, or of a stand with another shape, type or place."""
         changed = self._replace(**changes)
-        return changed._replace(versions=(_version(changed.x), _version(changed.w)))
+        return changed._replace(versions=(version(changed.x), version(changed.w)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,8 +68,8 @@ class Factors(NamedTuple):
         Raises:
             RuntimeError: they have changed since.
         """
-        for name, t, version in zip(("x", "w"), self[:2], self.versions, strict=True):
-            if _version(t) != version:
+        for name, t, before in zip(("x", "w"), self[:2], self.versions, strict=True):
+            if version(t) != before:
                 raise RuntimeError(
                     f"LazyCosine: {name} has changed since. Compute from the cosines what you need "
                     "before optimizer.step(), or keep tensor()"
@@ -217,5 +217,6 @@ class _Factors(Function):
         return None if x is None and w is None else Pair(ctx.like, x, w)
 
 
-def _version(t: Tensor) -> int:
+def version(t: Tensor) -> int:
+    """Returns a number that changes with each write to the tensor that torch knows of."""
     return -1 if t.is_inference() else t._version  # an inference tensor has none

@@ -24,25 +24,43 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .. import arguments, margins
+from ..lazy_graph import version
 from .norm_statistics import KeepsStatistics
 from .weights import FusedHead
 
 __all__ = ["AdaFace", "ArcFace", "CosFace", "Logits", "build_head"]
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OPERATORS = [
+    *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r")),
+    *(f"__{name}__" for name in ("lt", "le", "gt", "ge", "eq", "ne")),
+    *(f"__{name}__" for name in ("neg", "pos", "abs", "invert", "bool", "int", "float", "array")),
+    "__getitem__", "__contains__",
+]  # fmt: skip
+_WRITES = [*(f"__i{name}__" for name in _BINARY), "__setitem__"]
 
 
 class Logits:
     """Stands for the logits (N, C) of a head, and computes their cross-entropy by a sweep.
 
     Whatever else is asked of it, it computes the logits, holds them, and answers as the tensor that
-    they are. A warning says so.
+    they are. A warning says so. Only :meth:`tensor` may be written to.
+
+    It holds the embeddings, m and s of the forward pass, and the head's kernel. So it is an error
+    to ask after ``optimizer.step()`` for what was not computed before.
     """
 
     def __init__(self, head: "Head", embeddings: Tensor, labels: Tensor):
         self._head, self._embeddings, self.labels = head, embeddings, labels
         self._tensor: Tensor | None = None
         self._training = head.margin.training  # a margin's statistics move once
+        self._m, self._s, self._kernel = head.m, head.s, head.kernel
+        # torch.compile traces no versions
+        compiled = torch.compiler.is_compiling()
+        self._versions = None if compiled else [version(t) for _, t in self._tensors()]
 
     @property
     def shape(self) -> torch.Size:
@@ -52,13 +70,14 @@ class Logits:
     def tensor(self) -> Tensor:
         """Returns the logits."""
         if self._tensor is None:
+            self._check_unchanged()
             head, x = self._head, self._embeddings
             cosine = F.linear(F.normalize(x), F.normalize(head.rows().to(x.dtype)))
             column = self.labels.clamp_min(0)
             c, ones = cosine.gather(1, column[:, None])[:, 0], torch.ones_like(cosine[:, 0])
             rows = margins.Rows(column, x.norm(dim=1), ones, None)
             t = self._once(lambda: head.margin(c, rows))
-            self._tensor = head.s * cosine.scatter(1, column[:, None], t[:, None])
+            self._tensor = self._s * cosine.scatter(1, column[:, None], t[:, None])
         return self._tensor
 
     def cross_entropy(
@@ -75,13 +94,15 @@ class Logits:
         same = target is self.labels or torch.equal(target, self.labels)
         if self._tensor is not None or not same or (size_average, reduce) != (None, None):
             return F.cross_entropy(
-                self.tensor(), target, weight, size_average, ignore_index, reduce, reduction,
+                self._known("a cross-entropy of other labels, or with size_average or reduce,"),
+                target, weight, size_average, ignore_index, reduce, reduction,
                 label_smoothing,
             )  # fmt: skip
+        self._check_unchanged()
         head = self._head
         loss: Tensor = self._once(
             lambda: head.fused_loss(
-                self._embeddings, self.labels, margin=head.margin, scale=head.s,
+                self._embeddings, self.labels, margin=head.margin, scale=self._s,
                 class_weight=weight, ignore_index=ignore_index, reduction=reduction,
                 label_smoothing=label_smoothing, backend=head.backend,
             )
@@ -89,16 +110,41 @@ class Logits:
         return loss
 
     def _once(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Returns what it computes, with the margin in training mode the first time alone."""
+        """Returns what it computes with the m of the forward pass.
+
+        The margin is in training mode the first time alone.
+        """
         margin = self._head.margin
-        training = margin.training
+        training, m = margin.training, margin.m
         margin.train(self._training)
+        if m is not self._m:
+            margin.m = self._m
         try:
             result = compute()
         finally:
             margin.train(training)
+            if m is not self._m:
+                margin.m = m
         self._training = False
         return result
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """Returns what it computes from, with names."""
+        given = {
+            "kernel": self._kernel, "embeddings": self._embeddings, "m": self._m, "s": self._s,
+        }  # fmt: skip
+        return [(name, t) for name, t in given.items() if isinstance(t, Tensor)]
+
+    def _check_unchanged(self) -> None:
+        """Raises RuntimeError if what it computes from has changed since the forward pass."""
+        if self._versions is None or torch.compiler.is_compiling():
+            return
+        for (name, t), before in zip(self._tensors(), self._versions, strict=True):
+            if version(t) != before or (name == "kernel" and t is not self._head.kernel):
+                raise RuntimeError(
+                    f"Logits: {name} has changed since. Compute from the logits what you need "
+                    "before optimizer.step(), or keep tensor()"
+                )
 
     @classmethod
     def __torch_function__(
@@ -108,34 +154,51 @@ class Logits:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
         if func is F.cross_entropy and isinstance(args[0], cls):
-            return args[0].cross_entropy(*args[1:], **kwargs)
-        dense = [a._known(func.__name__) if isinstance(a, cls) else a for a in args]
-        for name, value in kwargs.items():
-            if isinstance(value, cls):
-                kwargs[name] = value._known(func.__name__)
-        return func(*dense, **kwargs)
+            return args[0].cross_entropy(*args[1:], **(kwargs or {}))
+        name = func.__name__
+        _refuse_writes(name)
+        args, kwargs = tree_map_only(cls, lambda lazy: lazy._known(name), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        _refuse_writes(name)
         return getattr(self._known(name), name)
 
     def __len__(self) -> int:
         return len(self._embeddings)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._known("an index")[index]
 
     def _known(self, name: str) -> Tensor:
         if self._tensor is None:
             warnings.warn(
                 f"Logits: {name} needs all (N, C) logits, which are computed and held. The "
                 "cross-entropy does without them; tensor() has no warning",
-                stacklevel=3,
+                stacklevel=1,  # from here, so that Python shows it once for each name
             )
         return self.tensor()
+
+
+def _refuse_writes(name: str) -> None:
+    """Raises RuntimeError for the name of a tensor's method that writes in place."""
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    if in_place or name in _WRITES:
+        raise RuntimeError(f"Logits: {name} writes in place, for which they need to be tensor()")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """Makes the operator of this name, which Python looks for in the class alone."""
+
+    def operator(self: Logits, *args: Any) -> Any:
+        _refuse_writes(name)
+        return getattr(self._known(name), name)(*tree_map_only(Logits, Logits.tensor, args))
+
+    return operator
+
+
+for _name in (*_OPERATORS, *_WRITES):
+    setattr(Logits, _name, _operator(_name))
 
 
 class Head(FusedHead):

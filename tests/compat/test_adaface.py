@@ -104,11 +104,80 @@ def test_options_of_the_cross_entropy_are_those_of_torch():
         loss = F.cross_entropy(module(embeddings, norms, y), y, **options)
         torch.testing.assert_close(loss, F.cross_entropy(expected, y, **options))
     others = torch.randint(C, (9,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, _, labels, _ = batch()
+    _, _, labels, _ = batch()
+    with pytest.warns(UserWarning, match="Logits: a cross-entropy of other labels"):
         loss = F.cross_entropy(module(embeddings, norms, labels), others)
     torch.testing.assert_close(loss, F.cross_entropy(expected, others))
+
+
+@pytest.mark.filterwarnings("ignore:Logits")
+def test_logits_meet_operators_and_lists_as_a_tensor_and_are_not_written_to():
+    module, (embeddings, norms, y, _) = build("cosface"), batch()
+    expected = module(embeddings, norms, y).tensor()
+    for ask in (
+        lambda z: torch.cat([z, z]),
+        lambda z: torch.stack((expected, z)),
+        lambda z: torch.where(z > 0, 2 * z - 1, -z),
+        lambda z: (z / expected, expected * z, z @ expected.T, abs(z) ** 2, z == z),
+        lambda z: z[y > 3, 1:],
+        lambda z: list(z),
+    ):
+        torch.testing.assert_close(ask(module(embeddings, norms, y)), ask(expected))
+    for write in (
+        lambda z: z.__setitem__(0, 1.0),
+        lambda z: z.__imul__(2),
+        lambda z: z.clamp_(0),
+        lambda z: torch.relu_(z),
+    ):
+        logits = module(embeddings, norms, y)
+        with pytest.raises(RuntimeError, match=r"^Logits: \w+ writes in place, .* tensor\(\)"):
+            write(logits)
+        assert torch.equal(logits.tensor(), expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_logits_are_those_of_the_forward_pass_or_an_error(kind):
+    module = build(kind).eval()
+    embeddings, norms, y, f = batch()
+    expected = module(embeddings, norms, y).tensor()
+    gradients = torch.autograd.grad(F.cross_entropy(expected, y), f, retain_graph=True)
+    for ask in (lambda z: F.cross_entropy(z, y), lambda z: F.cross_entropy(z.tensor(), y)):
+        module.m, module.s = 0.4, 64.0
+        logits = module(embeddings, norms, y)
+        module.m, module.s = 0.1, 8.0
+        loss = ask(logits)
+        torch.testing.assert_close(loss, F.cross_entropy(expected, y))
+        torch.testing.assert_close(torch.autograd.grad(loss, f, retain_graph=True), gradients)
+        assert (module.m, module.s) == (0.1, 8.0)
+    unasked, asked = (module(embeddings, norms, y) for _ in range(2))
+    values = asked.tensor().clone()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    F.cross_entropy(unasked, y).backward()
+    optimizer.step()
+    assert torch.equal(asked.tensor(), values)
+    for ask in (lambda z: z.tensor(), lambda z: z.shape and F.cross_entropy(z, y)):
+        with pytest.raises(RuntimeError, match=r"^Logits: kernel has changed since"):
+            ask(unasked)
+
+
+def test_logits_of_embeddings_that_were_overwritten_are_an_error():
+    module, (embeddings, norms, y, _) = build("cosface"), batch()
+    x = embeddings.detach().clone()
+    logits = module(x, norms, y)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^Logits: embeddings has changed since"):
+        F.cross_entropy(logits, y)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_compiled_step_has_the_loss_in_one_graph(kind):
+    module, (embeddings, norms, y, _) = build(kind).eval(), batch()
+
+    def step(x):
+        return F.cross_entropy(module(x, norms, y), y)
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(embeddings), step(embeddings))
 
 
 @pytest.mark.parametrize("kind", TYPES)
