@@ -94,19 +94,25 @@ class _Swapping(insightface.PartialFC_V2):
             if not isinstance(optimizer, self.kinds):
                 names = " or ".join(f"torch.optim.{kind.__name__}" for kind in self.kinds)
                 raise TypeError(f"optimizer: expected {names}, got {type(optimizer).__name__}")
-            if self._place(optimizer) is None:
+            place = self._place(optimizer)
+            if place is None:
                 raise ValueError(
                     f"optimizer: expected the parameter of this {type(self).__name__} in it, got "
                     "an optimizer of other parameters"
                 )
+            if place[0].get("amsgrad"):
+                raise ValueError(
+                    f"optimizer: expected amsgrad=False for {type(self).__name__}, which keeps "
+                    "exp_avg and exp_avg_sq of all classes alone, got amsgrad=True"
+                )
         return super()._checked(x, labels)
 
-    def _place(self, optimizer: torch.optim.Optimizer) -> tuple[list[nn.Parameter], int] | None:
-        """Returns the list of the optimizer that has the head's parameter, and where."""
+    def _place(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], int] | None:
+        """Returns the group of the optimizer that has the head's parameter, and where in it."""
         for group in optimizer.param_groups:
             for i, parameter in enumerate(group["params"]):
                 if parameter is self.weight_activated:
-                    return group["params"], i
+                    return group, i
         return None
 
     def _fused(self, margin_loss: MarginLoss, x: Tensor, y: Tensor) -> Tensor:
@@ -145,7 +151,8 @@ class _Swapping(insightface.PartialFC_V2):
         assert optimizer is not None
         place = self._place(optimizer)
         assert place is not None
-        parameters, i = place
+        group, i = place
+        parameters: list[nn.Parameter] = group["params"]
         optimizer.state.pop(parameters[i], None)
         self.weight_activated = parameters[i] = nn.Parameter(self.weight[index])
         state = {name: getattr(self, buffer)[index] for name, buffer in self.states.items()}

@@ -152,3 +152,16 @@ def test_wrong_optimizers_are_named():
     with pytest.raises(ValueError, match=r"^local_labels: expected labels in"):
         head(x, y + C, optimizer)
     assert math.isfinite(head(x, y, optimizer).item())
+
+
+def test_amsgrad_is_refused_where_the_head_keeps_the_states_of_a_sample():
+    x, y = batch(4, 0)
+    for sample_rate in (0.5, 1.0):
+        head = make("AdamW", sample_rate)[0]
+        optimizer = torch.optim.AdamW(head.parameters(), LR, amsgrad=True)
+        if sample_rate == 1:
+            head(x, y, optimizer).backward()
+            optimizer.step()
+        else:
+            with pytest.raises(ValueError, match=r"^optimizer: expected amsgrad=False for Partial"):
+                head(x, y, optimizer)
