@@ -53,6 +53,8 @@ class Trainer:
         self, config: Config, device: torch.device, head_type: type[PartialFC_V2] = PartialFC_V2
     ):
         self.config, self.device = config, device
+        # fp16 is slow on CPUs, and lacks some operations
+        self.narrow = torch.float16 if device.type == "cuda" else torch.bfloat16
         self.rank, self.world_size = 0, 1
         if dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -111,12 +113,10 @@ class Trainer:
     def _train_batch(self, images: Tensor, labels: Tensor) -> Tensor:
         part_of = self.config.gradient_acc
         is_last = self.global_step % part_of == 0
-        # fp16 is slow on CPUs, and lacks some operations
-        narrow = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         with contextlib.ExitStack() as stack:
             if not is_last and isinstance(self.network, DistributedDataParallel):
                 stack.enter_context(self.network.no_sync())
-            with torch.autocast(self.device.type, narrow, enabled=self.config.fp16):
+            with torch.autocast(self.device.type, self.narrow, enabled=self.config.fp16):
                 embeddings = self.network(images)
             loss = self.head(embeddings.float(), labels)
             self.steps.backward(loss / part_of, is_last)
@@ -156,6 +156,12 @@ class Trainer:
         self.backbone.load_state_dict(state["state_dict_backbone"])
         self.head.load_state_dict(state["state_dict_softmax_fc"])
         self.epoch, self.global_step = state["epoch"], state["global_step"]
+        batches = state["state_lr_scheduler"]["total_iters"]
+        if batches != self.total_steps:
+            log.warning(
+                f"resume: the schedule of {path} goes on, whose rate is 0 after {batches:.0f} "
+                f"batches; this configuration has {self.total_steps}"
+            )
 
     def verify(self) -> None:
         """Reports the accuracy on the targets."""
@@ -186,7 +192,9 @@ class Report:
         now = time.perf_counter()
         speed = done * config.batch_size * trainer.world_size / (now - self.before)
         per_step = (now - self.started) / (step - self.first_step)
-        scale = f"Fp16 Grad Scale: {trainer.steps.scaler.get_scale():.0f}   " * config.fp16
+        scale = ""
+        if config.fp16 and trainer.narrow == torch.float16:  # bfloat16 needs none
+            scale = f"Fp16 Grad Scale: {trainer.steps.scaler.get_scale():.0f}   "
         log.info(
             f"Speed {speed:.2f} samples/sec   Loss {mean:.4f}   "
             f"LearningRate {trainer.steps.learning_rate():.6f}   Epoch: {trainer.epoch}   "
@@ -246,7 +254,12 @@ def _read(arguments: list[str] | None) -> Config:
     return insightface_config.load(given.config, values)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def prepared(arguments: list[str] | None) -> Trainer:
+    """Returns what the command line asks for, on this rank.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the configuration is wrong.
+    """
     rank = int(os.getenv("RANK", "0"))
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     config = _read(arguments)
@@ -258,10 +271,18 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(config, device)
     for key, value in dataclasses.asdict(config).items():
         log.info(f": {key:32}{value}")
+    return trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        trainer = prepared(arguments)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
     train(trainer)
     if dist.is_initialized():
         dist.destroy_process_group()
-        if device.type == "cpu":
+        if trainer.device.type == "cpu":
             # gloo's threads still hold the last tensors, and to free one while Python ends aborts
             time.sleep(0.5)
 

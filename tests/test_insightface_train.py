@@ -209,6 +209,25 @@ def test_torchrun_trains_a_sample_of_the_classes_on_two_ranks(faces, tmp_path):
     assert [len(state["state_dict_softmax_fc"]["weight"]) for state in saved] == [7, 6]
     backbones = [state["state_dict_backbone"]["fc.weight"] for state in saved]
     assert torch.equal(*backbones)
+    assert "Scale" not in done.stdout  # bfloat16 needs none
+    wrong = subprocess.run(
+        [*command, "--set=network=r51"], capture_output=True, text=True, env=environment
+    )
+    assert wrong.returncode == 1
+    assert re.search("^error: network: expected r18, .* got 'r51'$", wrong.stderr, re.MULTILINE)
+    assert "insightface_train.py" not in wrong.stderr  # no traceback but torchrun's own
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_resume_says_that_the_checkpoints_schedule_is_another(faces, tmp_path, caplog):
+    logging.getLogger("insightface").addHandler(caplog.handler)
+    trainer(faces, tmp_path).save()
+    trainer(faces, tmp_path, resume=True)
+    assert not caplog.records
+    longer = trainer(faces, tmp_path, resume=True, num_epoch=5)
+    assert longer.steps.schedules[0].total_iters == 18 and longer.total_steps == 30
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert re.match("resume: .* rate is 0 after 18 batches; this configuration has 30", message)
 
 
 def written(tmp_path, **values):
@@ -240,7 +259,7 @@ def written(tmp_path, **values):
 )
 def test_what_is_wrong_is_named_before_training(tmp_path, values, message):
     small = dict(network="r18", image_size=SIZE, embedding_size=D, batch_size=16)
-    with pytest.raises((FileNotFoundError, TypeError, ValueError), match=message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
         module("train").main(written(tmp_path, **small | values))
 
 
