@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from marginkernels.convert import convert
+from marginkernels.distributed.checkpoint import load_checkpoint
 from tests.support.trained import C, D, Trainer, loaded, same, weights
 
 
@@ -20,7 +21,7 @@ def reversal(tmp_path):
 def trained(groups):
     """Returns a layer with a bias, and the state of its optimizer with these groups."""
     layer = nn.Linear(D, C)
-    optimizer = torch.optim.SGD(groups(layer), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(groups(layer), lr=0.1, momentum=0.9, weight_decay=0.01)
     layer(weights()).square().sum().backward()
     optimizer.step()
     return layer, optimizer.state_dict()
@@ -51,6 +52,18 @@ def test_momentum_of_the_bias_goes_along_wherever_it_stands(
         old = optimizer["state"][index]["momentum_buffer"]
         assert torch.equal(out["optimizer"]["state"][index]["momentum_buffer"], old.flip(0))
     assert out["optimizer"]["param_groups"] == optimizer["param_groups"]
+
+
+def test_a_bias_without_weight_decay_has_none_in_another_format_either(tmp_path):
+    layer, optimizer = trained(no_decay)
+    torch.save({"head": layer.state_dict(), "optimizer": optimizer}, tmp_path / "in.pt")
+    convert([tmp_path / "in.pt"], tmp_path / "folder", "distributed")
+    other = nn.Linear(D, C)
+    loaded_into = torch.optim.SGD(no_decay(other), lr=0.3, weight_decay=0.5)
+    load_checkpoint(tmp_path / "folder", other, loaded_into)
+    assert same(loaded_into.state_dict(), optimizer)
+    convert([tmp_path / "folder"], tmp_path / "back.pt", "marginkernels")
+    assert same(loaded(tmp_path / "back.pt")["optimizer"], optimizer)
 
 
 def unclear(case):

@@ -18,16 +18,19 @@ from .trees import Path, leaves, named, removed
 class Parameter:
     """Joins rows, of classes or centres, with the optimizer's state of them.
 
-    A state is ``Rows`` where it has a row for each row, else a number, as the steps taken.
+    Attributes:
+        state: ``Rows`` where it has a row for each row, else a number, as the steps taken.
+        settings: of the parameter's group in the optimizer; None: there is no optimizer.
     """
 
     rows: Rows
     state: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
 
     def part(self, change: Callable[[Rows], Rows]) -> "Parameter":
         """Returns the parameter with all its rows changed."""
         state = {k: change(v) if isinstance(v, Rows) else v for k, v in self.state.items()}
-        return Parameter(change(self.rows), state)
+        return replace(self, rows=change(self.rows), state=state)
 
     def value(self, key: str | None) -> Any:
         """Returns a state by name, or the rows themselves."""
@@ -46,7 +49,6 @@ class Checkpoint:
         format: the name of the format that was read.
         files: the files that were read.
         parameters: ``"weight"``, and ``"bias"`` (C,) where there is one.
-        settings: of the optimizer's group of the weight; None: there is no optimizer.
         contents: the tree of each file.
         places: what the contents have of the parameters.
         states: the entries of the contents that are the optimizer's states of the parameters.
@@ -57,7 +59,6 @@ class Checkpoint:
     format: str
     files: list[FilePath]
     parameters: dict[str, Parameter]
-    settings: dict[str, Any] | None
     contents: list[Any]
     places: Places
     states: list[Path]
@@ -110,6 +111,4 @@ class Checkpoint:
         kept = self.contents
         for path in self.states:
             kept = [removed(tree, path) for tree in kept]
-        return replace(
-            self, parameters=parameters, settings=None, contents=kept, places=places, states=[]
-        )
+        return replace(self, parameters=parameters, contents=kept, places=places, states=[])

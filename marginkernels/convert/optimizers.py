@@ -21,20 +21,23 @@ class Located:
 
     Attributes:
         path: of the optimizer.
-        group: the group of the parameter.
+        settings: of the parameter's group, None where it is in none.
         index: the number of the parameter among those of the optimizer.
         state: of the parameter, by name.
     """
 
     path: trees.Path
-    group: dict[str, Any]
+    settings: dict[str, Any] | None
     index: Any
     state: dict[str, Any]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Returns the settings of the group."""
-        return {key: value for key, value in self.group.items() if key != "params"}
+
+def settings_of(groups: list[dict[str, Any]], index: Any) -> dict[str, Any] | None:
+    """Returns the settings of the group with a parameter, or None."""
+    for group in groups:
+        if index in group["params"]:
+            return {key: value for key, value in group.items() if key != "params"}
+    return None
 
 
 def optimizers_in(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
@@ -86,8 +89,7 @@ def _located(path: trees.Path, optimizer: Any, index: Any) -> Located:
         raise ValueError(
             f"{trees.named(path)}: expected parameter {index} in one group, got {len(groups)}"
         )
-    [group] = groups
-    return Located(path, group, index, optimizer["state"].get(index, {}))
+    return Located(path, settings_of(groups, index), index, optimizer["state"].get(index, {}))
 
 
 def is_per_row(key: str, value: Any, shapes: list[torch.Size], where: str) -> bool:
@@ -107,7 +109,8 @@ def is_per_row(key: str, value: Any, shapes: list[torch.Size], where: str) -> bo
 
 
 def made(
-    settings: dict[str, Any], states: dict[Any, dict[str, Any]], params: list[Any]
+    states: dict[Any, dict[str, Any]], groups: list[tuple[dict[str, Any], list[Any]]]
 ) -> dict[str, Any]:
-    """Makes the state of an optimizer of the head alone."""
-    return {"state": states, "param_groups": [settings | {"params": params}]}
+    """Makes the state of an optimizer of the head alone, of settings and parameters by group."""
+    made_groups = [settings | {"params": params} for settings, params in groups]
+    return {"state": states, "param_groups": made_groups}

@@ -89,7 +89,6 @@ class TreeReader:
         self.parameters: dict[str, Parameter] = {}
         self.places: Places = {}
         self.states: list[trees.Path] = []
-        self.settings: dict[str, Any] | None = None
         self._add("weight", weight)
 
     def add_bias(self, path: trees.Path) -> None:
@@ -129,8 +128,7 @@ class TreeReader:
             self.parameters[name].state[key] = self._rows(path) if per_row else value
             if per_row:
                 self.places[path] = (name, key)
-        if name == "weight":
-            self.settings = located.settings
+        self.parameters[name].settings = located.settings
 
     def _require_own(self, name: str, states: int) -> None:
         """Raises ValueError unless one state can be that of the parameter, and of no other."""
@@ -187,18 +185,23 @@ def filled(tree: Any, checkpoint: Checkpoint, places: Places, transposed: bool) 
 def new_optimizer(checkpoint: Checkpoint, names: dict[str, Any]) -> dict[str, Any] | None:
     """Makes the state of an optimizer of weight and bias alone, or None where there is none.
 
+    They are in one group where their settings are the same.
+
     Args:
         names: what the optimizer has in the place of each parameter.
     """
-    if checkpoint.settings is None:
+    if checkpoint.parameters["weight"].settings is None:
         return None
-    states = {
-        names[name]: {
-            key: Placed(value) if isinstance(value, Rows) else value
-            for key, value in parameter.state.items()
-        }
-        for name, parameter in checkpoint.parameters.items()
-        if parameter.state
-    }
-    params = [names[name] for name in checkpoint.parameters]
-    return optimizers.made(checkpoint.settings, states, params)
+    states: dict[Any, dict[str, Any]] = {}
+    groups: list[tuple[dict[str, Any], list[Any]]] = []
+    for name, parameter in checkpoint.parameters.items():
+        if parameter.state:
+            states[names[name]] = {
+                key: Placed(value) if isinstance(value, Rows) else value
+                for key, value in parameter.state.items()
+            }
+        if groups and parameter.settings in (None, groups[-1][0]):
+            groups[-1][1].append(names[name])
+        else:
+            groups.append((parameter.settings or {}, [names[name]]))
+    return optimizers.made(states, groups)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from ...distributed.checkpoint import write_state
 from ...distributed.checkpoint.index import Index
-from .. import trees
+from .. import optimizers, trees
 from ..checkpoint import Checkpoint, Parameter, Places
 from ..files import Placed
 from ..rows import Rows
@@ -59,21 +59,20 @@ class Distributed(Format):
         parameters: dict[str, Parameter] = {}
         places: Places = {}
         states = tree.get("optimizer", {}).get("state", {})
+        groups = tree.get("optimizer", {}).get("param_groups", []) if keep_state else []
         for name, full in names.items():
-            parameters[name] = Parameter(tree["model"][full])
+            settings = optimizers.settings_of(groups, full)
+            parameters[name] = Parameter(tree["model"][full], settings=settings)
             places["model", full] = (name, None)
             for state, value in states.get(full, {}).items() if keep_state else ():
                 _require_per_row(folder, full, state, value, parameters[name].rows)
                 parameters[name].state[state] = value
                 if isinstance(value, Rows):
                     places["optimizer", "state", full, state] = (name, state)
-        groups = tree.get("optimizer", {}).get("param_groups", []) if keep_state else []
-        group = next((group for group in groups if weight in group["params"]), None)
-        settings = group and {key: value for key, value in group.items() if key != "params"}
         with_state = [("optimizer", "state", full) for full in names.values() if full in states]
         note = f"read {self.name}: {weight} {tuple(parameters['weight'].rows.shape)} of {folder}"
         return Checkpoint(
-            self.name, inputs, parameters, settings, [tree], places, with_state,
+            self.name, inputs, parameters, [tree], places, with_state,
             notes=[note, *(f"{folder}: {warning}" for warning in index.warnings)],
         )  # fmt: skip
 

@@ -76,7 +76,7 @@ class Insightface(Format):
         readers = [_reader(file, keep_state) for file in found]
         _require_alike(readers)
         joined = readers[0].parameters["weight"]
-        weight = Parameter(_joined(readers, None), dict(joined.state))
+        weight = Parameter(_joined(readers, None), dict(joined.state), joined.settings)
         for state, value in joined.state.items():
             if isinstance(value, Rows):
                 weight.state[state] = _joined(readers, state)
@@ -87,8 +87,8 @@ class Insightface(Format):
             named = f"{len(found)} files, {found[0]} to {found[-1].name}"
         places = {p: v for p, v in readers[0].places.items() if isinstance(kept[0], dict)}
         checkpoint = Checkpoint(
-            self.name, found, {"weight": weight}, readers[0].settings, kept, places,
-            readers[0].states, notes=[f"read {self.name}: {named}"],
+            self.name, found, {"weight": weight}, kept, places, readers[0].states,
+             notes=[f"read {self.name}: {named}"],
         )  # fmt: skip
         if isinstance(kept[0], Tensor) and keep_state:
             checkpoint.notes.append("momentum: not read, as no file has the optimizer's settings")

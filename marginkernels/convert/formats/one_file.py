@@ -76,8 +76,8 @@ class OneFile(Format):
         reader.find_state(keep_state)
         note = f"read {self.name}: {trees.named(path)} {tuple(weight.shape)} of {file}"
         return Checkpoint(
-            self.name, [file], reader.parameters, reader.settings, [tree], reader.places,
-            reader.states, notes=[note],
+            self.name, [file], reader.parameters, [tree], reader.places, reader.states,
+            notes=[note],
         )  # fmt: skip
 
     def check(self, checkpoint: Checkpoint, out: Path, world_size: int) -> None:
