@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import arguments, evaluation, lazy_graph
+from . import arguments, evaluation, lazy_graph, lazy_writes
 from .functional import margin_cross_entropy
-from .lazy_graph import Factors, Stand
+from .lazy_graph import Factors, Pair, Stand
 from .update import Update
 
 # what tells about a tensor without its values, and what goes along its graph
 _METADATA = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.__hash__,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device,
-    Tensor.is_inference, Tensor.__format__, Tensor.register_hook, Tensor.retain_grad,
+    Tensor.is_inference, Tensor.__format__, Tensor.register_hook,
     torch.is_floating_point, torch.is_complex, torch.is_inference, torch.numel,
+}  # fmt: skip
+_DERIVATIVES = {
+    torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.retain_grad,
 }  # fmt: skip
 _PROPERTIES = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "grad",
@@ -51,6 +55,11 @@ class LazyCosine(Stand):
     It holds x and w, and computes from them what it is asked for. So it is an error to ask after
     ``optimizer.step()``. ``to`` leaves them where they are, and moves the answers. In a graph of
     torch.compile there is none: a frame that makes one, or calls one, breaks there.
+
+    It is an error to write to it, or to another of its kind that comes from it: :meth:`tensor`
+    gives a tensor to write to, and is what to go on with. It is an error, too, to ask for its
+    gradient, by ``retain_grad`` or ``torch.autograd.grad(loss, cosines)``, because a sweep has that
+    of x and that of w alone.
 
     Args:
         x: embeddings (N, D).
@@ -97,16 +106,18 @@ class LazyCosine(Stand):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        lazy_writes.refuse(LazyCosine, func, args, kwargs)
+        if func in _DERIVATIVES:
+            args, kwargs = _differentiated(func, args, kwargs)
         first = args[0] if args else None
-        if isinstance(first, LazyCosine) and first._dense is None:
-            if func in _METADATA or _property_of(func) in _PROPERTIES:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            answer = _ANSWERS.get(func)
-            if answer is not None and "out" not in kwargs:
-                result = answer(first, *args[1:], **kwargs)
-                if result is not NotImplemented:
-                    return result
+        if func in _METADATA or _property_of(func) in _PROPERTIES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        answer = _ANSWERS.get(func)
+        if isinstance(first, LazyCosine) and first._dense is None and answer is not None:
+            result = NotImplemented if "out" in kwargs else answer(first, *args[1:], **kwargs)
+            if result is not NotImplemented:
+                return result
         name = _property_of(func) or getattr(func, "__name__", str(func))
 
         def become(lazy: LazyCosine) -> Tensor:
@@ -123,10 +134,12 @@ class LazyCosine(Stand):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answers what reaches a tensor below Python's functions."""
-        if isinstance(args[0], LazyCosine) and lazy_graph.gives_the_same(func, args):
+        kwargs = kwargs or {}
+        lazy_writes.refuse(LazyCosine, func, args, kwargs)
+        if args and isinstance(args[0], LazyCosine) and lazy_graph.gives_the_same(func, args):
             return args[0].alike()
         _warn(func.__name__)
-        args, kwargs = tree_map_only(LazyCosine, _values, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyCosine, _values, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -153,18 +166,50 @@ def _property_of(func: Callable) -> str:
     return getattr(func.__self__, "__name__", "") if is_getter else ""  # type: ignore[attr-defined]
 
 
+def _differentiated(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Returns the arguments of a backward pass, which ends at no stand.
+
+    One that a reentrant checkpoint begins with a pair begins at the nodes of the stands.
+    """
+    wanted = args[1:2] if func is torch.autograd.grad else kwargs.get("inputs")
+    if func is Tensor.retain_grad or any(isinstance(t, LazyCosine) for t in tree_leaves(wanted)):
+        raise RuntimeError(
+            f"{func.__name__}: a LazyCosine has no gradient (N, C). Ask for the gradients of x and "
+            "w, or take tensor() first, and compute the loss from that"
+        )
+
+    def node(lazy: LazyCosine) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return get_gradient_edge(lazy)
+
+    if any(isinstance(t, Pair) for t in tree_leaves((args, kwargs))):
+        args = (tree_map_only(LazyCosine, node, args[0]), *args[1:])
+    return args, kwargs
+
+
+def _held(lazy: LazyCosine) -> Tensor | None:
+    """Returns the cosines if they were computed, after a check that nobody wrote to them."""
+    if lazy._dense is not None and lazy._dense._version > 0:
+        raise RuntimeError(
+            "LazyCosine: its tensor() was changed in place. Go on with the one that was changed"
+        )
+    return lazy._dense
+
+
 def _tensor(lazy: LazyCosine) -> Tensor:
     """Returns the cosines, with the graph that they would have had from the beginning."""
-    if lazy._dense is None:
+    dense = _held(lazy)
+    if dense is None:
         with torch.inference_mode(False), torch.set_grad_enabled(lazy.requires_grad):
-            lazy._dense = lazy_graph.cosines(lazy_graph.operands(lazy))
-    return lazy._dense
+            dense = lazy._dense = lazy_graph.cosines(lazy_graph.operands(lazy))
+    return dense
 
 
 def _values(lazy: LazyCosine) -> Tensor:
     """Returns the cosines below autograd, which has a node for the stand already."""
-    if lazy._dense is not None:
-        return lazy._dense.detach()
+    dense = _held(lazy)
+    if dense is not None:
+        return dense.detach()
     with torch.no_grad():
         return lazy_graph.cosines(lazy.factors.checked())
 
@@ -173,8 +218,7 @@ def _values(lazy: LazyCosine) -> Tensor:
 def _loss(lazy: LazyCosine, labels: Tensor, **options: Any) -> Any:
     if lazy.ndim != 2:
         raise ValueError(f"loss: expected cosines (N, C), got shape {tuple(lazy.shape)}")
-    if lazy._dense is not None and lazy._dense._version > 0:
-        raise RuntimeError("loss: expected the cosines of x and w, but they were changed in place")
+    _held(lazy)
     given = lazy_graph.operands(lazy)
     options.setdefault("compute_dtype", given.compute_dtype)
     return margin_cross_entropy(
@@ -308,8 +352,9 @@ def _other(lazy: LazyCosine, chosen: Tensor | None = None, **changes: Any) -> An
 _ANSWERS: dict[Callable, Callable] = {
     Tensor.topk: _topk, Tensor.max: _max, Tensor.argmax: _argmax,
     torch.topk: _topk, torch.max: _max, torch.argmax: _argmax,
-    Tensor.detach: _detach, Tensor.clone: _clone, torch.clone: _clone,
-    Tensor.view_as: _view_as, Tensor.to: _to, Tensor.cpu: _cpu, Tensor.float: _typed(torch.float32),
+    Tensor.detach: _detach, Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
+    Tensor.clone: _clone, torch.clone: _clone, Tensor.view_as: _view_as,
+    Tensor.to: _to, Tensor.cpu: _cpu, Tensor.float: _typed(torch.float32),
     Tensor.double: _typed(torch.float64), Tensor.half: _typed(torch.float16),
     Tensor.bfloat16: _typed(torch.bfloat16),
     Tensor.squeeze: _squeeze, torch.squeeze: _squeeze,

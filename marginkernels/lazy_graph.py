@@ -2,14 +2,17 @@
 # Copyright (c) 2026 The marginkernels authors
 """Puts a tensor that has no values into autograd's graph.
 
-A stand has the shape (N, C) and a node in the graph behind it: hooks, DistributedDataParallel and
-activation checkpoints meet a tensor like any other. What is computed of it takes its factors x and
-w from :func:`operands`. Their gradients go back through the stand's own node as a :class:`Pair`, so
-that everything between the stand and its layer sees a gradient pass::
+A stand has the shape (N, C) and a node in the graph behind it: hooks of modules, activation
+checkpoints and DistributedDataParallel meet a tensor like any other. What is computed of it takes
+its factors x and w from :func:`operands`. Their gradients go back through the stand's own node as a
+:class:`Pair`, so that everything between the stand and its layer sees a gradient pass::
 
     x, w -> _Product -> stand -> ... -> _Factors -> x, w -> loss
+
+A hook of the stand itself gets the pair, which it may read or scale. No gradient (N, C) exists.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +25,7 @@ from .call import resolve_compute_dtype
 from .update import Update
 
 _aten = torch.ops.aten
+_SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
 _SAME = (_aten.alias.default, _aten.clone.default, _aten.detach.default, _aten.view.default)
 
 
@@ -89,10 +93,14 @@ class Stand(Tensor):
 
 def bare(cls: Any, factors: Factors) -> Any:
     """Makes a stand without a graph."""
-    made = Tensor._make_wrapper_subclass(
-        cls, factors.shape, dtype=factors.dtype, device=factors.device
-    )
+    made = _without_values(cls, factors)
     made.factors = factors._replace(x=factors.x.detach(), w=factors.w.detach())
+    return made
+
+
+def _without_values(cls: Any, like: Factors) -> Any:
+    made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    torch._C._set_throw_on_mutable_data_ptr(made)  # else C code reads from address 0
     return made
 
 
@@ -132,7 +140,7 @@ class Pair(Tensor):
 
     @staticmethod
     def __new__(cls, like: Factors, x: Tensor | None, w: Tensor | None) -> "Pair":
-        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        made = _without_values(cls, like)
         made.like, made.x, made.w = like, x, w
         return made
 
@@ -148,6 +156,9 @@ class Pair(Tensor):
         if func is _aten.add.Tensor and all(isinstance(t, cls) for t in args):
             one, other = args
             return cls(one.like, _sum(one.x, other.x), _sum(one.w, other.w))
+        if func in _SCALES and isinstance(args[0], cls) and getattr(args[1], "ndim", 0) == 0:
+            scaled = (None if g is None else func(g, args[1]) for g in (args[0].x, args[0].w))
+            return cls(args[0].like, *scaled)
         raise RuntimeError(
             f"{func}: the gradient of a LazyCosine is one of x and one of w, and no (N, C). Take "
             "tensor() for that"
@@ -162,9 +173,8 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, cls: Any, factors: Factors) -> Tensor:
         ctx.set_materialize_grads(False)
-        made = bare(cls, factors)
-        ctx.factors = made.factors
-        return made
+        ctx.factors = factors
+        return bare(cls, factors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
@@ -172,10 +182,22 @@ class _Product(Function):
             return *(getattr(gradient, name, None) for name in ("x", "w")), None, None
         # of an op that met the stand below Python's functions
         factors = ctx.factors.checked()
-        with torch.enable_grad():
-            x, w = (t.detach().requires_grad_() for t in factors[:2])
-            dense = cosines(factors._replace(x=x, w=w))
-        return *torch.autograd.grad(dense, (x, w), gradient), None, None
+
+        def dense(x: Tensor, w: Tensor) -> Tensor:
+            return cosines(factors._replace(x=x, w=w))
+
+        return *_partial_derivatives(dense, factors.x, factors.w, gradient), None, None
+
+
+def _partial_derivatives(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    """Computes the gradients by x and w, with a graph of their own if one is wanted."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, w = (t.view_as(t).requires_grad_() for t in (x, w))  # of each alone, if w comes from x
+        result = function(x, w)
+    return torch.autograd.grad(result, (x, w), gradient, create_graph=again)
 
 
 def with_gradient(factors: Factors, values: Tensor, classes: Tensor) -> Tensor:
@@ -195,14 +217,13 @@ class _Chosen(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, w, classes = ctx.saved_tensors
-        with torch.enable_grad():
-            x, w = (t.detach().requires_grad_() for t in (x, w))
+
+        def values(x: Tensor, w: Tensor) -> Tensor:
             of_class = w.unflatten(0, (-1, ctx.sub_centers))[classes].to(gradient.dtype)
-            products = (
-                F.normalize(of_class, dim=-1) @ F.normalize(x.to(gradient.dtype))[:, None, :, None]
-            )
-            values = products[..., 0].max(2).values
-        return *torch.autograd.grad(values, (x, w), gradient), None, None, None
+            x = F.normalize(x.to(gradient.dtype))[:, None, :, None]
+            return (F.normalize(of_class, dim=-1) @ x)[..., 0].max(2).values
+
+        return *_partial_derivatives(values, x, w, gradient), None, None, None
 
 
 class _Factors(Function):

@@ -14,13 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from marginkernels import ArcFace, LazyCosine, evaluation, margin_cross_entropy
+from marginkernels import LazyCosine, evaluation, margin_cross_entropy
 from marginkernels.compat.weights import FusedHead
 from marginkernels.optim import SGD
 from tests.support import workers
-
-N, C, D = 9, 13, 6
-LOSS = dict(margin=ArcFace(0.2), scale=30.0)
+from tests.support.cosines import LOSS, C, D, N, dense, operands, same
 
 
 class Layer(FusedHead):
@@ -44,22 +42,6 @@ class Sizes(TorchDispatchMode):
         return result
 
     seen: list
-
-
-def operands(k=1, n=N, c=C):
-    torch.manual_seed(0)
-    x, w = torch.randn(n, D, dtype=torch.float64), torch.randn(c * k, D, dtype=torch.float64)
-    return x.requires_grad_(), w.requires_grad_(), torch.randint(c, (n,))
-
-
-def dense(x, w, k=1):
-    return F.linear(F.normalize(x), F.normalize(w)).unflatten(1, (-1, k)).max(2).values
-
-
-def same(lazy, exact):
-    for a, b in zip(tree_leaves(lazy), tree_leaves(exact), strict=True):
-        assert type(a) is torch.Tensor and a.dtype == b.dtype
-        torch.testing.assert_close(a, b)
 
 
 ANSWERS = {
@@ -149,7 +131,7 @@ def test_to_another_device_moves_the_answers_and_not_the_weights():
 
 
 def test_a_warning_says_who_asked_and_then_it_is_the_tensor():
-    x, w, y = operands()
+    x, w, _ = operands()
     lazy = LazyCosine(x.detach(), w.detach())
     assert "shape=(9, 13)" in repr(lazy)
     with warnings.catch_warnings(record=True) as caught:
@@ -157,15 +139,64 @@ def test_a_warning_says_who_asked_and_then_it_is_the_tensor():
         for _ in range(3):
             other = LazyCosine(x, w)
             other.sum(), other.mean(), LazyCosine(x, w).detach().exp()
-        lazy.mul_(2)
-        lazy.add_(1)
     names = [str(c.message).split()[1] for c in caught]
-    assert names == ["sum", "exp", "mul_"]  # once it is the tensor, nobody has to ask
-    exact = 2 * dense(x, w).detach() + 1
-    same(lazy.topk(3), exact.topk(3))
+    assert names == ["sum", "exp"]  # once it is the tensor, nobody has to ask
+    exact = dense(x, w).detach()
+    same(lazy.tensor().topk(3), exact.topk(3))
     assert repr(lazy) == repr(exact)
-    with pytest.raises(RuntimeError, match="changed in place"):
-        lazy.loss(y, **LOSS)
+    same(lazy.topk(3), exact.topk(3))
+
+
+def gather_into(t):
+    torch.ops.c10d._allgather_base_(t, torch.zeros(1), torch.distributed.ProcessGroup(0, 1))
+
+
+WRITES = {
+    "mul_": lambda t: t.mul_(2),
+    "augmented assignment": lambda t: t.__iadd__(1),
+    "an item": lambda t: t.__setitem__(0, 0.0),
+    "a row": lambda t: t[0].zero_(),
+    "rows": lambda t: t[1:3].mul_(2),
+    "another shape": lambda t: t.unsqueeze(1).mul_(2),
+    "detached": lambda t: t.detach().zero_(),
+    "data": lambda t: t.data.zero_(),
+    "out": lambda t: torch.mul(torch.ones(N, C).double(), 2, out=t),
+    "inplace": lambda t: F.relu(t, inplace=True),
+    "many": lambda t: torch._foreach_mul_([t], 2.0),
+    "requires_grad_": lambda t: t.detach().requires_grad_(),
+    "a collective": gather_into,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_is_refused_and_changes_nothing(write):
+    x, w, _ = operands()
+    lazy = LazyCosine(x.detach(), w.detach())
+    with pytest.raises(RuntimeError, match=r"cannot be written to. tensor\(\) gives a tensor"):
+        write(lazy)
+    same(lazy.tensor(), dense(x, w).detach())
+
+
+@pytest.mark.filterwarnings("ignore:LazyCosine")
+def test_after_a_write_to_its_tensor_it_answers_no_more():
+    x, w, y = operands()
+    for write in (lambda t: t.tensor().mul_(2), lambda t: t[:, 0].zero_()):
+        lazy = LazyCosine(x.detach(), w.detach())
+        write(lazy)
+        for ask in (lambda t: t.argmax(1), lambda t: t.loss(y, **LOSS), lambda t: t.tensor()):
+            with pytest.raises(RuntimeError, match="changed in place"):
+                ask(lazy)
+
+
+def test_c_code_gets_no_address_of_values_that_are_not_there():
+    x, w, y = operands()
+    seen = []
+    lazy = LazyCosine(x, w)
+    lazy.register_hook(seen.append)
+    lazy.loss(y, **LOSS).backward()
+    for t in (lazy.detach(), *seen):
+        with pytest.raises(RuntimeError, match="data pointer"):
+            torch.utils.dlpack.to_dlpack(t)
 
 
 @pytest.mark.filterwarnings("ignore:LazyCosine")
