@@ -61,7 +61,8 @@ def loss(
     value = reduced(row_loss, has_label, batch.sample_weight, call.settings.reduction)
     if seen is None:
         return value, None
-    other = torch.where(has_label, result.logit_max, 0)
+    found = target.found if batch.label.ndim == 1 else target.found.view(batch.label.shape).any(1)
+    other = torch.where(has_label & found, result.logit_max, 0)
     return value, HeadStats(*seen, row_loss.detach(), other)
 
 

@@ -56,7 +56,8 @@ def loss(
     )  # fmt: skip
     if not return_stats:
         return value, None
-    other = torch.where(batch.has_label(), result.logit_max, 0)
+    found = result.w_norm.detach() > 0
+    other = torch.where(batch.has_label() & found, result.logit_max, 0)
     return value, HeadStats(result.target_cosine.detach(), correct, row_loss, other)
 
 

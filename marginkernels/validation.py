@@ -53,7 +53,7 @@ def check_operands(operands: "Operands", shard: ClassShard | None, sub_centers: 
     """Checks types, shapes and devices of the tensors of one call."""
     x, w, y, bias, sample_weight, row_margin, label_weights, _ = operands
     check_factors(x, w, sub_centers, shard)
-    n, c = len(x), len(w) // sub_centers
+    n, c = x.shape[0], w.shape[0] // sub_centers  # len would make a constant of a symbol
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         came = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected an int64 tensor, got {came}")
