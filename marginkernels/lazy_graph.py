@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from . import validation
 from .call import resolve_compute_dtype
-from .update import Update
+from .update import Update, version
 
 _aten = torch.ops.aten
 _SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
@@ -236,8 +236,3 @@ class _Factors(Function):
     @staticmethod
     def backward(ctx: Any, x: Tensor | None, w: Tensor | None) -> Any:
         return None if x is None and w is None else Pair(ctx.like, x, w)
-
-
-def version(t: Tensor) -> int:
-    """Returns a number that changes with each write to the tensor that torch knows of."""
-    return -1 if t.is_inference() else t._version  # an inference tensor has none

@@ -267,7 +267,7 @@ class Update(ABC):
             raise
         finally:
             torch.autograd.graph.increment_version(self.weight())
-            self._torn_version = _version(self.weight())
+            self._torn_version = version(self.weight())
         self.torn, self.written = "", True
 
     def close(self) -> None:
@@ -319,7 +319,7 @@ class Update(ABC):
         return known.w_inv if same else None
 
     def _require_whole(self) -> None:
-        if self.torn and self._state_loaded and self._torn_version != _version(self.weight()):
+        if self.torn and self._state_loaded and self._torn_version != version(self.weight()):
             self.torn = ""
         if self.torn:
             raise RuntimeError(
@@ -333,8 +333,9 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _version(w: Tensor) -> int:
-    return w._version
+def version(t: Tensor) -> int:
+    """Returns a number that changes with each write to the tensor that torch knows of."""
+    return -1 if t.is_inference() else t._version  # an inference tensor has none
 
 
 def _place(w: Tensor) -> tuple[int, int]:

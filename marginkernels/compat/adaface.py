@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .. import arguments, margins
-from ..lazy_graph import version
+from ..update import version
 from .norm_statistics import KeepsStatistics
 from .weights import FusedHead
 

@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import ops
 from ..distributed.shard import ClassShard, watch_wrappers
+from ..evaluation import Classes
 from ..functional import margin_cross_entropy
 from ..update import Update
 
@@ -47,6 +48,11 @@ class FusedHead(nn.Module):
         """Returns the class weights (C K, D), a view of the parameter."""
         weight: Tensor = getattr(self, self.weight_name)
         return weight.t() if self.transposed else weight
+
+    def as_classes(self) -> Classes:
+        """Returns the classes for :mod:`marginkernels.evaluation`, to compute cosines with."""
+        rows = self.rows()
+        return Classes(rows, len(rows) // self.sub_centers, sub_centers=self.sub_centers)
 
     def fused_loss(self, embeddings: Tensor, labels: Tensor, **options: Any) -> Any:
         """Computes :func:`marginkernels.margin_cross_entropy` of the head's class weights.

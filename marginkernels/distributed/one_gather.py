@@ -8,6 +8,8 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from ..update import version
+
 _gathered: ContextVar[dict[tuple[object, ...], tuple[Tensor, Tensor]] | None] = ContextVar(
     "gathered", default=None
 )
@@ -42,7 +44,7 @@ def once(x: Tensor, key: tuple[object, ...], gather: Callable[[], Tensor]) -> Te
     known = _gathered.get()
     if known is None:
         return gather()
-    place = (id(x), _version(x), *key)
+    place = (id(x), version(x), *key)
     if place not in known:
         known[place] = x, gather()  # x too, so that no other tensor gets its id
     return known[place][1]
@@ -50,8 +52,4 @@ def once(x: Tensor, key: tuple[object, ...], gather: Callable[[], Tensor]) -> Te
 
 def is_known(x: Tensor) -> bool:
     """Returns whether a tensor, as it is now, was gathered in this context."""
-    return any(place[:2] == (id(x), _version(x)) for place in _gathered.get() or {})
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version  # an inference tensor has none
+    return any(place[:2] == (id(x), version(x)) for place in _gathered.get() or {})

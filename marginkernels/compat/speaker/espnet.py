@@ -119,6 +119,4 @@ def judged(
 
 def nearest(head: FusedHead, input: Tensor) -> Tensor:
     """Returns the nearest class of each row, (N,)."""
-    rows = head.rows()
-    classes = evaluation.Classes(rows, len(rows) // head.sub_centers, sub_centers=head.sub_centers)
-    return evaluation.topk(classes, input, 1)[1].squeeze(1)
+    return evaluation.topk(head.as_classes(), input, 1)[1].squeeze(1)

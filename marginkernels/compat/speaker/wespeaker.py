@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import arguments, evaluation, margins
-from ...evaluation import Classes
 from ...loss import HeadStats
 from ..weights import FusedHead
 from .hits import hits, with_margin
@@ -66,8 +65,7 @@ class Outputs:
     def numpy(self) -> "numpy.ndarray":
         """Computes the logits."""
         head, label = self._projection, self._labels[:, None]
-        classes = Classes(head.rows(), head.out_features, sub_centers=head.sub_centers)
-        c = evaluation.logits(classes, self._embeddings)
+        c = evaluation.logits(head.as_classes(), self._embeddings)
         if self._penalty > 0:
             others = c.scatter(1, label, -2)
             nearest, places = others.topk(min(head.k_top, c.shape[1] - 1), dim=1)
